@@ -1,0 +1,1 @@
+"""Lightning: tasks, data, callbacks, strategies, evaluation."""

@@ -1,0 +1,1 @@
+"""A model goes in, a smaller model comes out: pure PyTorch."""

@@ -1,0 +1,1 @@
+"""The shared core: pure PyTorch, one device, no Lightning."""
