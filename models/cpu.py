@@ -1,0 +1,34 @@
+"""One guard for bf16 on virtual machines: AMX that is offered but not described.
+
+Some hypervisors pass the AMX flags of the processor through and cut CPUID off below leaf 0x1D, which describes the
+tile palettes. oneDNN (behind every bf16 matrix product of PyTorch on CPU) then configures its tiles from zeros, and the
+first product kills the process with an illegal instruction. Capping oneDNN one step below AMX keeps the native bf16 and
+fp16 vector instructions.
+"""
+
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+
+TILE_PALETTE_LEAF = 0x1D
+
+
+def isa_cap(cpuinfo: str) -> str | None:
+    """The `ONEDNN_MAX_CPU_ISA` that this processor needs, or None where oneDNN may use everything.
+
+    cpuinfo: the text of Linux' /proc/cpuinfo (empty on other systems).
+    """
+    fields = dict(line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = fields.get("flags", "").split()
+    if "amx_tile" not in flags or int(fields.get("cpuid level", TILE_PALETTE_LEAF)) >= TILE_PALETTE_LEAF:
+        return None
+    return "AVX512_CORE_FP16" if "avx512_fp16" in flags else "AVX512_CORE_BF16"
+
+
+def guard_onednn(environment: MutableMapping[str, str] = os.environ, path: Path = Path("/proc/cpuinfo")) -> None:
+    """Set the cap unless the person has set one. Takes effect as long as no matrix product has run in this process."""
+    if "ONEDNN_MAX_CPU_ISA" in environment or "DNNL_MAX_CPU_ISA" in environment or not path.is_file():
+        return
+    if cap := isa_cap(path.read_text()):
+        environment["ONEDNN_MAX_CPU_ISA"] = cap
