@@ -1,0 +1,6 @@
+"""Attention mechanisms, one a file, behind the protocol of `protocol.py`."""
+
+from models.attention.full import Full
+from models.attention.protocol import ATTENTIONS, Context
+
+__all__ = ["ATTENTIONS", "Context", "Full"]

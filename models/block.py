@@ -1,0 +1,70 @@
+"""A block: an attention and a feed-forward sub-layer (or one of them) around the residual stream.
+
+    attention_first     x = x + A(N(x)); x = x + F(N(x))
+    feedforward_first   x = x + F(N(x)); x = x + A(N(x))
+    parallel            x = x + A(N(x)) + F(N(x))          one norm each
+
+written for norm position `pre`; `post` and `sandwich` move the norm (models/norms.py).
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from models.attention import Context
+from models.cache import ContiguousCache
+
+if TYPE_CHECKING:
+    from models.config import LayerConfig, ModelConfig
+
+ORDERS = ("attention_first", "feedforward_first", "parallel")
+
+
+class Block(nn.Module):
+    """One layer of the Transformer: x (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, layer: "LayerConfig", model: "ModelConfig", positional: int) -> None:
+        super().__init__()
+        self.order, self.norm_position = layer.order, model.norm.position
+        branches = model.residual_branches()
+        self.attention = self.feedforward = None
+        if layer.attention is not None:
+            self.attention_norm = model.norm.build(model.width)
+            self.attention = layer.attention.build(model.width, branches, positional)
+            if self.norm_position == "sandwich":
+                self.attention_out_norm = model.norm.build(model.width)
+        if layer.feedforward is not None:
+            self.feedforward_norm = model.norm.build(model.width)
+            self.feedforward = layer.feedforward.build(model.width, branches)
+            if self.norm_position == "sandwich":
+                self.feedforward_out_norm = model.norm.build(model.width)
+        self.dropout = nn.Dropout(model.dropout)
+
+    def forward(self, x: Tensor, context: Context, cache: ContiguousCache | None = None) -> Tensor:
+        if self.order == "parallel":
+            return x + self._attend(x, context, cache) + self._feed(x)
+        if self.order == "feedforward_first":
+            return self._attention_step(self._feedforward_step(x), context, cache)
+        return self._feedforward_step(self._attention_step(x, context, cache))
+
+    def _attend(self, x: Tensor, context: Context, cache: ContiguousCache | None) -> Tensor:
+        """The attention branch, normalised as `pre` and `sandwich` want it: (B, T, D) -> (B, T, D)."""
+        y = self.attention(x if self.norm_position == "post" else self.attention_norm(x), context, cache)
+        return self.dropout(self.attention_out_norm(y) if self.norm_position == "sandwich" else y)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        """The feed-forward branch, normalised likewise: (B, T, D) -> (B, T, D)."""
+        y = self.feedforward(x if self.norm_position == "post" else self.feedforward_norm(x))
+        return self.dropout(self.feedforward_out_norm(y) if self.norm_position == "sandwich" else y)
+
+    def _attention_step(self, x: Tensor, context: Context, cache: ContiguousCache | None) -> Tensor:
+        if self.attention is None:
+            return x
+        x = x + self._attend(x, context, cache)
+        return self.attention_norm(x) if self.norm_position == "post" else x
+
+    def _feedforward_step(self, x: Tensor) -> Tensor:
+        if self.feedforward is None:
+            return x
+        x = x + self._feed(x)
+        return self.feedforward_norm(x) if self.norm_position == "post" else x

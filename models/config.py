@@ -1,0 +1,224 @@
+"""What an architecture is: one frozen dataclass tree in which every layer has its own widths and head counts.
+
+`ModelConfig.from_dict` reads two forms. The short one, for people, names sub-layers and tiles a pattern:
+
+    {width: 256, depth: 6, vocab_size: 4096, position: rope, order: attention_first, norm: {kind: rms, position: pre},
+     attention: {kind: full, heads: 4, kv_heads: 2}, feedforward: {kind: swiglu, width: 688}}
+
+with `attention: {local: {...}, global: {...}}`, `feedforward: {dense: {...}}` and
+`layers: [local/dense, global/dense]` where layers differ. The canonical form, which `to_dict` writes, lists each layer:
+`layers: [{attention: {...}, feedforward: {...}, order: ...}, ...]`. A pruned model is an ordinary config.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from models.attention import ATTENTIONS
+from models.block import ORDERS
+from models.errors import UserError, did_you_mean
+from models.feedforward import FEEDFORWARDS
+from models.norms import NORMS, Rms
+from models.positions import POSITIONS, Rope
+from models.registry import dump_dataclass, read_dataclass
+
+HEADS = ("tied", "untied")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer: its attention and its feed-forward sub-layer (either may be absent) and how they are wired.
+
+    Args:
+        attention: spec of the attention, or nothing.
+        feedforward: spec of the feed-forward, or nothing.
+        order: `attention_first`, `feedforward_first` or `parallel`.
+    """
+
+    attention: Any = field(default=None, metadata={"registry": ATTENTIONS})
+    feedforward: Any = field(default=None, metadata={"registry": FEEDFORWARDS})
+    order: str = "attention_first"
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise UserError(f"unknown order {self.order!r}{did_you_mean(self.order, ORDERS)}")
+        if self.attention is None and self.feedforward is None:
+            raise UserError("a layer needs an attention or a feedforward")
+        if self.order == "parallel" and (self.attention is None or self.feedforward is None):
+            raise UserError("a parallel layer needs both an attention and a feedforward")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder Transformer.
+
+    Args:
+        vocab_size: rows of the token embedding.
+        width: channels of the residual stream.
+        layers: the layers from the input to the output.
+        context: tokens of the longest training sequence; a hard limit for learned positions.
+        norm: kind and position of the normalisation.
+        position: position encoding of every attention that names none of its own.
+        head: `tied` (the embedding is also the output projection) or `untied`.
+        dropout: on the embeddings and on every residual branch, in training.
+        compression: module name -> stored form, for modules that are not plain dense weights.
+    """
+
+    vocab_size: int
+    width: int
+    layers: tuple[LayerConfig, ...]
+    context: int = 1024
+    norm: Any = field(default_factory=Rms, metadata={"registry": NORMS})
+    position: Any = field(default_factory=Rope, metadata={"registry": POSITIONS})
+    head: str = "tied"
+    dropout: float = 0.0
+    compression: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "context"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head not in HEADS:
+            raise UserError(f"unknown head {self.head!r}{did_you_mean(self.head, HEADS)}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if not self.layers:
+            raise UserError("an architecture needs at least one layer")
+        object.__setattr__(self, "layers", tuple(self._resolved(layer) for layer in self.layers))
+
+    def _resolved(self, layer: LayerConfig) -> LayerConfig:
+        if layer.attention is None:
+            return layer
+        attention = layer.attention.resolve(self.width)
+        if attention.position is not None and attention.position.level != "attention":
+            raise UserError(f"position {attention.position.kind!r} acts on the embeddings: give it to the model")
+        return replace(layer, attention=attention)
+
+    def residual_branches(self) -> int:
+        """Number of sub-layers that write into the residual stream."""
+        return sum((layer.attention is not None) + (layer.feedforward is not None) for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The canonical form, JSON values only."""
+        values = dump_dataclass(self)
+        values["layers"] = [dump_dataclass(layer) for layer in self.layers]
+        values["compression"] = {name: dict(form) for name, form in self.compression.items()}
+        return values
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "ModelConfig":
+        """Read the short or the canonical form.
+
+        Raises:
+            UserError: an unknown key (with the nearest right one), a missing one, or values that do not fit together.
+        """
+        if not isinstance(values, Mapping):
+            raise UserError(f"architecture: expected keys and values, got {values!r}")
+        values = dict(values)
+        if "compression" in values and not isinstance(values["compression"], Mapping):
+            raise UserError("architecture.compression: expected module names with their stored forms")
+        compression = dict(values.pop("compression", {}))
+        layers = _read_layers(values)
+        known = {name: value for name, value in values.items() if name not in _SHORT_KEYS}
+        for name in known:
+            if name not in _Plain.__dataclass_fields__:
+                choices = [*_Plain.__dataclass_fields__, *_SHORT_KEYS]
+                raise UserError(f"architecture: unknown key {name!r}{did_you_mean(name, choices)}")
+        plain = read_dataclass(_Plain, known, "architecture")
+        return ModelConfig(layers=layers, compression=compression, **plain.__dict__)
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The keys of an architecture that are not about its layers."""
+
+    vocab_size: int
+    width: int
+    context: int = 1024
+    norm: Any = field(default_factory=Rms, metadata={"registry": NORMS})
+    position: Any = field(default_factory=Rope, metadata={"registry": POSITIONS})
+    head: str = "tied"
+    dropout: float = 0.0
+
+
+_SHORT_KEYS = ("depth", "attention", "feedforward", "layers", "order")
+
+
+def _read_layers(values: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
+    """Layers from the canonical list of mappings, or from named specs, a pattern, a depth and an order."""
+    pattern = values.get("layers")
+    if isinstance(pattern, list | tuple) and pattern and all(isinstance(item, Mapping) for item in pattern):
+        for key in ("depth", "attention", "feedforward", "order"):
+            if values.get(key) is not None:
+                raise UserError(f"architecture: {key!r} cannot stand beside a full list of layers; leave one out")
+        return tuple(read_dataclass(LayerConfig, item, f"architecture.layers[{i}]") for i, item in enumerate(pattern))
+    attentions = _named_specs(values.get("attention"), ATTENTIONS, "architecture.attention")
+    feedforwards = _named_specs(values.get("feedforward"), FEEDFORWARDS, "architecture.feedforward")
+    pairs = [_pair(item, attentions, feedforwards) for item in (pattern or [_default_pair(attentions, feedforwards)])]
+    depth = values.get("depth", len(pattern) if pattern else None)
+    if type(depth) is not int or depth < 1:
+        raise UserError(f"architecture: depth must be a whole number of layers, got {depth!r}")
+    if depth % len(pairs):
+        raise UserError(f"architecture: a pattern of {len(pairs)} layers does not tile a depth of {depth}")
+    return _wire(str(values.get("order", "attention_first")), pairs * (depth // len(pairs)))
+
+
+def _named_specs(value: Any, registry: Any, where: str) -> dict[str, Any]:
+    """One unnamed spec, or a mapping of names to specs."""
+    if value is None:
+        return {}
+    if isinstance(value, str) or not isinstance(value, Mapping) or "kind" in value:
+        return {"": registry.parse(value, where)}
+    return {name: registry.parse(spec, f"{where}.{name}") for name, spec in value.items()}
+
+
+def _default_pair(attentions: Mapping[str, Any], feedforwards: Mapping[str, Any]) -> str:
+    for axis, specs in (("attention", attentions), ("feedforward", feedforwards)):
+        if len(specs) != 1:
+            raise UserError(f"architecture: {len(specs)} {axis} specs and no `layers` pattern that chooses among them")
+    return f"{next(iter(attentions))}/{next(iter(feedforwards))}"
+
+
+def _pair(item: Any, attentions: Mapping[str, Any], feedforwards: Mapping[str, Any]) -> tuple[Any, Any]:
+    """`attention/feedforward` by their names; a name may be left out where there is only one."""
+    where = "architecture.layers"
+    first, slash, second = str(item).partition("/")
+    if not slash:
+        only = first in attentions and len(feedforwards) == 1
+        first, second = (first, next(iter(feedforwards))) if only else (_only(attentions), first)
+    if first not in attentions:
+        raise UserError(f"{where}: {item!r} names no attention{did_you_mean(first, attentions)}")
+    if second not in feedforwards:
+        raise UserError(f"{where}: {item!r} names no feedforward{did_you_mean(second, feedforwards)}")
+    return attentions[first], feedforwards[second]
+
+
+def _only(specs: Mapping[str, Any]) -> str:
+    return next(iter(specs)) if len(specs) == 1 else "?"
+
+
+def _wire(order: str, pairs: list[tuple[Any, Any]]) -> tuple[LayerConfig, ...]:
+    """Arrange the sub-layers: a named order, `sandwich(k)` (arXiv 1911.03864), or a string of s(elf-) and f(eed-)."""
+    if order in ORDERS:
+        return tuple(LayerConfig(attention, feedforward, order) for attention, feedforward in pairs)
+    sandwich = re.fullmatch(r"sandwich\((\d+)\)", order)
+    if sandwich:
+        k, n = int(sandwich[1]), len(pairs)
+        if k > n:
+            raise UserError(f"architecture.order: sandwich({k}) needs at least {k} layers, got depth {n}")
+        order = "s" * k + "sf" * (n - k) + "f" * k
+    if not re.fullmatch(r"[sf]+", order):
+        hint = did_you_mean(order, [*ORDERS, "sandwich(k)", "a string of s and f"])
+        raise UserError(f"architecture.order: unknown order {order!r}{hint}")
+    attentions, feedforwards = [a for a, _ in pairs], [f for _, f in pairs]
+    layers, seen = [], {"s": 0, "f": 0}
+    for group in re.findall(r"sf|s|f", order):
+        attention = feedforward = None
+        if "s" in group:
+            attention = attentions[seen["s"] % len(attentions)]
+        if "f" in group:
+            feedforward = feedforwards[seen["f"] % len(feedforwards)]
+        seen = {letter: count + group.count(letter) for letter, count in seen.items()}
+        layers.append(LayerConfig(attention, feedforward))
+    return tuple(layers)

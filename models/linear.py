@@ -1,0 +1,42 @@
+"""The linear map and the token embedding of every module in the core."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose `reset_parameters` draws from N(0, std^2), also after a start on the meta device."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, std: float) -> None:
+        self.std = std
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """Token embedding (V, D) that can also serve as the output projection of a tied model."""
+
+    def __init__(self, count: int, width: int, *, std: float) -> None:
+        self.std = std
+        super().__init__(count, width)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+    def project(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
+        return F.linear(hidden, self.weight)
+
+
+def residual_std(std: float, branches: int) -> float:
+    """Standard deviation of the maps that write into the residual stream (GPT-2: std / sqrt(number of branches))."""
+    return std / max(1, branches) ** 0.5
+
+
+def itemsize(dtype: torch.dtype | None) -> int:
+    """Bytes of one element; None means the default dtype."""
+    return (dtype or torch.get_default_dtype()).itemsize

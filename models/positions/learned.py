@@ -1,0 +1,30 @@
+"""Learned absolute positions, added to the token embeddings (GPT-2)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from models.linear import Embedding
+from models.positions.protocol import POSITIONS, Positional
+
+
+@POSITIONS.register("learned")
+@dataclass(frozen=True)
+class Learned:
+    """One learned vector per position below the context length; longer inputs are an error."""
+
+    level = "input"
+
+    def build(self, *, width: int, head_width: int, context: int) -> nn.Module:
+        return LearnedPositions(width, context)
+
+
+class LearnedPositions(nn.Module):
+    """Table of learned positions (context, D)."""
+
+    def __init__(self, width: int, context: int) -> None:
+        super().__init__()
+        self.table = Embedding(context, width, std=0.02)
+
+    def forward(self, positions: Tensor) -> Positional:  # (B or 1, T)
+        return Positional(added=self.table(positions))  # (B or 1, T, D)

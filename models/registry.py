@@ -1,0 +1,101 @@
+"""Mechanisms by name: every axis of the architecture (attention, feed-forward, position, norm) is a registry of specs.
+
+A spec is a frozen dataclass with the few numbers of one mechanism; its `build` makes the module. In YAML and JSON a
+spec is `{"kind": NAME, ...numbers}`, or just `NAME` when the defaults will do.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from models.errors import UserError, did_you_mean
+
+
+class Registry:
+    """The mechanisms of one axis, by the name that a config uses for them."""
+
+    def __init__(self, axis: str) -> None:
+        self.axis = axis
+        self._specs: dict[str, type] = {}
+
+    def register(self, kind: str) -> Callable[[type], type]:
+        def remember(spec: type) -> type:
+            spec.kind = kind
+            self._specs[kind] = spec
+            return spec
+
+        return remember
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._specs))
+
+    def __getitem__(self, kind: str) -> type:
+        return self._specs[kind]
+
+    def parse(self, value: Any, where: str) -> Any:
+        """Read a spec from `NAME`, `{"kind": NAME, ...}` or a spec itself.
+
+        Raises:
+            UserError: unknown kind or argument, missing argument, or a value of the wrong type, with its place.
+        """
+        if dataclasses.is_dataclass(value) and type(value) in self._specs.values():
+            return value
+        if isinstance(value, str):
+            value = {"kind": value}
+        if not isinstance(value, Mapping) or "kind" not in value:
+            raise UserError(f"{where}: expected a {self.axis} such as {{kind: {next(iter(self))}}}, got {value!r}")
+        kind = value["kind"]
+        if kind not in self._specs:
+            raise UserError(f"{where}: unknown {self.axis} {kind!r}{did_you_mean(str(kind), self._specs)}")
+        arguments = {key: argument for key, argument in value.items() if key != "kind"}
+        return read_dataclass(self._specs[kind], arguments, where)
+
+    def dump(self, spec: Any) -> dict[str, Any]:
+        return {"kind": spec.kind, **dump_dataclass(spec)}
+
+
+def read_dataclass(cls: type, arguments: Mapping[str, Any], where: str) -> Any:
+    """Build `cls` from plain values, checking names and types; a field with a `registry` in its metadata is a nested spec."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in arguments.items():
+        if name not in fields:
+            raise UserError(f"{where}: unknown key {name!r}{did_you_mean(name, fields)}")
+        registry = fields[name].metadata.get("registry")
+        if registry is not None and value is None and fields[name].default is None:
+            values[name] = None
+        elif registry is not None:
+            values[name] = registry.parse(value, f"{where}.{name}")
+        else:
+            values[name] = _checked(value, hints[name], f"{where}.{name}")
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: {name!r} is missing ({cls.__name__.lower()} needs it)")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def dump_dataclass(spec: Any) -> dict[str, Any]:
+    """The fields of a spec as plain JSON values."""
+    values = {}
+    for field in dataclasses.fields(spec):
+        value, registry = getattr(spec, field.name), field.metadata.get("registry")
+        values[field.name] = registry.dump(value) if registry is not None and value is not None else value
+    return values
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """Return `value` as the annotated plain type (an int passes as a float); refuse any other."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    allowed = typing.get_args(hint) if union else (hint,)
+    if type(value) in allowed:
+        return value
+    if float in allowed and type(value) is int:
+        return float(value)
+    names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
+    raise UserError(f"{where}: expected {names}, got {value!r}")

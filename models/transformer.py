@@ -1,0 +1,212 @@
+"""The decoder Transformer: embeddings -> blocks -> norm -> head, single-device pure PyTorch.
+
+B batch, T new tokens, S visible tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Context
+from models.attention.protocol import causal_document_mask
+from models.block import Block
+from models.cache import ModelCache
+from models.config import ModelConfig
+from models.errors import UserError
+from models.linear import Embedding, Linear, itemsize
+from models.losses import IGNORED, linear_cross_entropy
+
+
+class Output(NamedTuple):
+    """What a forward gives.
+
+    Attributes:
+        logits: (B, T, V), or None when targets were given.
+        loss: mean negative log-likelihood of the targets in nats, or None without targets.
+        z_loss: mean squared log-partition, unweighted, or None when it was not asked for.
+        states: block index -> that block's output (B, T, D), for the blocks asked for.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None
+    z_loss: Tensor | None
+    states: dict[int, Tensor]
+
+
+class Transformer(nn.Module):
+    """A causal language model of any `ModelConfig`; also builds under `torch.device("meta")`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.width, std=0.02)
+        self.positions = nn.ModuleList()
+        self._position_index: dict[object, int] = {}
+        if config.position.level == "input":
+            self._position(config.position, head_width=0)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(self._block(layer) for layer in config.layers)
+        self.norm = nn.Identity() if config.norm.position == "post" else config.norm.build(config.width)
+        self.head = None
+        if config.head == "untied":
+            self.head = Linear(config.width, config.vocab_size, bias=False, std=0.02)
+
+    def _block(self, layer) -> Block:
+        positional = 0
+        if layer.attention is not None:
+            spec = layer.attention.position or self.config.position
+            positional = self._position(spec, layer.attention.head_width)
+        return Block(layer, self.config, positional)
+
+    def _position(self, spec, head_width: int) -> int:
+        """Index of the module for this spec, shared by the layers that agree on it."""
+        key = (spec, 0 if spec.level == "input" else head_width)
+        if spec.level == "input" and self.positions:
+            return 0
+        if key not in self._position_index:
+            self._position_index[key] = len(self.positions)
+            built = spec.build(width=self.config.width, head_width=head_width, context=self.config.context)
+            self.positions.append(built)
+        return self._position_index[key]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: ModelCache | None = None,
+        keep: Collection[int] = (),
+        z_loss: bool = False,
+    ) -> Output:
+        """Run the model.
+
+        Args:
+            tokens: (B, T) int64.
+            targets: (B, T) int64, -100 where there is none; then the loss is returned in place of the logits.
+            documents: (B, T) number of each token's document: attention never crosses a change; -1 is padding.
+            positions: (B or 1, T) int64; by default the index of the token in its document.
+            cache: keys and values of the tokens before these; the new ones are appended.
+            keep: blocks whose outputs are returned.
+            z_loss: whether to compute the z-loss (arXiv 2204.02311) beside the loss.
+        """
+        x, context = self.embed(tokens, documents=documents, positions=positions, cache=cache)
+        states = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x, context) if cache is None else block(x, context, cache.layers[i])  # (B, T, D)
+            if i in keep:
+                states[i] = x
+        hidden = self.norm(x)  # (B, T, D)
+        if targets is None:
+            return Output(self.project(hidden), None, None, states)
+        loss, z_term = self.loss(hidden, targets, z_loss=z_loss)
+        return Output(None, loss, z_term, states)
+
+    def embed(
+        self,
+        tokens: Tensor,
+        *,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: ModelCache | None = None,
+    ) -> tuple[Tensor, Context]:
+        """Embed tokens (B, T) as (B, T, D) and gather what every block needs to know about them."""
+        new = tokens.shape[1]
+        past = 0 if cache is None else cache.length
+        if self.config.position.level == "input" and past + new > self.config.context:
+            raise UserError(
+                f"{past + new} tokens are more than this model's context of {self.config.context}, "
+                f"and {self.config.position.kind} positions end there"
+            )
+        if positions is None:
+            positions = self._default_positions(tokens, documents, cache)  # (B or 1, T)
+        seen = documents
+        if cache is not None:
+            if past and cache.documents is not None:
+                latest = cache.documents[:, -1:].expand(-1, new)  # (B, T)
+                documents = latest if documents is None else documents
+                seen = torch.cat([cache.documents, documents], dim=1)  # (B, S)
+            cache.advance(positions, seen)
+        mask, causal = self._mask(tokens, documents, seen, past)
+        tables = tuple(position(positions) for position in self.positions)
+        x = self.embedding(tokens)  # (B, T, D)
+        if tables and tables[0].added is not None:
+            x = x + tables[0].added.to(x.dtype)
+        return self.dropout(x), Context(tables, mask, causal)
+
+    @staticmethod
+    def _default_positions(tokens: Tensor, documents: Tensor | None, cache: ModelCache | None) -> Tensor:
+        steps = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        if cache is not None and cache.length:
+            return cache.next_position + steps  # (B, T)
+        if documents is None:
+            return steps
+        begins = documents[:, 1:] != documents[:, :-1]  # (B, T - 1)
+        start = torch.where(F.pad(begins, (1, 0), value=True), steps, 0).cummax(dim=1).values  # (B, T)
+        return steps - start
+
+    @staticmethod
+    def _mask(tokens: Tensor, documents: Tensor | None, seen: Tensor | None, past: int) -> tuple[Tensor | None, bool]:
+        """The attention mask (B or 1, 1, T, S), or None with whether plain causality holds."""
+        if documents is not None:
+            return causal_document_mask(documents, seen), False
+        new = tokens.shape[1]
+        if past == 0 or new == 1:
+            return None, past == 0
+        row = torch.zeros(1, past + new, dtype=torch.int64, device=tokens.device)
+        return causal_document_mask(row[:, past:], row), False
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D) that have passed the final norm."""
+        return self.embedding.project(hidden) if self.head is None else self.head(hidden)
+
+    def loss(self, hidden: Tensor, targets: Tensor, *, z_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Mean NLL in nats of targets (B, T) given hidden (B, T, D), and the mean z-term when asked for."""
+        output = self.embedding if self.head is None else self.head
+        if isinstance(output, nn.Linear | nn.Embedding):
+            return linear_cross_entropy(hidden.flatten(0, 1), output.weight, targets.flatten(), z_loss=z_loss)
+        logits = self.project(hidden).flatten(0, 1).float()  # (B * T, V)
+        nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+        if not z_loss:
+            return nll, None
+        return nll, logits[targets.flatten() != IGNORED].logsumexp(-1).square().mean()
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> ModelCache:
+        """An empty cache for `capacity` tokens in each of `batch` rows; by default in the dtype of the weights."""
+        reference = next(self.parameters())
+        dtype, device = dtype or reference.dtype, reference.device
+        layers = [
+            None if block.attention is None else block.attention.new_cache(batch, capacity, device, dtype)
+            for block in self.blocks
+        ]
+        return ModelCache(layers, batch, capacity, device)
+
+    def count_parameters(self) -> dict[str, int]:
+        """Weights of the dense architecture: `total`, those `active` for one token, and those of the `embedding`."""
+        with torch.device("meta"):
+            dense = Transformer(self.config) if self.config.compression else self
+            total = sum(parameter.numel() for parameter in dense.parameters())
+        return {"total": total, "active": total, "embedding": self.config.vocab_size * self.config.width}
+
+    def flops_per_token(self, length: int) -> int:
+        """FLOPs of the forward for one token that sees `length` tokens (PaLM's count, arXiv 2204.02311, app. B)."""
+        flops = 2 * self.config.width * self.config.vocab_size
+        for layer in self.config.layers:
+            if layer.attention is not None:
+                flops += layer.attention.flops_per_token(self.config.width, length)
+            if layer.feedforward is not None:
+                flops += layer.feedforward.flops_per_token(self.config.width)
+        return flops
+
+    def training_flops_per_token(self, length: int) -> int:
+        """FLOPs of forward and backward for one token; recomputation is not counted."""
+        return 3 * self.flops_per_token(length)
+
+    def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes that one more token adds to the cache, over all layers."""
+        attentions = [layer.attention for layer in self.config.layers if layer.attention is not None]
+        return itemsize(dtype) * sum(attention.cache_elements_per_token() for attention in attentions)
