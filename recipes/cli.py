@@ -1,0 +1,145 @@
+"""The command `espalier`: a table of verbs, and what becomes of an error.
+
+Nothing heavy is imported before a verb runs, so that help answers at once. Exit status: 0 done, 2 the input is wrong
+(one sentence on stderr), 1 a fault of ours, 130 interrupted.
+"""
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+
+from models.errors import UserError, did_you_mean
+from recipes.stages import options
+from recipes.stages.parser import build_parser, parse_arguments
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a word on the command line runs: `module:function`, called with an instance of `options`."""
+
+    target: str
+    options: type | None  # None: the function takes (verb, argv) and parses for itself
+    help: str
+
+
+LIGHTNING = "recipes.fit:main"
+VERBS = {
+    "fit": Verb(LIGHTNING, None, "pretrain a model: espalier fit -c recipes/pretrain/NAME.yaml"),
+    "validate": Verb(LIGHTNING, None, "run Lightning's validation loop of a pretraining recipe"),
+    "test": Verb(LIGHTNING, None, "run Lightning's test loop of a pretraining recipe"),
+    "predict": Verb(LIGHTNING, None, "run Lightning's prediction loop of a pretraining recipe"),
+    "quantize": Verb("recipes.stages.quantize:main", options.Quantize, "store the weights in fewer bits"),
+    "prune": Verb("recipes.stages.prune:main", options.Prune, "take weights, neurons or heads away"),
+    "distill": Verb("recipes.stages.distill:main", options.Distill, "train a student on what a teacher predicts"),
+    "run": Verb("recipes.stages.run:main", options.Run, "run the stages of a pipeline in a row"),
+    "evaluate": Verb("recipes.stages.evaluate:main", options.Evaluate, "measure models on the same held-out text"),
+    "compare": Verb("recipes.stages.compare:main", options.Compare, "set two models side by side"),
+    "generate": Verb("recipes.stages.generate:main", options.Generate, "continue a text"),
+    "inspect": Verb("recipes.stages.inspect:main", options.Inspect, "show a model layer by layer"),
+    "import": Verb("recipes.stages.import_:main", options.Import, "turn a Hugging Face folder into a model folder"),
+    "export": Verb("recipes.stages.export:main", options.Export, "write a model in another format"),
+    "report": Verb("recipes.stages.report:main", options.Report, "one page over many folders"),
+}
+
+USAGE = """\
+usage: espalier VERB ... [--trust] [--debug]
+
+Train Transformers with PyTorch Lightning, then make the checkpoint smaller.
+
+{verbs}
+
+espalier VERB --help explains the options of a verb.
+--trust allows a recipe to name classes other than those of Espalier, torch and Lightning.
+--debug shows the traceback of a fault.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status; `argv` is without the program's name."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = _take(argv, "--debug") or os.environ.get("ESPALIER_DEBUG", "") not in ("", "0")
+    try:
+        return _run(argv)
+    except UserError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except SystemExit as leave:  # argparse's --help, and Lightning's own
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _complain(*_fault(error, debug))
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE.format(verbs="\n".join(f"  {name:10} {verb.help}" for name, verb in VERBS.items())))
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"espalier {version('espalier-lm')}")
+        return 0
+    name = argv.pop(0)
+    if name not in VERBS:
+        raise UserError(f"there is no verb '{name}'{did_you_mean(name, VERBS)}")
+    verb = VERBS[name]
+    if verb.options is None:
+        return _function(verb)(name, argv) or 0
+    if "-h" in argv or "--help" in argv:
+        build_parser(name, verb.options).print_help()
+        return 0
+    if _take(argv, "--trust"):
+        os.environ["ESPALIER_TRUST"] = "1"
+    chosen = parse_arguments(name, verb.options, argv)
+    return _function(verb)(chosen) or 0
+
+
+def _function(verb: Verb):
+    module, function = verb.target.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _take(argv: list[str], flag: str) -> bool:
+    """Remove a flag from the arguments and say whether it was there."""
+    found = flag in argv
+    argv[:] = [argument for argument in argv if argument != flag]
+    return found
+
+
+def _complain(message: str, status: int) -> int:
+    print("espalier: error:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _fault(error: Exception, debug: bool) -> tuple[str, int]:
+    """Return the sentence and the exit status for an exception that nobody expected."""
+    place = full_device(error)
+    if place is not None:
+        return f"no space left on the device{place}; free some, or write elsewhere (--out)", 2
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "out of memory; a smaller --batch_size or --sequence_length needs less", 1
+    hint = "" if debug else " (--debug shows where)"
+    return f"{type(error).__name__}: {error}{hint}", 1
+
+
+def full_device(error: BaseException | None) -> str | None:
+    """Return ` while writing FILE` (or an empty string) when an error comes from a full device, else None.
+
+    safetensors and torch report a full device with errors of their own, so the words are looked at as well.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f" while writing {error.filename}" if error.filename else ""
+        if "os error 28" in str(error) or "No space left on device" in str(error):
+            return ""
+        error = error.__cause__ or error.__context__
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

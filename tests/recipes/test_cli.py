@@ -1,0 +1,176 @@
+"""The command line: help without heavy imports, one sentence for a wrong input, exit statuses."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from models.errors import UserError
+from recipes import cli
+from recipes.stages import options
+from recipes.stages.parser import parse_arguments, parse_values
+
+STAGE_VERBS = [name for name, verb in cli.VERBS.items() if verb.options is not None]
+
+
+def run_cli(*argv, capsys):
+    status = cli.main(list(argv))
+    return status, capsys.readouterr()
+
+
+def assert_refused(argv, capsys, *words):
+    """The command exits with 2 and one line on stderr that holds all of `words`."""
+    status, output = run_cli(*argv, capsys=capsys)
+    assert status == 2, output.err
+    assert output.err.startswith("espalier: error: ")
+    assert output.err.count("\n") == 1
+    assert "Traceback" not in output.err
+    for word in words:
+        assert word in output.err
+
+
+@pytest.mark.parametrize("verb", ["", *STAGE_VERBS])
+def test_help_imports_neither_torch_nor_lightning(verb):
+    code = (
+        "import sys; from recipes import cli; status = cli.main(sys.argv[1:]);"
+        "heavy = {'torch', 'lightning', 'transformers', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules);"
+        "assert not heavy, heavy; sys.exit(status)"
+    )
+    arguments = [verb, "--help"] if verb else ["--help"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: espalier" in done.stdout
+
+
+def test_help_lists_every_verb(capsys):
+    status, output = run_cli("--help", capsys=capsys)
+    assert status == 0
+    assert all(f"  {name} " in output.out for name in cli.VERBS)
+
+
+def test_every_option_has_help():
+    for name in STAGE_VERBS:
+        parser = cli.build_parser(name, cli.VERBS[name].options)
+        assert all(action.help for action in parser._actions), name
+
+
+def test_no_verb_is_an_error(capsys):
+    status, output = run_cli(capsys=capsys)
+    assert status == 2
+    assert "usage" in output.out
+
+
+def test_unknown_verb_names_the_nearest(capsys):
+    assert_refused(["quantise"], capsys, "quantise", "did you mean 'quantize'")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["quantize"], ["--out and MODEL must be given"]),
+        (["quantize", "m", "--out", "o", "--bitz", "3"], ["--bitz", "did you mean '--bits'"]),
+        (["quantize", "m", "--out", "o", "--bits", "5"], ["bits must be one of 2, 3, 4, 8, not 5"]),
+        (["quantize", "m", "--out", "o", "--group_size", "x"], ["group_size must be a whole number, not x"]),
+        (["quantize", "m", "n", "--out", "o"], ["unrecognized", "n"]),
+        (["prune", "m", "--out", "o", "--sparsity", "half"], ["sparsity must be a number, not half"]),
+        (["generate", "m"], ["--prompt must be given"]),
+        (["quantize", "m", "--out", "o", "-c"], ["-c needs the path of a recipe"]),
+        (["quantize", "m", "--out", "o", "-c", "no/such.yaml"], ["no/such.yaml"]),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(argv, words, capsys):
+    assert_refused(argv, capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("bitz: 3\n", ["unknown key 'bitz'", "did you mean 'bits'"]),
+        ("bits: five\n", ["bits must be one of 2, 3, 4, 8, not five"]),
+        ("- 1\n", ["must hold a mapping"]),
+        ("bits: [\n", ["cannot be read as YAML"]),
+        ("bits: 4\n\x00", ["cannot be read as YAML"]),
+    ],
+)
+def test_wrong_recipe_names_the_file(recipe, words, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    assert_refused(["quantize", "m", "--out", str(tmp_path / "o"), "-c", str(path)], capsys, str(path), *words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_recipes_merge_from_left_to_right_and_the_command_line_wins(tmp_path):
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("bits: 3\ngroup_size: 32\nsymmetric: false\nskip: [head, 'blocks.0.*']\n")
+    second.write_text("group_size: 128\n")
+    chosen = parse_arguments(
+        "quantize", options.Quantize, ["m", "--bits", "8", "--out", "o", "-c", str(first), "--config", str(second)]
+    )
+    assert (chosen.bits, chosen.group_size, chosen.symmetric) == (8, 128, False)
+    assert options.names(chosen.skip) == ("head", "blocks.0.*")
+
+
+def test_numbers_in_scientific_notation(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 1e-3\n")
+    chosen = parse_arguments("distill", options.Distill, ["--teacher", "t", "--out", "o", "-c", str(recipe)])
+    assert chosen.learning_rate == 1e-3
+
+
+def test_a_flag_alone_means_true():
+    chosen = parse_arguments("quantize", options.Quantize, ["m", "--out", "o", "--overwrite", "--bits", "3"])
+    assert chosen.overwrite is True
+    assert chosen.bits == 3
+
+
+def test_values_of_a_pipeline_are_checked_like_flags():
+    assert parse_values("prune", options.Prune, {"model": "m", "out": "o", "ratio": 0.5}, "here").ratio == 0.5
+    with pytest.raises(UserError, match=r"p.yaml, stage 2: unknown key 'ration' \(did you mean 'ratio'"):
+        parse_values("prune", options.Prune, {"model": "m", "out": "o", "ration": 0.5}, "p.yaml, stage 2")
+
+
+class Raise:
+    """Stands in for a stage: `cli.main` calls it and it raises."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, chosen):
+        raise self.error
+
+
+def full_device_as_safetensors_says_it():
+    return RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (UserError("a sentence\n  over two lines"), 2, "a sentence over two lines"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/model.safetensors"), 2, "/x/model.safetensors"),
+        (full_device_as_safetensors_says_it(), 2, "no space left on the device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("division by zero"), 1, "division by zero (--debug shows where)"),
+        (MemoryError(), 1, "out of memory"),
+    ],
+)
+def test_exit_status(error, status, words, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_function", lambda verb: Raise(error))
+    assert cli.main(["inspect", "m"]) == status
+    output = capsys.readouterr().err
+    assert words in output
+    assert output.count("\n") == 1
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("switch", ["flag", "environment"])
+def test_debug_shows_the_traceback(switch, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_function", lambda verb: Raise(ZeroDivisionError("oops")))
+    argv = ["inspect", "m"]
+    if switch == "flag":
+        argv.append("--debug")
+    else:
+        monkeypatch.setenv("ESPALIER_DEBUG", "1")
+    assert cli.main(argv) == 1
+    assert "Traceback" in capsys.readouterr().err
