@@ -57,7 +57,7 @@ class Registry:
 
 
 def read_dataclass(cls: type, arguments: Mapping[str, Any], where: str) -> Any:
-    """Build `cls` from plain values, checking names and types; a field with a `registry` in its metadata is a nested spec."""
+    """Build `cls` from plain values, checking names and types; `registry` in a field's metadata reads a nested spec."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = {}
