@@ -1,0 +1,120 @@
+"""The whole objective of a distillation: runs student and teacher over a batch and combines the losses.
+
+B sequences, T tokens, D the student's width, E the teacher's width, V vocabulary.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.distillation import feature as _feature  # noqa: F401  registers its loss
+from compress.distillation.logit import IGNORED, Logit, logit_terms
+from compress.distillation.losses import Combine
+from models.config import ModelConfig
+from models.errors import UserError
+from models.transformer import Transformer
+
+
+class Objective(nn.Module):
+    """Losses by name, the projectors that they train, and how they are combined.
+
+    Its parameters (projectors) are trained and checkpointed with the student, and belong to no exported model.
+
+    Args:
+        losses: name -> spec, as `parse_losses` reads them.
+        combine: the weights.
+        student, teacher: configs of the two models.
+
+    Raises:
+        UserError: the vocabularies differ in size, or the weights do not fit the losses.
+    """
+
+    def __init__(self, losses: Mapping[str, Any], combine: Combine, student: ModelConfig, teacher: ModelConfig) -> None:
+        super().__init__()
+        require_same_vocabulary(student.vocab_size, teacher.vocab_size)
+        combine.check(losses)
+        self.combine = combine
+        self.logit = losses.get("logit", Logit())
+        self.beta = combine.weight("logit") if "logit" in losses else 0.0
+        self.states = nn.ModuleDict(
+            {name: spec.build(student, teacher) for name, spec in losses.items() if name != "logit"}
+        )
+
+    def forward(self, student: Transformer, teacher: Transformer, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Terms of one batch, scalars: `total` with its gradient; detached `cross_entropy` (nats/token), `agreement`
+        (fraction of tokens at which both would choose the same token), `logit` (T^2 KL) and one per further loss.
+
+        batch: tokens (B, T) int64, targets (B, T) int64 with -100 = none, optionally documents (B, T), -1 = padding.
+        """
+        documents = batch.get("documents")
+        student_blocks = {block for loss in self.states.values() for block in loss.student_blocks}
+        teacher_blocks = {block for loss in self.states.values() for block in loss.teacher_blocks}
+        with torch.no_grad():
+            wanted, teacher_states = run_blocks(teacher, batch["tokens"], documents, teacher_blocks)  # (B, T, E)
+        hidden, student_states = run_blocks(student, batch["tokens"], documents, student_blocks)  # (B, T, D)
+        terms = logit_terms(
+            hidden.flatten(0, 1),
+            output_weight(student),
+            wanted.flatten(0, 1),
+            teacher.project,
+            batch["targets"].flatten(),
+            self.logit.temperature,
+            self.combine.alpha,
+            self.beta,
+        )
+        logged = {"cross_entropy": terms.cross_entropy, "agreement": terms.agreement, "logit": terms.divergence}
+        total = terms.total
+        counted = batch["targets"] != IGNORED if documents is None else documents >= 0  # (B, T)
+        for name, loss in self.states.items():
+            term = loss(student_states, teacher_states, counted)
+            total = total + self.combine.weight(name) * term
+            logged[name] = term.detach()
+        return {"total": total, **logged}
+
+
+def run_blocks(
+    model: Transformer, tokens: Tensor, documents: Tensor | None, keep: Collection[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Hidden states after the last norm (B, T, D), and the outputs of the blocks in `keep`."""
+    x, context = model.embed(tokens, documents=documents)
+    states = {}
+    for index, block in enumerate(model.blocks):
+        x = block(x, context)  # (B, T, D)
+        if index in keep:
+            states[index] = x
+    return model.norm(x), states
+
+
+def output_weight(model: Transformer) -> Tensor:
+    """The trainable output projection (V, D): of the head, or of the embedding when the head is tied."""
+    output = model.embedding if model.head is None else model.head
+    if not isinstance(output, nn.Linear | nn.Embedding):
+        raise UserError(
+            "the student's output projection is stored quantized and cannot be trained; distil before quantizing"
+        )
+    return output.weight
+
+
+def require_same_vocabulary(
+    student_size: int,
+    teacher_size: int,
+    student_tokens: Mapping[str, int] | None = None,
+    teacher_tokens: Mapping[str, int] | None = None,
+) -> None:
+    """Raise `UserError` unless both models mean the same by every token id.
+
+    The sizes are the rows of the embeddings; the tokens, where tokenizers are at hand, their vocabularies {token: id}.
+    """
+    if student_size != teacher_size:
+        raise UserError(
+            f"the teacher's vocabulary has {teacher_size} tokens, the student's {student_size}; logits of different "
+            "vocabularies cannot be compared: the student must use the teacher's tokenizer and vocab_size"
+        )
+    if student_tokens is not None and teacher_tokens is not None and dict(student_tokens) != dict(teacher_tokens):
+        different = len(dict(student_tokens).items() ^ dict(teacher_tokens).items())
+        raise UserError(
+            f"teacher and student have tokenizers that differ in {different} entries, although both vocabularies have "
+            f"{student_size} tokens; the student must use the teacher's tokenizer"
+        )

@@ -1,0 +1,148 @@
+"""Which weights go, when every weight has a score: exact counts over rows, layers or the whole model, and N:M.
+
+A pattern turns scores (out, in) into a mask (out, in) of bool in which True keeps the weight. It knows no criterion.
+Of equal scores the one at the lowest index goes first, so that the count is exact and the same on every run.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.errors import UserError
+
+SCOPES = ("row", "layer", "global")
+
+
+class Pattern(Protocol):
+    """What a criterion's scores are handed to."""
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that the pattern removes, as it was asked for."""
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        """Raise `UserError` when a weight of this shape (out, in) cannot take the pattern."""
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Return the mask (out, in), True = keep, for scores (out, in)."""
+
+    def spec(self) -> dict[str, object]:
+        """What was asked for, as JSON."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Remove the `sparsity` smallest scores of each row ("row"), of each layer ("layer") or of all layers ("global").
+
+    The number removed of n weights is `round(sparsity * n)`. "row" means per output row, Wanda's comparison group
+    (arXiv 2306.11695, section 3); "global" needs the scores of all layers at once: `global_masks`.
+    """
+
+    sparsity: float
+    scope: str = "row"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sparsity < 1.0:
+            raise UserError(f"sparsity is {self.sparsity:g}; it is the fraction removed and must lie in [0, 1)")
+        if self.scope not in SCOPES:
+            raise UserError(f"unknown scope '{self.scope}' of unstructured sparsity; one of {', '.join(SCOPES)}")
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        count = shape[1] if self.scope == "row" else shape[0] * shape[1]
+        if self.scope != "global" and round(self.sparsity * count) >= count:
+            where = f"rows of {count} weights" if self.scope == "row" else f"{count} weights"
+            raise UserError(f"sparsity {self.sparsity:g} leaves nothing of {name} ({where}); ask for less")
+
+    def mask(self, scores: Tensor) -> Tensor:
+        if self.scope == "global":
+            raise ValueError("a global pattern compares layers: use global_masks")
+        rows = scores if self.scope == "row" else scores.reshape(1, -1)  # (groups, members)
+        keep = ~smallest(rows, round(self.sparsity * rows.shape[1]))
+        return keep.reshape(scores.shape)
+
+    def spec(self) -> dict[str, object]:
+        return {"pattern": "unstructured", "scope": self.scope, "sparsity": self.sparsity}
+
+
+@dataclass(frozen=True)
+class NOfM:
+    """Keep the `n` largest scores of every `m` consecutive inputs (2:4, 4:8, ...), along the input axis."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise UserError(
+                f"pattern {self.n}:{self.m} keeps {self.n} of every {self.m}; it needs 0 < N < M, as in 2:4"
+            )
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - self.n / self.m
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        if shape[1] % self.m:
+            raise UserError(
+                f"pattern {self.n}:{self.m} needs an input width divisible by {self.m}; {name} has {shape[1]}"
+            )
+
+    def mask(self, scores: Tensor) -> Tensor:
+        groups = scores.reshape(-1, self.m)  # (out * in / m, m)
+        return ~smallest(groups, self.m - self.n).reshape(scores.shape)
+
+    def spec(self) -> dict[str, object]:
+        return {"pattern": f"{self.n}:{self.m}", "sparsity": self.sparsity}
+
+
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Mark exactly `count` smallest scores of every row; of equal ones the lowest index first. (rows, n) -> bool."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if torch.isnan(scores).any():
+        raise UserError("a pruning score is not a number: the weights or the calibration activations contain NaN")
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values  # (rows, 1)
+    below, tied = scores < threshold, scores == threshold
+    quota = count - below.sum(dim=1, keepdim=True)  # how many of the tied ones still go  (rows, 1)
+    return below | (tied & (tied.cumsum(dim=1) <= quota))
+
+
+def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """Masks that remove `round(sparsity * n)` of all n weights together, whichever layers these lie in.
+
+    Raises `UserError` when a layer would be left with nothing: its output would be constant and the model broken.
+    """
+    flat = torch.cat([score.reshape(-1).float() for score in scores.values()]).unsqueeze(0)  # (1, n)
+    keep = ~smallest(flat, round(sparsity * flat.shape[1])).squeeze(0)  # (n,)
+    pieces = keep.split([score.numel() for score in scores.values()])
+    masks = {name: piece.reshape(scores[name].shape) for name, piece in zip(scores, pieces, strict=True)}
+    for name, mask in masks.items():
+        if not mask.any():
+            raise UserError(
+                f"global sparsity {sparsity:g} leaves nothing of {name}; ask for less, or for scope 'layer'"
+            )
+    return masks
+
+
+def parse_pattern(text: str, sparsity: float | None = None, scope: str = "row") -> Unstructured | NOfM:
+    """Read `unstructured` or `N:M`; `sparsity` belongs to the first and follows from the second.
+
+    Raises `UserError` for any other text, a missing sparsity, or one that contradicts N:M.
+    """
+    if text == "unstructured":
+        if sparsity is None:
+            raise UserError("pattern 'unstructured' needs a sparsity, for example 0.5")
+        return Unstructured(sparsity, scope)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        raise UserError(f"unknown pattern '{text}'; it is 'unstructured' or N:M, for example 2:4 (keep 2 of every 4)")
+    pattern = NOfM(int(match[1]), int(match[2]))
+    if sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
+        raise UserError(
+            f"pattern {text} removes {pattern.sparsity:g} of the weights, not {sparsity:g}; leave sparsity out"
+        )
+    return pattern
