@@ -1,0 +1,381 @@
+"""The sequential driver: one block at a time, inputs in, statistics out, the compressed block's outputs fed forward.
+
+It belongs to no method. For every block it runs the calibration tokens through, gathers the statistics that the method
+asks for at the inputs of the block's linear maps, lets the method change the block, and computes the inputs of the next
+block with the changed one. What it holds beside the model: the activations of the calibration tokens once, and the
+statistics of one block. Embedding and head are the last step; the head's input is the output of the final norm.
+
+    class Method(LayerMethod):                              # a method is one class
+        def statistic(self, name, module): return Hessian   # what to gather at which input, or None
+        def compress(self, name, module, statistic): ...    # -> (module that takes its place or None, LayerRecord)
+
+    records = walk(model, Method(), batches, store=FolderStore(folder), progress=print)
+
+B batch, T tokens of a row, D model width, N tokens, K input channels of a linear map.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress.records import LayerRecord
+from compress.statistics import Statistic, StatisticType
+from compress.store import Store
+from models.errors import UserError
+from models.forms import described, install
+
+Batch = dict[str, Tensor]  # `tokens` (B, T) int64 and, where rows hold several documents, `documents` (B, T)
+
+
+class Progress(NamedTuple):
+    """One finished step: block `index` of `count` (the last is embedding and head), and one of its layers."""
+
+    index: int
+    count: int
+    layer: str
+    error: float | None
+    seconds: float
+
+
+@dataclass
+class Part:
+    """What is compressed in one step: a block, or the embedding and head.
+
+    Attributes:
+        index: 0 for the first block; the number of blocks for embedding and head.
+        model: the whole model; set a module by its full name with `replace`.
+        prefixes: the modules that make up this part, by their full names, e.g. `("blocks.3",)`.
+        linears: full name -> `nn.Linear` or `nn.Embedding` in this part, in the order of the model.
+        statistics: full name -> what was gathered at that module's input; maps that read one input share it.
+        inputs: hidden states (B, T, D) that enter the part, one tensor a batch; empty when nothing asked for data.
+        contexts: what `Transformer.embed` gave beside each of them: `module(inputs[i], contexts[i])` runs a block.
+        extras: tensors, by name, that the method wants kept with this part; there again in `restore_block`.
+    """
+
+    index: int
+    model: nn.Module
+    prefixes: tuple[str, ...]
+    linears: dict[str, nn.Module]
+    statistics: dict[str, Statistic] = field(default_factory=dict)
+    inputs: list[Tensor] = field(default_factory=list)
+    contexts: list[Any] = field(default_factory=list)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    report: Callable[[LayerRecord], None] = lambda record: None
+
+    @property
+    def module(self) -> nn.Module:
+        """The block, or the whole model for the last part."""
+        return self.model.get_submodule(self.prefixes[0]) if len(self.prefixes) == 1 else self.model
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put `module` in the place of the module called `name` (full name)."""
+        self.model.set_submodule(name, module, strict=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of this part under their names in the model's state dict."""
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix in self.prefixes
+            for name, tensor in self.model.get_submodule(prefix).state_dict().items()
+        }
+
+    def forms(self) -> dict[str, dict[str, Any]]:
+        """The stored forms in this part: module name -> spec."""
+        return {
+            f"{prefix}.{name}" if name else prefix: spec
+            for prefix in self.prefixes
+            for name, spec in described(self.model.get_submodule(prefix)).items()
+        }
+
+
+class Method(Protocol):
+    """What the driver asks of a method."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Look at the whole model before the first block; raise UserError for what cannot work."""
+
+    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
+        """What to gather at the input of this linear map, or None; the same answer whenever it is asked."""
+
+    def compress_block(self, part: Part) -> list[LayerRecord]:
+        """Change the part in place: one record for every one of `part.linears`; call `part.report` with each."""
+
+    def restore_block(self, part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
+        """Bring a part into the state in which `compress_block` left it in an earlier run: tensors and stored forms."""
+
+
+class LayerMethod(ABC):
+    """A method that treats every linear map by itself."""
+
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027 (most methods have nothing to look at)
+        """Accept every model."""
+
+    @abstractmethod
+    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
+        """See `Method.statistic`."""
+
+    @abstractmethod
+    def compress(
+        self, name: str, module: nn.Module, statistic: Statistic | None
+    ) -> tuple[nn.Module | None, LayerRecord]:
+        """Compress one linear map or embedding.
+
+        Returns the module that takes its place, or None when `module` was changed in place or left alone, and the
+        record, `skipped` with its reason when it was left alone.
+        """
+
+    def compress_block(self, part: Part) -> list[LayerRecord]:
+        """`compress` every linear map of the part in turn."""
+        records = []
+        for name, module in part.linears.items():
+            new, record = self.compress(name, module, part.statistics.get(name))
+            if new is not None:
+                part.replace(name, new)
+            records.append(record)
+            part.report(record)
+        return records
+
+    def restore_block(self, part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
+        """Install the stored forms, then the tensors."""
+        load_part(part, state, forms)
+
+
+def load_part(part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
+    """Put saved tensors into a part whose dense modules have the shapes that they had when it was saved."""
+    device = next(part.model.parameters()).device
+    with torch.device("meta"):
+        install(part.model, forms)
+    for prefix in part.prefixes:
+        own = {name[len(prefix) + 1 :]: t.to(device) for name, t in state.items() if name.startswith(prefix + ".")}
+        part.model.get_submodule(prefix).load_state_dict(own, assign=True)
+
+
+def parts_of(model: nn.Module) -> list[Part]:
+    """The blocks of a `Transformer` in their order, then embedding and head."""
+    parts = []
+    for index, block in enumerate(model.blocks):
+        name = f"blocks.{index}"
+        linears = {f"{name}.{child}": m for child, m in block.named_modules() if isinstance(m, nn.Linear)}
+        parts.append(Part(index, model, (name,), linears))
+    ends = {name: getattr(model, name) for name in ("embedding", "head")}
+    present = tuple(name for name, module in ends.items() if module is not None)
+    linears = {name: ends[name] for name in present if isinstance(ends[name], nn.Linear | nn.Embedding)}
+    parts.append(Part(len(parts), model, (*present, "norm"), linears))
+    return parts
+
+
+class Chain:
+    """The hidden states of the calibration tokens at one place in the model, moved forward block by block."""
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], device: torch.device, autocast: torch.dtype | None
+    ) -> None:
+        self.device, self.autocast = device, autocast
+        self.inputs: list[Tensor] = []  # (B, T, D) each
+        self.contexts: list[Any] = []
+        self.valid: list[Tensor | None] = []  # (B, T) bool: not padding; None where there is none
+        for batch in batches:
+            documents = batch.get("documents")
+            x, context = model.embed(batch["tokens"], documents=documents)
+            padded = documents is not None and bool((documents < 0).any())
+            self.inputs.append(x)
+            self.contexts.append(context)
+            self.valid.append(documents >= 0 if padded else None)
+        if not self.inputs:
+            raise UserError("the calibration data holds no batch; give text that fills at least one sequence")
+
+    def run(self, module: Callable[[Tensor, Any], Tensor], keep: bool, begin: Callable[[int], None]) -> None:
+        """Pass every batch through `module`; with `keep` its outputs become the inputs of what follows."""
+        casting = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+        for i, (x, context) in enumerate(zip(self.inputs, self.contexts, strict=True)):
+            begin(i)
+            with casting:
+                y = module(_to(x, self.device), _to(context, self.device))  # (B, T, D)
+            if keep:
+                self.inputs[i] = y.to(x)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Tensors inside (named) tuples on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        moved = [_to(item, device) for item in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value
+
+
+class Observer:
+    """Updates statistics from forward pre-hooks; linear maps that read the very same tensor share one statistic."""
+
+    def __init__(self, types: dict[str, StatisticType], device: torch.device) -> None:
+        self.types, self.device = types, device
+        self.statistics: dict[str, Statistic] = {}
+        self.valid: Tensor | None = None
+        self._seen: dict[tuple[int, StatisticType], tuple[Tensor, Statistic]] = {}
+
+    def begin(self, valid: Tensor | None) -> None:
+        """A new batch: `valid` (B, T) marks its tokens that are not padding; None means all of them."""
+        self.valid = valid
+        self._seen.clear()
+
+    def take(self, name: str, x: Tensor) -> None:
+        """The map `name` reads x (B, T, K), or (N, K) where tokens were picked."""
+        kind = self.types[name]
+        held = self._seen.get((id(x), kind))  # the tensor is held with it, so its id cannot be given away
+        if held is not None and self.statistics.setdefault(name, held[1]) is held[1]:
+            return
+        own = self.statistics.get(name)
+        if own is None:
+            own = self.statistics[name] = kind(x.shape[-1], self.device)
+        elif any(statistic is own for _, statistic in self._seen.values()):
+            raise RuntimeError(f"{name} shares its statistic with a map that now reads another input")
+        self._seen[id(x), kind] = (x, own)
+        whole = self.valid is None or x.shape[:-1] != self.valid.shape
+        own.update(x.flatten(0, -2) if whole else x[self.valid.to(x.device)])  # (N, K)
+
+
+@contextmanager
+def _watching(observer: Observer, linears: dict[str, nn.Module]):
+    def watch(name: str, module: nn.Module):
+        return module.register_forward_pre_hook(lambda _, args: observer.take(name, args[0]))
+
+    handles = [watch(name, linears[name]) for name in observer.types]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _wanted(method: Method, part: Part) -> dict[str, StatisticType]:
+    """Which statistic at which map. An embedding reads token ids: only as a tied head has it an input to look at."""
+    kinds = {}
+    for name, module in part.linears.items():
+        if isinstance(module, nn.Linear) or part.model.head is None:
+            kinds[name] = method.statistic(name, module)
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def _gather(part: Part, kinds: dict[str, StatisticType], chain: Chain) -> None:
+    observer = Observer(kinds, chain.device)
+    part.inputs, part.contexts = chain.inputs, chain.contexts
+    if part.module is part.model:
+
+        def observe(x: Tensor, context: Any) -> Tensor:
+            hidden = part.model.norm(x)  # (B, T, D)
+            for name in kinds:
+                observer.take(name, hidden)
+            return hidden
+
+        chain.run(observe, keep=False, begin=lambda i: observer.begin(chain.valid[i]))
+    else:
+        with _watching(observer, part.linears):
+            chain.run(part.module, keep=False, begin=lambda i: observer.begin(chain.valid[i]))
+    part.statistics = observer.statistics
+    for name, statistic in part.statistics.items():
+        if not statistic.finite():
+            raise UserError(
+                f"the inputs of {name} hold NaN or infinity on the calibration text: "
+                "the weights before it, or its own block's, are broken; nothing can be calibrated on them"
+            )
+
+
+@torch.no_grad()
+def walk(
+    model: nn.Module,
+    method: Method,
+    batches: Sequence[Batch] | None = None,
+    *,
+    store: Store | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+) -> list[LayerRecord]:
+    """Take `method` through every block of a `Transformer`, then through embedding and head; the model changes in place.
+
+    Args:
+        model: a `Transformer`; left in evaluation mode, as dropout must be off while it is looked at.
+        method: what to gather and what to do.
+        batches: calibration tokens; may be None for a method that asks for no statistic.
+        store: where finished parts are kept. With a store that an interrupted run of the same settings has left, the
+            finished parts are restored and the end result is the same to the bit.
+        progress: called after every layer.
+        device: where blocks run, one at a time; by default where the model is. The rest stays where it is.
+        autocast: dtype in which the calibration forward passes compute their matrix products; by default the model's.
+
+    Raises:
+        UserError: no calibration data where the method needs some; NaN or infinity at a named layer's input.
+    """
+    model.eval()
+    method.prepare(model)
+    parts = parts_of(model)
+    kinds = [_wanted(method, part) for part in parts]
+    last = max((i for i, kind in enumerate(kinds) if kind), default=-1)  # the last part that needs to see data
+    if last >= 0 and batches is None:
+        raise UserError("this method calibrates: give it text (data, samples, sequence_length)")
+    home = next(model.parameters()).device
+    chain = Chain(model, batches, torch.device(device or home), autocast) if last >= 0 else None
+    done, records = _resume(parts, method, store, chain, last)
+    for part, kind in zip(parts[done:], kinds[done:], strict=True):
+        _announce(part, len(parts), progress)
+        blocklike = part.module is not model
+        part.module.to(chain.device if chain and blocklike else home)
+        if kind:
+            _gather(part, kind, chain)
+        new = method.compress_block(part)
+        if part.index < last:
+            chain.run(part.module, keep=True, begin=lambda i: None)
+        part.module.to(home)
+        records += new
+        _keep(part, new, store, chain, last)
+        part.statistics, part.inputs, part.contexts = {}, [], []
+    return records
+
+
+def _announce(part: Part, count: int, progress: Callable[[Progress], None] | None) -> None:
+    if progress is not None:
+        part.report = lambda record: progress(Progress(part.index, count, record.name, record.error, record.seconds))
+
+
+def _keep(part: Part, records: list[LayerRecord], store: Store | None, chain: Chain | None, last: int) -> None:
+    """The chain first: a part counts as done when its own entry is there."""
+    if store is None:
+        return
+    if part.index < last:
+        store.save(f"chain-{part.index}", {str(i): x for i, x in enumerate(chain.inputs)}, {})
+    tensors = {f"state:{name}": tensor for name, tensor in part.state().items()}
+    tensors |= {f"extra:{name}": tensor for name, tensor in part.extras.items()}
+    info = {"forms": part.forms(), "records": [record.to_dict() for record in records]}
+    store.save(f"part-{part.index}", tensors, info)
+    store.remove(f"chain-{part.index - 1}")
+
+
+def _resume(
+    parts: list[Part], method: Method, store: Store | None, chain: Chain | None, last: int
+) -> tuple[int, list[LayerRecord]]:
+    """Restore the finished parts; returns how many there are, with their records."""
+    saved = []
+    for part in parts if store is not None else []:
+        entry = store.load(f"part-{part.index}")
+        if entry is None:
+            break
+        saved.append(entry)
+    while 0 < len(saved) <= last:
+        held = store.load(f"chain-{len(saved) - 1}")
+        if held is not None:
+            chain.inputs = [held[0][str(i)].to(x.device) for i, x in enumerate(chain.inputs)]
+            break
+        saved.pop()
+    records = []
+    for part, (tensors, info) in zip(parts, saved, strict=False):
+        part.extras = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("extra:")}
+        state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state:")}
+        method.restore_block(part, state, info["forms"])
+        records += [LayerRecord.from_dict(record) for record in info["records"]]
+    return len(saved), records
