@@ -297,7 +297,7 @@ def walk(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
 ) -> list[LayerRecord]:
-    """Take `method` through every block of a `Transformer`, then through embedding and head; the model changes in place.
+    """Take `method` through every block of a `Transformer`, then embedding and head; the model changes in place.
 
     Args:
         model: a `Transformer`; left in evaluation mode, as dropout must be off while it is looked at.
