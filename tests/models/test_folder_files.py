@@ -19,6 +19,12 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def interrupted(target):
+    with writing(target, overwrite=True) as directory:
+        (directory / "a").write_text("new")
+        raise KeyboardInterrupt
+
+
 def test_writing_renames_a_finished_folder(tmp_path):
     with writing(tmp_path / "new" / "out") as directory:
         assert not (tmp_path / "new" / "out").exists()
@@ -34,9 +40,8 @@ def test_writing_that_fails_leaves_what_was_there(tmp_path, old):
     if old:
         target.mkdir(parents=True)
         (target / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), writing(target, overwrite=True) as directory:
-        (directory / "a").write_text("new")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(target)
     assert names(tmp_path) == (["deep"] if old else [])
     if old:
         assert (target / "a").read_text() == "old"
@@ -46,7 +51,7 @@ def test_writing_replaces_only_when_asked(tmp_path):
     (tmp_path / "out").mkdir()
     with writing(tmp_path / "out") as directory:  # an empty folder is nobody's loss
         (directory / "a").write_text("1")
-    with pytest.raises(UserError, match="already holds something.*--overwrite"), writing(tmp_path / "out"):
+    with pytest.raises(UserError, match=r"already holds something.*--overwrite"), writing(tmp_path / "out"):
         pass
     with writing(tmp_path / "out", overwrite=True) as directory:
         (directory / "b").write_text("2")
@@ -237,7 +242,7 @@ def test_a_wrong_index_is_refused(tmp_path):
     folder = write_sharded(tmp_path / "shapeless")
     for content in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
         (folder / INDEX).write_text(content)
-        with pytest.raises(UserError, match="index.json"):
+        with pytest.raises(UserError, match=r"index\.json"):
             TensorFiles(folder)
 
 
@@ -267,7 +272,7 @@ def test_check_names_what_differs(tmp_path):
     read = TensorFiles(tmp_path)
     with pytest.raises(UserError, match=r"lack c, d, e and 2 more, which config.json calls for"):
         read.check(dict.fromkeys("abcdefg", (1,)))
-    with pytest.raises(UserError, match="hold b, which config.json does not know"):
+    with pytest.raises(UserError, match=r"hold b, which config\.json does not know"):
         read.check({"a": (2, 3)})
     with pytest.raises(UserError, match=r"tensor a .* has shape \[2, 3\]; config.json calls for \[3, 2\]"):
         read.check({"a": (3, 2), "b": (1,)})

@@ -1,0 +1,155 @@
+"""The model folder: what passes between stages and what a person keeps.
+
+    config.json          {"format": "espalier", "format_version": 1, "architecture": {...}}
+    model.safetensors    the weights as stored: packed where quantized; in shards with an index when large
+
+The config says all that is needed to rebuild the model, and names no Python class.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.errors import UserError, did_you_mean
+from models.files import SHARD_BYTES, TensorFiles, inside, read_json, weight_files, write_json, write_tensors, writing
+from models.forms import described, install
+from models.transformer import Transformer
+
+__all__ = ["FORMAT_VERSION", "hash_weights", "load", "read_config", "save_model", "writing"]
+
+FORMAT = "espalier"
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+_KEYS = ("format", "format_version", "architecture")
+
+
+def save_model(
+    model: Transformer, directory: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `config.json` and the weights of `model` into an existing `directory` (usually from `writing`).
+
+    Args:
+        dtype: of the dense floating-point tensors; by default each as it is. Packed tensors are never converted.
+        shard_bytes: largest size of one file; more go into shards with an index.
+    """
+    packed = described(model)
+    config = replace(model.config, compression=packed)
+    write_json(
+        directory / CONFIG, {"format": FORMAT, "format_version": FORMAT_VERSION, "architecture": config.to_dict()}
+    )
+    write_tensors(directory, _converted(model, packed, dtype), shard_bytes)
+
+
+def _converted(model: nn.Module, packed: dict, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """The state dict as (name, tensor), dense floating-point tensors in `dtype`; a tensor that is shared comes once."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            raise ValueError(f"{name} shares its memory with an earlier tensor, so a reload would separate them")
+        seen.add(tensor.data_ptr())
+        dense = tensor.is_floating_point() and name.rpartition(".")[0] not in packed
+        yield name, tensor.to(dtype) if dense and dtype is not None else tensor
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The architecture in a model folder's `config.json`. Raises UserError if that is missing or wrong."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"there is no model folder {folder}")
+    content = read_json(inside(folder, CONFIG))
+    if "model_type" in content and "format" not in content:
+        kind = content["model_type"]
+        raise UserError(f"{folder} is a Hugging Face folder ({kind}); turn it into a model folder with espalier import")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{folder / CONFIG} has format {content.get('format')!r}, not {FORMAT!r}")
+    if content.get("format_version") != FORMAT_VERSION:
+        version = content.get("format_version")
+        raise UserError(f"{folder} has format version {version!r}; this installation reads version {FORMAT_VERSION}")
+    for key in content:
+        if key not in _KEYS:
+            raise UserError(f"{folder / CONFIG}: unknown key {key!r}{did_you_mean(key, _KEYS)}")
+    if "architecture" not in content:
+        raise UserError(f"{folder / CONFIG} has no architecture")
+    try:
+        return ModelConfig.from_dict(content["architecture"])
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """Load the model in `folder`, in evaluation mode. On the CPU its weights stay memory-mapped, and are never copied.
+
+    Args:
+        device: where the model goes.
+        dtype: of the dense floating-point weights; by default each as stored. Packed tensors stay as they are.
+
+    Raises:
+        UserError: the folder is missing, of another version or corrupt, or its tensors do not fit its config.
+    """
+    folder = Path(folder).expanduser()
+    config = read_config(folder)
+    try:
+        model = skeleton(config)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    files = TensorFiles(folder)
+    files.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    return fill(model, ((name, files[name]) for name in files), device, dtype)
+
+
+def skeleton(config: ModelConfig) -> Transformer:
+    """The model of `config` on the meta device: shapes without memory, and packed modules where it is compressed."""
+    with torch.device("meta"):
+        model = Transformer(config)
+        install(model, config.compression)
+    return model
+
+
+def fill(
+    model: Transformer,
+    tensors: Iterator[tuple[str, Tensor]],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """Give a meta-device model its weights without copying those that are already right, and set evaluation mode.
+
+    `tensors` must be the whole state dict in shapes that fit. Raises UserError for integers where fractions belong.
+    """
+    for module in model.modules():  # what no file holds: buffers that are computed from the config
+        if any(buffer.is_meta for name, buffer in module.named_buffers(recurse=False) if _computed(module, name)):
+            module.to_empty(device=device, recurse=False)
+            module.reset_parameters()
+    packed = model.config.compression
+    own = model.state_dict()
+    state = {}
+    for name, tensor in tensors:
+        if name.rpartition(".")[0] in packed:
+            wanted = own[name].dtype
+            if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+                raise UserError(f"the tensor {name} is stored as {tensor.dtype}; its form calls for {wanted}")
+            state[name] = tensor.to(device)
+        elif not tensor.is_floating_point():
+            raise UserError(f"the tensor {name} is stored as {tensor.dtype}, which is no dense weight")
+        else:
+            state[name] = tensor.to(device, dtype)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _computed(module: nn.Module, buffer: str) -> bool:
+    return buffer in module._non_persistent_buffers_set
+
+
+def hash_weights(folder: str | Path) -> str:
+    """SHA-256 of the weights: of `model.safetensors` as `sha256sum` gives it, of shards one after another by name."""
+    digest = hashlib.sha256()
+    for path in weight_files(Path(folder).expanduser()):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

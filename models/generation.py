@@ -1,0 +1,211 @@
+"""Generation with a key/value cache: one pass over the prompts, then one token a step for every prompt of the batch.
+
+B prompts, T tokens of the longest prompt, V vocabulary, N new tokens.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.errors import UserError
+from models.transformer import Transformer
+
+PAD = -1  # the document of padding, which nothing attends to
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits.
+
+    Args:
+        temperature: divides the logits; 0 takes the likeliest token (greedy).
+        top_k: only the k likeliest tokens.
+        top_p: only the smallest set of likeliest tokens whose probability reaches p (nucleus, arXiv 1904.09751),
+            measured after the temperature and among the top k.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Draw one token per row by inverting the cumulative distribution at `uniform`.
+
+        Args:
+            logits: (B, V).
+            uniform: (B,) fp64 in [0, 1); unused when greedy.
+
+        Returns:
+            (B,) int64.
+        """
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        logits, tokens = logits.float() / self.temperature, None
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            logits, tokens = logits.topk(self.top_k, dim=-1)  # (B, K), likeliest first
+        elif self.top_p is not None:
+            logits, tokens = logits.sort(dim=-1, descending=True)
+        probabilities = logits.double().softmax(dim=-1)
+        cumulative = probabilities.cumsum(dim=-1)
+        if self.top_p is not None:  # a token stays while those before it have not reached p
+            probabilities = probabilities.where(cumulative - probabilities < self.top_p, 0.0)
+            cumulative = probabilities.cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))  # below the total
+        index = torch.searchsorted(cumulative, target, right=True)  # (B, 1), the first whose cumulative exceeds it
+        return (index if tokens is None else tokens.gather(1, index)).squeeze(1)
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Collection[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continue every prompt, and return its new tokens: at most `max_new_tokens`, ending before the first stop token.
+
+    Prompt i draws from its own generator, seeded with `seed + i`: what it gets does not depend on its neighbours.
+    The arguments and errors are those of `stream`.
+    """
+    continued: list[list[int]] = [[] for _ in prompts]
+    sampling = Sampling(temperature, top_k, top_p)
+    for step in stream(
+        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, seed=seed
+    ):
+        for tokens, token in zip(continued, step, strict=True):
+            if token is not None:
+                tokens.append(token)
+    return continued
+
+
+def stream(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Collection[int] = (),
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """Yield, step by step, the next token of every prompt, or None for a prompt that has met a stop token.
+
+    Args:
+        model: any decoder; it is put into evaluation mode meanwhile.
+        prompts: token ids, of any lengths; shorter ones are padded on the left, and padding is never attended to.
+        max_new_tokens: steps at most.
+        sampling: how a token is drawn.
+        stop_tokens: ids that end a prompt's continuation; they are not part of it.
+        seed: of the draws.
+
+    Raises:
+        UserError: an empty prompt, an id outside the vocabulary, or more tokens than learned positions reach. Positions
+            that are computed (RoPE) can go beyond the context that the model was trained with; then there is a warning.
+    """
+    _check(model, prompts, max_new_tokens)
+    return _steps(model, prompts, max_new_tokens, sampling, frozenset(stop_tokens), seed)
+
+
+def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not prompts:
+        raise UserError("there is no prompt to continue")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {number} is empty: a model needs at least one token to continue")
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise UserError(f"prompt {number} has token {wrong}, outside the vocabulary of {model.config.vocab_size}")
+    longest, context = max(map(len, prompts)), model.config.context
+    if longest + max_new_tokens <= context:
+        return
+    asked = f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's context of {context}"
+    if model.config.position.level == "input":
+        raise UserError(
+            f"{asked}, where its {model.config.position.kind} positions end; shorten the prompt or ask for fewer"
+        )
+    warnings.warn(f"{asked}; the model was not trained that far and may ramble", stacklevel=3)
+
+
+def _steps(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_tokens: frozenset[int],
+    seed: int,
+) -> Iterator[list[int | None]]:
+    device = next(model.parameters()).device
+    tokens, documents = _left_padded(prompts, device)  # (B, T) each
+    uniforms = _uniforms(sampling, len(prompts), max_new_tokens, seed).to(device)  # (N, B)
+    alive = [True] * len(prompts)
+    cache = model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens)
+    for uniform in uniforms:
+        # inference mode is left before every yield: it would leak into the code between two steps
+        with torch.inference_mode(), _evaluating(model):
+            tokens = sampling.draw(_next_logits(model, tokens, documents, cache), uniform)[:, None]  # (B, 1)
+        documents = None
+        drawn = tokens[:, 0].tolist()
+        alive = [living and token not in stop_tokens for living, token in zip(alive, drawn, strict=True)]
+        if not any(alive):
+            return
+        yield [token if living else None for living, token in zip(alive, drawn, strict=True)]
+
+
+def _next_logits(model: Transformer, tokens: Tensor, documents: Tensor | None, cache) -> Tensor:
+    """Feed tokens (B, T) to the model and its cache, and return the logits (B, V) after the last of them."""
+    x, context = model.embed(tokens, documents=documents, cache=cache)
+    for block, layer in zip(model.blocks, cache.layers, strict=True):
+        x = block(x, context, layer)  # (B, T, D)
+    return model.project(model.norm(x[:, -1]))  # only the last position pays for the vocabulary
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, T) and their documents (B, T): 0 for a prompt, PAD for what fills it up; None if all are as long."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    if (lengths == longest).all():
+        return tokens, None
+    padded = torch.arange(longest, device=device) < longest - lengths[:, None]  # (B, T)
+    return tokens, torch.where(padded, PAD, 0)
+
+
+def _uniforms(sampling: Sampling, count: int, steps: int, seed: int) -> Tensor:
+    """Draws (steps, B) in [0, 1), a column per prompt from its own CPU generator: the same on any device."""
+    if sampling.temperature == 0:
+        return torch.zeros(steps, count)
+    columns = [
+        torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + row))
+        for row in range(count)
+    ]
+    return torch.stack(columns, dim=1)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Transformer) -> Iterator[None]:
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
