@@ -1,0 +1,176 @@
+"""Byte-level BPE: trained on the training split, or given; saved so that `transformers.AutoTokenizer` loads it.
+
+A tokenizer here is a `tokenizers.Tokenizer` with one token that begins every document (`<|endoftext|>` where we train).
+Text never turns into that token by accident: the characters `<|endoftext|>` inside a text are encoded as characters.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from app.data.cache import build_once
+from models.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+# What given tokenizers call the token between documents, where their tokenizer_config.json does not say.
+_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+
+# Rust threads that ran in this process make `tokenizers` warn in every loader worker that is forked later; the workers
+# never tokenize, so the choice is made here once and the warning stays away.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` and the files that `transformers` wants beside it.
+
+    Args:
+        tokenizer: the tokenizer itself; truncation and padding are switched off.
+        config: content of tokenizer_config.json, kept as it was given.
+        end_of_text: the token between documents.
+
+    Raises:
+        UserError: `end_of_text` is not in the vocabulary.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], end_of_text: str = END_OF_TEXT) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # special tokens that occur in a text are text
+        eot = tokenizer.token_to_id(end_of_text)
+        if eot is None:
+            raise UserError(f"the tokenizer has no token '{end_of_text}' to put between documents")
+        self.eot: int = eot
+        self.end_of_text = end_of_text
+        # Given tokenizers may number their tokens with gaps: what an embedding needs is the largest number plus one.
+        self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, without any token that marks a beginning or an end."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of every text; the texts are encoded in parallel."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`; bytes that are no UTF-8 (a cut character) become U+FFFD."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the tokenizer's own JSON and the end-of-text token: equal tokenizers give equal ids."""
+        return hashlib.sha256(f"{self.end_of_text}\n{self.tokenizer.to_str()}".encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json into the existing `folder`."""
+        folder = Path(folder)
+        (folder / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+        text = json.dumps(self.config, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE (GPT-2's pre-tokenizer: Radford et al. 2019, section 2.2) on `texts`.
+
+    The same texts in the same order give the same tokenizer, on any number of threads. Small corpora may hold fewer
+    merges than were asked for; `vocab_size` of the result says how many tokens there are. `<|endoftext|>` is token 0.
+
+    Args:
+        texts: training texts, consumed once.
+        vocab_size: tokens wanted, at least 257: the 256 bytes and `<|endoftext|>`.
+
+    Raises:
+        UserError: `vocab_size` is below 257, or the texts are empty.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"vocab_size {vocab_size} is too small: byte-level BPE needs at least {SMALLEST_VOCABULARY}")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    counted = _Counted(texts)
+    tokenizer.train_from_iterator(counted, trainer=trainer)
+    if not counted.characters:
+        raise UserError("the training split holds no text to train a tokenizer on")
+    return Tokenizer(tokenizer, _config(END_OF_TEXT))
+
+
+class _Counted:
+    """Pass texts on and count their characters."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = texts
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.characters += len(text)
+            yield text
+
+
+def _config(end_of_text: str) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+    }
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a folder with tokenizer.json (a model folder, a Hugging Face folder) or from that file.
+
+    The token between documents is the `eos_token` of tokenizer_config.json; without one, a token of a known name.
+
+    Raises:
+        UserError: nothing there, not a tokenizer, or no token that could stand between documents.
+    """
+    path = Path(path).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"tokenizer '{path}': no tokenizer.json there; give a folder that holds one, or the file itself"
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception, whatever is wrong with the file
+        raise UserError(f"tokenizer '{file}' cannot be read by the tokenizers library: {error}") from error
+    config_file = file.parent / "tokenizer_config.json"
+    config: dict[str, Any] = {}
+    if config_file.is_file():
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"tokenizer '{config_file}' is not valid JSON: {error}") from error
+    end = config.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    if end is None:
+        end = next((name for name in _KNOWN_ENDS if tokenizer.token_to_id(name) is not None), None)
+    if end is None:
+        known = ", ".join(_KNOWN_ENDS)
+        raise UserError(f"tokenizer '{path}' names no eos_token and has none of {known} to put between documents")
+    return Tokenizer(tokenizer, config or _config(end), end)
+
+
+def cached_tokenizer(texts: Iterable[str], key: str, vocab_size: int, folder: Path) -> Tokenizer:
+    """Return the tokenizer trained on the corpus with SHA-256 `key`, from `folder` where an earlier run left it."""
+    place = folder / f"{key[:32]}-{vocab_size}"
+    return load_tokenizer(build_once(place, lambda temporary: train_tokenizer(texts, vocab_size).save(temporary)))
