@@ -49,7 +49,7 @@ class Measure(Compute):
     )
     sequence_length: int | None = option("tokens of one block; default: the model's context, at most 1024", None)
     seed: int = option("seed of everything that is drawn at random", 0)
-    batch_size: int = option("blocks of text that run at once while a model is measured", 8)
+    batch_size: int | None = option("blocks of text that run at once; default: chosen from the vocabulary", None)
     evaluation_data: str | None = option("held-out text; default: the test split of --data", None)
     evaluation_blocks: int | None = option("measure on the first N held-out blocks only; default: all of them", None)
 

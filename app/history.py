@@ -1,0 +1,148 @@
+"""Where a model came from: history.json, one entry for every stage so far, and the README.md that says it to people.
+
+    {"format_version": 1, "stages": [{"stage": "pretrain", "title": "...", "time": "...", "recipe": {...}, "seed": 0,
+      "versions": {...},
+      "data": {"source": "python", "fingerprint": "..."}, "parents": {"model": "<sha256 of its weights>"},
+      "weights": "<sha256 of the weights written>", "seconds": 12.3}, ...]}
+
+An entry holds what is needed to do the stage again: its resolved recipe, seed, versions, data and inputs.
+"""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from app.evaluation import wording
+from app.evaluation.environment import environment
+from models.errors import UserError
+from models.files import read_json, write_json
+from models.transformer import Transformer
+
+HISTORY = "history.json"
+FORMAT_VERSION = 1
+
+
+def history_entry(
+    stage: str,
+    title: str = "",
+    *,
+    recipe: Mapping[str, Any],
+    seed: int,
+    data: Mapping[str, Any],
+    weights: str,
+    parents: Mapping[str, str] | None = None,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Return the entry of one stage as JSON values.
+
+    Args:
+        stage: the verb: pretrain, quantize, prune, distill, import.
+        title: what the stage did, in a few words: "GPTQ, 4 bits, groups of 64".
+        recipe: every option with the value that it had.
+        data: `source` and `fingerprint` of the text that was used.
+        weights: SHA-256 of the weights that the stage wrote (models.folder.hash_weights).
+        parents: role (model, teacher, student) -> SHA-256 of the weights of the models that went in.
+    """
+    return {
+        "stage": stage,
+        "title": title,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "recipe": dict(recipe),
+        "seed": seed,
+        "versions": environment(),
+        "data": dict(data),
+        "parents": dict(parents or {}),
+        "weights": weights,
+        "seconds": seconds,
+    }
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of a model's history, the first stage first; none where the folder has no history.json.
+
+    Raises:
+        UserError: history.json is unreadable or of another version.
+    """
+    path = folder / HISTORY
+    if not folder.is_dir() or not path.exists():
+        return []
+    content = read_json(path)
+    if content.get("format_version") != FORMAT_VERSION or not isinstance(content.get("stages"), list):
+        raise UserError(f"{path} is no history of format version {FORMAT_VERSION}")
+    return content["stages"]
+
+
+def write_history(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Write history.json into an existing folder."""
+    write_json(folder / HISTORY, {"format_version": FORMAT_VERSION, "stages": list(entries)})
+
+
+def write_card(
+    folder: Path, model: Transformer, entries: Sequence[Mapping[str, Any]], figures: Mapping[str, Any] | None = None
+) -> None:
+    """Write README.md, the model card: what the model is, how it came about, what it measures, how to load it.
+
+    Args:
+        figures: the block of DESIGN 2.3 of this model (`quality`, `size`, `speed`), where it was measured.
+    """
+    (folder / "README.md").write_text(_card(model, entries, figures or {}), encoding="utf-8")
+
+
+def _card(model: Transformer, entries: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> str:
+    config = model.config
+    parameters = model.count_parameters()["total"]
+    lines = [
+        "---",
+        "library_name: espalier",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# {wording.count(parameters)} parameter decoder",
+        "",
+        f"{len(config.layers)} layers, width {config.width}, vocabulary {config.vocab_size}, "
+        f"context {config.context} tokens.",
+        "",
+        "## How it came about",
+        "",
+        *(f"{number}. {_stage(entry)}" for number, entry in enumerate(entries, start=1)),
+        "",
+        "`history.json` holds the whole recipe of each stage.",
+        "",
+    ]
+    if "quality" in figures:
+        lines += ["## What it measures", "", *_measured(figures), "", "`report.md` has the whole report.", ""]
+    lines += [
+        "## How to load it",
+        "",
+        "    import models",
+        '    model = models.load("this/folder")',
+        "",
+        "or from the command line: `espalier generate this/folder --prompt TEXT`, and",
+        "`espalier export this/folder --out DIR --format transformers` for other software.",
+        "",
+        "The model continues text of the kind that it was trained on. It was not tuned to follow instructions, and",
+        "nothing filters what it writes.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _stage(entry: Mapping[str, Any]) -> str:
+    source = entry.get("data", {}).get("source")
+    on = f" on `{source}`" if source else ""
+    return f"**{entry['stage']}**{on}: {entry.get('title', '')} (weights `{str(entry.get('weights'))[:12]}`)"
+
+
+def _measured(figures: Mapping[str, Any]) -> list[str]:
+    quality, size = figures["quality"], figures.get("size", {})
+    perplexity = f"perplexity per token, {quality.get('tokens', 0):,} held-out tokens"
+    lines = ["| figure | value |", "|---|---|", f"| {perplexity} | {wording.number(quality['perplexity'])} |"]
+    if "bits_per_byte" in quality:
+        lines.append(f"| bits per byte | {wording.number(quality['bits_per_byte'])} |")
+    if size:
+        lines.append(f"| weights on disk | {wording.size(size['stored_bytes'])} |")
+        lines.append(f"| weights in memory | {wording.size(size['memory_bytes'])} |")
+    if "speed" in figures:
+        lines.append(f"| decoding, batch 1 | {wording.rate(figures['speed']['decode_tokens_per_second'])} |")
+    return lines

@@ -1,0 +1,183 @@
+"""A model from what a person may have: a model folder, a Lightning checkpoint, or a Hugging Face folder."""
+
+import hashlib
+import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from app.callbacks.record import FORMAT_VERSION
+from app.callbacks.record import KEY as RECORD
+from app.data.tokenizer import Tokenizer, load_tokenizer
+from app.history import read_history
+from app.strategies.checkpoint_io import METADATA, read_checkpoint
+from models import families, folder
+from models.config import ModelConfig
+from models.errors import UserError
+from models.files import inside, read_json
+from models.transformer import Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Kind = Literal["folder", "checkpoint", "hugging face"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from.
+
+    Attributes:
+        weights_sha256: of the files that hold the weights (models.folder.hash_weights), or of the checkpoint file.
+        history: the stages so far, oldest first, as app.history has them; empty where nothing is known.
+    """
+
+    path: Path
+    kind: Kind
+    weights_sha256: str
+    history: list[dict[str, Any]]
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder with the weight files; None for a checkpoint, which holds more than weights."""
+        return None if self.kind == "checkpoint" else self.path
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, its tokenizer (None where none came with it), and where both came from."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+    source: Source
+
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            UserError: none came with the model, or it knows more tokens than the model has embeddings for.
+        """
+        if self.tokenizer is None:
+            raise UserError(f"{self.source.path} has no tokenizer.json, and text cannot be read without one")
+        rows = self.model.config.vocab_size
+        if self.tokenizer.vocab_size > rows:
+            raise UserError(
+                f"the tokenizer in {self.source.path} numbers {self.tokenizer.vocab_size} tokens, "
+                f"but the model has embeddings for {rows}"
+            )
+        return self.tokenizer
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `auto`, `cpu` or `cuda` (or `cuda:1`) stands for.
+
+    Raises:
+        UserError: CUDA is asked for where there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not available:
+        built = "this machine has no usable CUDA device" if torch.version.cuda else "this torch was built without CUDA"
+        raise UserError(f"device {name}: {built}; use --device cpu")
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype | None:
+    """Return the dtype of that name; None for `auto`, which keeps the stored one."""
+    return None if name == "auto" else DTYPES[name]
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Loaded:
+    """Load a model folder, a Lightning checkpoint (.ckpt, with weights_only=True) or a Hugging Face folder.
+
+    Args:
+        path: folder or file.
+        device: where the model goes.
+        dtype: of the dense floating-point weights; by default each as stored.
+
+    Raises:
+        UserError: nothing there, neither of the three, another version, corrupt or truncated files.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"there is no model at {path}")
+    if path.is_file() or (path / METADATA).exists():
+        return _load_checkpoint(path, device, dtype)
+    if not (path / folder.CONFIG).exists():
+        raise UserError(f"{path} is no model folder: it has no {folder.CONFIG}")
+    foreign = "model_type" in read_json(path / folder.CONFIG)
+    model = families.load(path, device, dtype) if foreign else folder.load(path, device, dtype)
+    tokenizer = load_tokenizer(path) if (path / "tokenizer.json").exists() else None
+    kind: Kind = "hugging face" if foreign else "folder"
+    return Loaded(model, tokenizer, Source(path, kind, folder.hash_weights(path), read_history(path)))
+
+
+def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | None) -> Loaded:
+    content = _read(path)
+    record = content.get(RECORD) or {}
+    if record and record.get("format_version") != FORMAT_VERSION:
+        version = record.get("format_version")
+        raise UserError(f"{path} has format version {version!r}; this installation reads version {FORMAT_VERSION}")
+    architecture = content.get("hyper_parameters", {}).get("architecture")
+    weights = content.get("state_dict")
+    if not isinstance(architecture, Mapping) or not isinstance(weights, Mapping):
+        raise UserError(f"{path} is no checkpoint of a pretraining run: it holds no architecture with its weights")
+    model = folder.skeleton(ModelConfig.from_dict(architecture))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = "model."
+    found = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    found = {name: tensor for name, tensor in found.items() if name in wanted}
+    for name, shape in wanted.items():
+        if name not in found or tuple(found[name].shape) != shape:
+            held = list(found[name].shape) if name in found else "nothing"
+            raise UserError(f"{path}: the weights of {name} should have shape {list(shape)}, but it holds {held}")
+    model = folder.fill(model, iter(found.items()), device, dtype)
+    source = Source(path, "checkpoint", _hash(path), _history_of(record))
+    return Loaded(model, _tokenizer_of(path, record), source)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a Lightning checkpoint, a file or a sharded folder; raises UserError where it cannot be read."""
+    try:
+        content = read_checkpoint(path)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is no checkpoint that can be read without unpickling objects, which is never done"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is no readable checkpoint: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no Lightning checkpoint: it holds {type(content).__name__}, not a mapping")
+    return content
+
+
+def _tokenizer_of(path: Path, record: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer whose files a checkpoint carries, else the one that lies beside it."""
+    files = record.get("tokenizer")
+    if files:
+        with tempfile.TemporaryDirectory() as place:
+            for name, text in files.items():
+                inside(Path(place), name).write_text(text, encoding="utf-8")
+            return load_tokenizer(place)
+    return load_tokenizer(path.parent) if (path.parent / "tokenizer.json").exists() else None
+
+
+def _history_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pretraining that a checkpoint's own record tells of."""
+    if not record:
+        return []
+    return [{"stage": "pretrain", "recipe": record.get("recipe", {}), "data": {"fingerprint": record.get("data")}}]
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 of a file, or of the files of a folder one after another by name."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

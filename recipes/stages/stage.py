@@ -1,0 +1,213 @@
+"""The skeleton that quantize, prune and distill share: load, compress, save, evaluate both models, report.
+
+What is measured is what was written: the compressed model is loaded back from the folder before it is evaluated,
+beside the model it came from, in one process on the same tokens. The folder appears under its name only when all of
+it is there. Until then OUT.partial holds what an interrupted run goes on from (partial.py).
+"""
+
+import dataclasses
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from app.data.blocks import TokenBlocks
+from app.evaluation.figures import Subject, evaluate_pair
+from app.evaluation.report import About, write_report
+from app.history import history_entry, read_history, write_card, write_history
+from app.loading import Loaded, Source, load_model, resolve_device, resolve_dtype
+from compress.records import LayerRecord
+from models import folder
+from models.errors import UserError
+from models.files import read_json, writing
+from models.transformer import Transformer
+from recipes.stages import partial
+from recipes.stages.options import Measure, Written
+from recipes.stages.terminal import Bars, print_summary, say
+from recipes.stages.text import Text
+
+
+class StageOptions(Written, Measure):
+    """What every stage can be told."""
+
+
+Options = TypeVar("Options", bound=StageOptions)
+
+# What changes neither the weights nor the figures, and so may differ when an interrupted run goes on.
+_BESIDE_THE_POINT = ("out", "overwrite", "batch_size")
+
+
+class Stage(ABC, Generic[Options]):
+    """One verb. A subclass says what it compresses and how; `run` does the rest.
+
+    Args:
+        options: what the person chose.
+    """
+
+    verb: str
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.out = Path(options.out).expanduser().absolute()
+        self.device = resolve_device(options.device)
+        self.dtype = resolve_dtype(options.dtype)
+
+    @abstractmethod
+    def title(self) -> str:
+        """What the stage does, in a few words: "GPTQ, 4 bits, groups of 64"."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise UserError for options that cannot work with any model."""
+
+    @abstractmethod
+    def parents(self) -> dict[str, Loaded]:
+        """Load the models that go in, by their role; `model` is the one that the result is compared with."""
+
+    @abstractmethod
+    def compress(
+        self, parents: dict[str, Loaded], text: Text, state: Path, bars: Bars
+    ) -> tuple[Transformer, Sequence[LayerRecord]]:
+        """Return the compressed model and what was done to each layer. May change the loaded models.
+
+        Args:
+            parents: as `parents` loaded them.
+            text: what to calibrate or train on.
+            state: an existing folder for what an interrupted run goes on from; it may hold some of it already.
+        """
+
+    def references(self, sources: dict[str, Source]) -> list[str]:
+        """Roles of further models to show in the report."""
+        return []
+
+    def run(self) -> dict[str, Any]:
+        """Do the stage and return its report."""
+        partial.check_output(self.out, self.options.overwrite)
+        self.check()
+        torch.manual_seed(self.options.seed)
+        parents = self.parents()
+        text = Text(self.options, parents["model"])
+        fingerprint = self.fingerprint(parents, text)
+        if self._complete(fingerprint):
+            return read_json(self.out / "report.json")
+        sources = {role: loaded.source for role, loaded in parents.items()}
+        with partial.resumable(self.out, fingerprint, say) as state:
+            started = time.perf_counter()
+            with Bars() as bars:
+                model, records = self.compress(parents, text, state, bars)
+            parents.clear()
+            seconds = time.perf_counter() - started
+            return self._finish(model, records, text, sources, fingerprint, seconds)
+
+    def fingerprint(self, parents: dict[str, Loaded], text: Text) -> str:
+        """Return the hash of all that decides about the result."""
+        return partial.fingerprint_of(
+            {
+                "stage": self.verb,
+                "recipe": {key: value for key, value in self.recipe().items() if key not in _BESIDE_THE_POINT},
+                "parents": {role: loaded.source.weights_sha256 for role, loaded in parents.items()},
+                "data": text.describe(),
+                "device": self.device.type,
+                "versions": {name: version(name) for name in ("espalier-lm", "torch")},
+            }
+        )
+
+    def recipe(self) -> dict[str, Any]:
+        """Return every option with its value."""
+        return dataclasses.asdict(self.options)
+
+    def _complete(self, fingerprint: str) -> bool:
+        """Whether OUT holds this very result: left by a run that was killed just before it had cleaned up."""
+        leftover = partial.partial_folder(self.out)
+        if not self.out.exists() or not any(self.out.iterdir()):
+            return False
+        entries = read_history(self.out)
+        if entries and entries[-1].get("fingerprint") == fingerprint and leftover.exists():
+            shutil.rmtree(leftover)
+            say(f"{self.out} is complete already")
+            return True
+        if not self.options.overwrite:
+            raise UserError(f"{self.out} already holds something; name another folder or pass --overwrite")
+        return False
+
+    def _finish(
+        self,
+        model: Transformer,
+        records: Sequence[LayerRecord],
+        text: Text,
+        sources: dict[str, Source],
+        fingerprint: str,
+        seconds: float,
+    ) -> dict[str, Any]:
+        """Save, load back, evaluate, report; everything appears at once under the output's name."""
+        with writing(self.out, overwrite=self.options.overwrite) as target:
+            folder.save_model(model, target)
+            text.tokenizer.save(target)
+            entry = history_entry(
+                self.verb,
+                self.title(),
+                recipe=self.recipe(),
+                seed=self.options.seed,
+                data=text.describe(),
+                parents={role: source.weights_sha256 for role, source in sources.items()},
+                weights=folder.hash_weights(target),
+                seconds=seconds,
+            )
+            entries = [*sources["model"].history, entry | {"fingerprint": fingerprint}]
+            write_history(target, entries)
+            figures = self._measure(target, sources, text)
+            about = About(
+                title=self.title(),
+                stage=self.verb,
+                recipe=self.recipe(),
+                history=entries,
+                data=text.describe(),
+                seed=self.options.seed,
+                seconds=seconds,
+                device=str(self.device),
+            )
+            report = write_report(target, figures, records, about)
+            write_card(target, model, entries, figures["after"])
+        print_summary(report)
+        say(f"written to {self.out}")
+        return report
+
+    def _measure(self, target: Path, sources: dict[str, Source], text: Text) -> dict[str, Any]:
+        """Evaluate what was written beside what it came from, both loaded anew from their files."""
+        source = sources["model"]
+        known = inherited_baselines(source.path, text.held_out)
+        with Bars() as bars:
+            return evaluate_pair(
+                self._subject(source),
+                Subject(folder.load(target, self.device, self.dtype), self.out.name, target),
+                text.held_out,
+                training_blocks=None if known else text.training,
+                baselines=known,
+                references=[self._subject(sources[role]) for role in self.references(sources)],
+                batch_size=self.options.batch_size,
+                progress=bars,
+            )
+
+    def _subject(self, source: Source) -> Subject:
+        """The model of a source, as its files have it."""
+        return Subject(load_model(source.path, self.device, self.dtype).model, source.path.name, source.folder)
+
+
+def inherited_baselines(parent: Path, blocks: TokenBlocks) -> dict[str, Any] | None:
+    """Return the baselines of the parent's report where they were measured on these very blocks, else None."""
+    path = parent / "report.json"
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    how = report.get("measurement", {})
+    same = (how.get("data"), how.get("context"), how.get("blocks")) == (
+        blocks.fingerprint,
+        blocks.sequence_length,
+        len(blocks),
+    )
+    return report.get("baselines") if same else None
