@@ -1,23 +1,183 @@
-"""Cross-entropy of the output projection: hidden states and the vocabulary matrix in, mean loss out."""
+"""Cross-entropy of the output projection: hidden states and the vocabulary matrix in, mean loss out.
+
+N tokens, C tokens of one chunk, D model width, V vocabulary.
+
+`linear_cross_entropy` never holds all logits. It walks over chunks of tokens and computes the gradient in the forward,
+while a chunk's logits are at hand, as Liger-Kernel does (arXiv 2410.10989, section 3.2). With P = softmax(H W^T), Y the
+one-hot targets and l = logsumexp of the logits, per token and before the mean:
+
+    nll = l - logit[target]      dH = (P - Y) W                            dW = (P - Y)^T H
+    z   = l^2                    dH = 2 l P W = 2 l ((P - Y) W + Y W)      dW = (P - Y)^T (2 l H) + Y^T (2 l H)
+
+so the loss costs three matrix products, and the z-term a fourth. The gradients of the two are kept apart until the
+backward, where the caller's weights of the two are known.
+"""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 IGNORED = -100
+# Bytes of one chunk's logits. On CPU small enough to stay in the cache, large enough for the matrix product.
+CPU_CHUNK_BYTES = 8 * 2**20
+GPU_CHUNK_BYTES = 512 * 2**20
 
 
 def reference_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, z_loss: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Mean NLL in nats of targets (N,) under logits hidden (N, D) @ weight (V, D)^T, and the mean squared log-partition."""
-    logits = F.linear(hidden, weight).float()  # (N, V)
+    """Mean NLL in nats of targets (N,) under logits hidden (N, D) @ weight (V, D)^T, and the mean squared logsumexp.
+
+    Means are over the targets that are not -100; both are 0 where there are none.
+    """
+    logits = F.linear(hidden, weight)  # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     kept = targets != IGNORED
-    nll = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / kept.sum().clamp(min=1)
+    count = kept.sum().clamp(min=1)
+    nll = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / count
     if not z_loss:
         return nll, None
     squared = logits.logsumexp(-1).square()  # (N,)
-    return nll, torch.where(kept, squared, 0.0).sum() / kept.sum().clamp(min=1)
+    return nll, torch.where(kept, squared, 0.0).sum() / count
 
 
-linear_cross_entropy = reference_linear_cross_entropy
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, z_loss: bool = False, chunk_bytes: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The same two means as `reference_linear_cross_entropy`, without the logits.
+
+    Matrix products run in the autocast dtype where autocast is on and in the dtype of `hidden` otherwise; softmax, sums
+    and both results are fp32 (fp64 for fp64 inputs). Differentiable once, with any weights of the two results.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D), also of another floating dtype.
+        targets: (N,) int64 below V; -100 where there is none.
+        z_loss: whether the mean squared logsumexp is returned too; otherwise None stands in its place.
+        chunk_bytes: size of one chunk's logits; by default what suits the device.
+
+    Raises:
+        IndexError or RuntimeError: a target is neither -100 nor in [0, V).
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if chunk_bytes is None:
+        chunk_bytes = CPU_CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        nll, squared = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, chunk_bytes)
+    else:
+        nll, squared, _ = _walk(hidden, weight, targets, z_loss, chunk_bytes, (False, False))
+    return nll, squared if z_loss else None
+
+
+class _Gradients(NamedTuple):
+    """Gradients of one term's *sum* over tokens; None where nothing asked for it."""
+
+    hidden: Tensor | None  # (N, D)
+    weight: Tensor | None  # (V, D), at least fp32
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: bool, chunk_bytes: int
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[:2]
+        nll, squared, gradients = _walk(hidden, weight, targets, z_loss, chunk_bytes, wanted)
+        ctx.count = (targets != IGNORED).sum().clamp(min=1)
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.save_for_backward(*(tensor for term in gradients for tensor in term))
+        if not z_loss:
+            ctx.mark_non_differentiable(squared)
+        return nll, squared
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        terms = [_Gradients(*saved[i : i + 2]) for i in range(0, len(saved), 2)]
+        scales = [gradient / ctx.count for gradient in upstream]
+        result = []
+        for field, dtype in zip(_Gradients._fields, ctx.dtypes, strict=True):
+            parts = [getattr(term, field) for term in terms]
+            scaled = [part * scale for part, scale in zip(parts, scales, strict=False) if part is not None]
+            result.append(sum(scaled[1:], scaled[0]).to(dtype) if scaled else None)
+        return *result, None, None, None
+
+
+class _Chunk(NamedTuple):
+    """One chunk of tokens after its softmax."""
+
+    part: slice  # of the N tokens
+    hidden: Tensor  # (C, D)
+    target: Tensor  # (C,), 0 where there is none
+    error: Tensor  # (C, V) P - Y in the dtype of the products
+    scales: tuple[Tensor, Tensor]  # (C,) what multiplies a token's gradient, for each term; 0 where there is no target
+
+
+def _walk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: bool, chunk_bytes: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, list[_Gradients]]:
+    """Both means, and for each term asked for the gradients of its sum that are `wanted` (of hidden, of weight)."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    chunks = max(1, -(-tokens * vocabulary * hidden.element_size() // chunk_bytes))
+    rows = max(1, -(-tokens // chunks))
+    terms = [
+        _Gradients(
+            torch.empty_like(hidden) if wanted[0] else None,
+            torch.zeros_like(weight, dtype=exact) if wanted[1] else None,
+        )
+        for _ in range(1 + z_loss if any(wanted) else 0)
+    ]
+    nll, squared = hidden.new_zeros((), dtype=exact), hidden.new_zeros((), dtype=exact)
+    logits = hidden.new_empty(rows, vocabulary)  # (C, V), used again by every chunk
+    probabilities = torch.empty_like(logits, dtype=exact)
+    for begin in range(0, tokens, rows):
+        part = slice(begin, min(begin + rows, tokens))
+        count = part.stop - begin
+        kept = targets[part] != IGNORED  # (C,)
+        target = targets[part].masked_fill(~kept, 0)
+        log, chunk_nll, error = _softmax_error(hidden[part], weight, target, logits[:count], probabilities[:count])
+        nll += torch.where(kept, chunk_nll, 0.0).sum()
+        squared += torch.where(kept, log.square(), 0.0).sum()
+        scales = (kept.to(hidden.dtype), torch.where(kept, 2 * log, 0.0).to(hidden.dtype))
+        _add_gradients(terms, _Chunk(part, hidden[part], target, error, scales), weight)
+    count = (targets != IGNORED).sum().clamp(min=1)
+    return nll / count, squared / count, terms
+
+
+def _softmax_error(
+    hidden: Tensor, weight: Tensor, target: Tensor, logits: Tensor, probabilities: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logsumexp (C,), NLL (C,) and P - Y (C, V) of one chunk; fills both buffers (C, V), one of which is P - Y."""
+    torch.mm(hidden, weight.t(), out=logits)
+    exact = logits.to(probabilities.dtype)
+    column = target[:, None]  # (C, 1)
+    torch.softmax(exact, -1, out=probabilities)
+    # The largest probability is 1 / sum(exp(logit - max)): the logsumexp without another pass of exponentials.
+    log = exact.amax(-1) - probabilities.amax(-1).log()  # (C,)
+    nll = log - exact.gather(1, column)[:, 0]  # (C,)
+    probabilities.scatter_add_(1, column, probabilities.new_full(column.shape, -1.0))
+    return log, nll, probabilities if logits.dtype == probabilities.dtype else logits.copy_(probabilities)
+
+
+def _add_gradients(terms: list[_Gradients], chunk: _Chunk, weight: Tensor) -> None:
+    """Add one chunk's gradients to those of the NLL (first term) and of the squared logsumexp (second)."""
+    product = chunk.error @ weight if terms and terms[0].hidden is not None else None  # (C, D)
+    for index, (term, scale) in enumerate(zip(terms, chunk.scales, strict=False)):
+        if term.hidden is not None:
+            whole = product + weight[chunk.target] if index else product
+            torch.mul(whole, scale[:, None], out=term.hidden[chunk.part])
+        if term.weight is not None:
+            scaled = chunk.hidden * scale[:, None]  # (C, D)
+            if term.weight.dtype == scaled.dtype:
+                term.weight.addmm_(chunk.error.t(), scaled)
+            else:
+                term.weight.add_(chunk.error.t() @ scaled)
+            if index:
+                term.weight.index_add_(0, chunk.target, scaled.to(term.weight.dtype))
