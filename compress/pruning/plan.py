@@ -1,0 +1,150 @@
+"""What structured pruning was asked for, and how many units of every kind each block will keep."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from compress.pruning.allocation import Allocation
+from models.attention.full import FullAttention
+from models.errors import UserError, did_you_mean
+
+TARGETS = ("neurons", "heads", "groups")
+COMPENSATIONS = ("none", "existing", "add")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is to go.
+
+    Args:
+        ratios: target -> fraction of its units that is removed, in (0, 1).
+        allocation: `uniform` (every block alike) or `global` (over all blocks together).
+        round_to: numbers of neurons that are kept are rounded to a multiple of this.
+        compensation: whether an output bias takes over the mean of what was removed: `none`, `existing` biases, or
+            `add` one where there is none.
+    """
+
+    ratios: Mapping[str, float]
+    allocation: Allocation
+    round_to: int = 1
+    compensation: str = "existing"
+
+    def __post_init__(self) -> None:
+        if not self.ratios:
+            raise UserError(f"targets: name at least one of {', '.join(TARGETS)}")
+        for target, ratio in self.ratios.items():
+            if target not in TARGETS:
+                raise UserError(f"unknown target '{target}'; structured pruning takes {', '.join(TARGETS)}")
+            if not 0.0 < ratio < 1.0:
+                raise UserError(
+                    f"ratio {ratio:g} of {target} is impossible: it is the fraction removed, between 0 and 1"
+                )
+        if self.round_to < 1:
+            raise UserError(f"round_to is {self.round_to}; it must be at least 1")
+        if self.compensation not in COMPENSATIONS:
+            raise UserError(
+                f"unknown compensation '{self.compensation}'{did_you_mean(self.compensation, COMPENSATIONS)}"
+            )
+
+    def expected(self, unit: str) -> float | None:
+        """The fraction of a linear map's units that is asked to go; query heads go with their groups as well."""
+        if unit != "heads":
+            return self.ratios.get(unit)
+        if not self.ratios.keys() & {"heads", "groups"}:
+            return None
+        return 1.0 - (1.0 - self.ratios.get("heads", 0.0)) * (1.0 - self.ratios.get("groups", 0.0))
+
+
+def read_ratios(targets: Iterable[str], ratio: float | Mapping[str, float]) -> dict[str, float]:
+    """target -> ratio, from the names and one ratio for all or one for each."""
+    if isinstance(targets, str):
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+    targets = list(targets)
+    if not isinstance(ratio, Mapping):
+        return dict.fromkeys(targets, float(ratio))
+    if set(ratio) != set(targets):
+        raise UserError(f"ratio is given for {', '.join(ratio) or 'nothing'}, but the targets are {', '.join(targets)}")
+    return {target: float(ratio[target]) for target in targets}
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What one block keeps: neurons, key/value groups, query heads of each group. None where nothing is cut."""
+
+    neurons: int | None = None
+    groups: int | None = None
+    heads: int | None = None
+
+
+def units_of(model: nn.Module) -> dict[str, dict[int, int]]:
+    """target -> block -> how many units it has; `heads` counts query heads of a group, where there are several."""
+    feedforwards = {i: block.feedforward for i, block in enumerate(model.blocks) if has_neurons(block)}
+    attentions = {i: block.attention for i, block in enumerate(model.blocks) if has_heads(block)}
+    per_group = {index: attention.heads // attention.kv_heads for index, attention in attentions.items()}
+    return {
+        "neurons": {index: feedforward.down.in_features for index, feedforward in feedforwards.items()},
+        "groups": {index: attention.kv_heads for index, attention in attentions.items()},
+        "heads": {index: count for index, count in per_group.items() if count > 1},
+    }
+
+
+def has_neurons(block: nn.Module) -> bool:
+    """Whether the block has a feed-forward whose neurons can be cut."""
+    return isinstance(getattr(block.feedforward, "down", None), nn.Linear)
+
+
+def has_heads(block: nn.Module) -> bool:
+    """Whether the block has an attention whose heads can be cut."""
+    return isinstance(block.attention, FullAttention)
+
+
+def resolve_heads(cut: Cut, model: nn.Module) -> Cut:
+    """Where no block shares keys between query heads, a head is a group: `heads` becomes `groups`."""
+    units = units_of(model)
+    if "heads" not in cut.ratios or units["heads"] or not units["groups"]:
+        return cut
+    ratios = {"groups" if target == "heads" else target: ratio for target, ratio in cut.ratios.items()}
+    return Cut({**ratios, **_only(cut.ratios, "groups")}, cut.allocation, cut.round_to, cut.compensation)
+
+
+def _only(ratios: Mapping[str, float], target: str) -> dict[str, float]:
+    return {target: ratios[target]} if target in ratios else {}
+
+
+def plan(model: nn.Module, cut: Cut, scores: Callable[[str], Mapping[int, Tensor]]) -> dict[int, Keep]:
+    """What every block keeps; `scores(target)` gives scores of each block's units for an allocation that needs them.
+
+    Raises:
+        UserError: a target that the model has none of, a ratio that leaves a block nothing, or that removes nothing.
+    """
+    units = units_of(model)
+    kept: dict[str, dict[int, int]] = {}
+    for target, ratio in cut.ratios.items():
+        counts = units[target]
+        if not counts:
+            raise UserError(f"target '{target}': no block of this model has any")
+        multiple = cut.round_to if target == "neurons" else 1
+        kept[target] = cut.allocation.keep(counts, ratio, multiple, partial(scores, target))
+        _require_possible(target, ratio, counts, kept[target], multiple)
+    return {
+        index: Keep(**{target: blocks[index] for target, blocks in kept.items() if index in blocks})
+        for index in range(len(model.blocks))
+    }
+
+
+def _require_possible(target: str, ratio: float, counts: dict[int, int], kept: dict[int, int], multiple: int) -> None:
+    unit = "query heads of a group" if target == "heads" else target
+    for index, count in counts.items():
+        if kept[index] == 0:
+            raise UserError(
+                f"ratio {ratio:g} is impossible: it leaves none of the {count} {unit} of block {index}; "
+                f"below {(count - 0.5) / count:.3g} at least one stays"
+            )
+    if kept == counts:
+        count = max(counts.values())
+        raise UserError(
+            f"ratio {ratio:g} removes nothing: it rounds to none of the {count} {unit}"
+            + (f" with round_to {multiple}" if multiple > 1 else f"; {1 / count:.3g} removes one")
+        )

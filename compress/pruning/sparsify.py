@@ -1,0 +1,148 @@
+"""Unstructured and N:M pruning of a whole model: a criterion gives scores, a pattern turns them into zeros in place."""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration import Batch, LayerMethod, Progress, parts_of, walk
+from compress.pruning import magnitude, wanda  # noqa: F401  register their criteria
+from compress.pruning.criterion import CRITERIA, Criterion
+from compress.pruning.patterns import NOfM, Pattern, Unstructured, global_masks
+from compress.records import LayerRecord
+from compress.statistics import Statistic, StatisticType
+from compress.store import Store
+from models.errors import UserError
+from models.forms import described
+
+ENDS = ("embedding", "head")
+
+
+class Sparsify(LayerMethod):
+    """Zeroes the weights that the pattern names; shapes and stored bytes stay as they were.
+
+    Args:
+        criterion: gives the scores.
+        pattern: turns them into a mask.
+        include: which of `embedding` and `head` are pruned as well; by default neither.
+    """
+
+    def __init__(self, criterion: Criterion, pattern: Unstructured | NOfM, include: Collection[str] = ()) -> None:
+        self.criterion, self.pattern, self.include = criterion, pattern, tuple(include)
+        self._global: dict[str, Tensor] | None = None
+        if getattr(pattern, "scope", "") == "global" and not criterion.comparable:
+            raise UserError(
+                f"scores of '{criterion.kind}' cannot be compared between layers, so scope 'global' has no meaning "
+                "for it; use scope 'row' or 'layer', or method 'magnitude'"
+            )
+        for name in self.include:
+            if name not in ENDS:
+                raise UserError(f"include names '{name}'; it takes {' and '.join(ENDS)}, the blocks are always pruned")
+
+    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
+        refuse_packed(model)
+        self._tied = model.head is None
+        if "head" in self.include and self._tied:
+            raise UserError("include names 'head', but this model's head is its embedding; include 'embedding'")
+        if "embedding" in self.include and not self._tied and self.criterion.calibrated:
+            raise UserError(
+                f"'{self.criterion.kind}' weighs inputs, and an embedding that is no head has none; use 'magnitude'"
+            )
+        chosen = {
+            name: module
+            for part in parts_of(model)
+            for name, module in part.linears.items()
+            if self._reason(name) is None
+        }
+        for name, module in chosen.items():
+            self.pattern.check(name, tuple(module.weight.shape))
+        if getattr(self.pattern, "scope", "") == "global":
+            scores = {name: self.criterion.scores(module.weight, None) for name, module in chosen.items()}
+            self._global = global_masks(scores, self.pattern.sparsity)
+
+    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
+        return self.criterion.statistic() if self._reason(name) is None else None
+
+    def compress(self, name: str, module: nn.Module, statistic: Statistic | None) -> tuple[None, LayerRecord]:
+        started = time.perf_counter()
+        weight = module.weight.data  # (out, in)
+        requested = {"method": self.criterion.kind, **self.pattern.spec()}
+        reason = self._reason(name)
+        if reason is not None:
+            return None, LayerRecord.skip(name, tuple(weight.shape), reason, requested)
+        notes = []
+        criterion = self.criterion
+        if criterion.calibrated and (statistic is None or statistic.tokens == 0):
+            criterion = magnitude.Magnitude()
+            notes.append("no calibration token reached this layer: pruned by magnitude")
+        mask = self._mask(name, weight, criterion, statistic)  # (out, in)
+        error = _removed_energy(weight, mask)
+        zeros = int((weight == 0).sum())
+        weight.masked_fill_(~mask, 0.0)
+        after = int((weight == 0).sum())
+        if after > int((~mask).sum()):
+            notes.append(f"{zeros} weights were zero before, more than the pattern asks for")
+        achieved = {"sparsity": after / weight.numel(), "zeros": after, "error_of": "weights"}
+        seconds = time.perf_counter() - started
+        record = LayerRecord(name, tuple(weight.shape), requested, achieved, error, seconds, "; ".join(notes))
+        return None, record
+
+    def _mask(self, name: str, weight: Tensor, criterion: Criterion, statistic: Statistic | None) -> Tensor:
+        if self._global is not None:
+            return self._global[name].to(weight.device)
+        return self.pattern.mask(criterion.scores(weight, statistic))
+
+    def _reason(self, name: str) -> str | None:
+        """Why a layer is left alone, or None."""
+        if name not in ENDS or name in self.include:
+            return None
+        what = "embedding and head" if name == "embedding" and self._tied else name
+        return f"{what} is left dense unless include names it"
+
+
+def sparsify(
+    model: nn.Module,
+    criterion: Criterion | str,
+    pattern: Pattern,
+    batches: Sequence[Batch] | None = None,
+    *,
+    include: Collection[str] = (),
+    store: Store | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+) -> list[LayerRecord]:
+    """Prune a `Transformer` in place, one block at a time, each seeing the outputs of the pruned blocks before it.
+
+    Args:
+        criterion: `magnitude`, `wanda`, or an object of the protocol.
+        pattern: as `compress.pruning.patterns.parse_pattern` reads it.
+        batches: calibration tokens for a criterion that looks at data.
+        include: which of `embedding` and `head` are pruned as well.
+        store, progress, device, autocast: see `compress.calibration.walk`.
+
+    Returns a record for every linear map, those left alone with their reason. The mask is the zeros of the weights:
+    `compress.pruning.masks.masks_of` recovers it.
+
+    Raises:
+        UserError: a pattern that a layer cannot take, a global scope for scores that are not comparable, a quantized
+            model, missing calibration data.
+    """
+    method = Sparsify(CRITERIA.parse(criterion, "method"), pattern, include)
+    return walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Raise `UserError` when a layer is stored quantized: its weights cannot be pruned any more."""
+    packed = described(model)
+    if packed:
+        raise UserError(
+            f"{next(iter(packed))} and {len(packed) - 1} more layers are quantized: prune first, then quantize"
+        )
+
+
+def _removed_energy(weight: Tensor, mask: Tensor) -> float:
+    """|W - masked W|^2 / |W|^2."""
+    squares = weight.float().square()
+    return float((squares * ~mask).sum() / squares.sum().clamp_min(torch.finfo(torch.float32).tiny))

@@ -1,0 +1,272 @@
+"""Structured pruning: feed-forward neurons, query heads and whole key/value groups really leave the tensors.
+
+    neurons  rows of gate and up, columns of down
+    groups   a key/value head with all its query heads: rows of q, k, v, columns of o; the cache shrinks with them
+    heads    as many query heads in every group, keys and values stay; without shared keys a head is a group
+
+One block at a time: activations come from the pruned blocks before it. The result is an ordinary model and config.
+
+G key/value groups, R query heads of a group.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration import Batch, Part, Progress, load_part, walk
+from compress.pruning import surgery
+from compress.pruning.allocation import ALLOCATIONS, Allocation
+from compress.pruning.importance import IMPORTANCES, Importance
+from compress.pruning.patterns import smallest
+from compress.pruning.plan import Cut, Keep, has_heads, has_neurons, plan, read_ratios, resolve_heads
+from compress.pruning.sparsify import refuse_packed
+from compress.records import LayerRecord
+from compress.statistics import Moments, StatisticType
+from compress.store import Store
+from models.attention.full import FullAttention
+
+UNITS = {
+    "gate": "neurons",
+    "up": "neurons",
+    "down": "neurons",
+    "q": "heads",
+    "o": "heads",
+    "k": "groups",
+    "v": "groups",
+}
+
+
+class StructuredPruning:
+    """The method for the driver: shrinks one block after the other."""
+
+    def __init__(self, cut: Cut, importance: Importance) -> None:
+        self.cut, self.importance = cut, importance
+        self.keep: dict[int, Keep] = {}
+
+    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
+        """Decide how much every block keeps; raises UserError where nothing or everything would go."""
+        refuse_packed(model)
+        self.model = model
+        self.cut = resolve_heads(self.cut, model)
+        self.importance = self.importance.prepare(model, batches)
+        dense: list[dict[int, dict[str, Tensor]]] = []  # scores of the model before pruning, when they are asked for
+
+        def scores(target: str) -> dict[int, Tensor]:
+            if not dense:
+                scoring = _Scoring(self)
+                walk(model, scoring, batches)
+                dense.append(scoring.scores)
+            return {index: units[target] for index, units in dense[0].items() if target in units}
+
+        self.keep = plan(model, self.cut, scores)
+
+    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
+        """Activations at the inputs of `down` and `o`, where the criterion or the compensation needs them."""
+        adds, has = self.cut.compensation == "add", getattr(module, "bias", None) is not None
+        mean = Moments if adds or (self.cut.compensation == "existing" and has) else None
+        parent, _, child = name.rpartition(".")
+        if child == "down" and "neurons" in self.cut.ratios:
+            return self.importance.neuron_statistic() or mean
+        if child == "o" and self.cut.ratios.keys() & {"heads", "groups"}:
+            return self.importance.head_statistic(self.model.get_submodule(parent)) or mean
+        return None
+
+    def scores(self, part: Part) -> dict[str, Tensor]:
+        """Scores of a block's units: `neurons` (F,), `groups` (G,), `heads` (G, R); only of what is a target."""
+        block, index = part.module, part.index
+        found = {}
+        if "neurons" in self.cut.ratios and has_neurons(block):
+            statistic = part.statistics.get(f"{part.prefixes[0]}.feedforward.down")
+            found["neurons"] = self.importance.neurons(index, block.feedforward, statistic)
+        if self.cut.ratios.keys() & {"heads", "groups"} and has_heads(block):
+            statistic = part.statistics.get(f"{part.prefixes[0]}.attention.o")
+            found["groups"] = self.importance.groups(index, block.attention, statistic)
+            found["heads"] = self.importance.heads(index, block.attention, statistic)
+        return found
+
+    def compress_block(self, part: Part) -> list[LayerRecord]:
+        """Cut the block's units, put the smaller block in its place, keep the chosen indexes for a resume."""
+        started = time.perf_counter()
+        if part.module is part.model:
+            reason = "embedding and head keep the width of the residual stream"
+            records = [
+                LayerRecord.skip(name, tuple(m.weight.shape), reason, self._requested(None))
+                for name, m in part.linears.items()
+            ]
+        else:
+            before = {name: _Before(part.model, name) for name in part.linears}
+            notes = self._cut(part)
+            seconds = (time.perf_counter() - started) / max(1, len(before))
+            keep = self.keep[part.index]
+            records = [self._record(part.model, keep, old, notes, seconds) for old in before.values()]
+        for record in records:
+            part.report(record)
+        return records
+
+    def _cut(self, part: Part) -> list[str]:
+        block, keep = part.module, self.keep[part.index]
+        scores, notes = self.scores(part), []
+        if keep.neurons is not None:
+            dropped = smallest(scores["neurons"][None], len(scores["neurons"]) - keep.neurons)[0]  # (F,)
+            notes += self._compensate(part, "feedforward.down", dropped)
+            part.extras["neurons"] = (~dropped).nonzero().flatten()  # (F',)
+            surgery.cut_neurons(block.feedforward, part.extras["neurons"])
+        if keep.groups is not None or keep.heads is not None:
+            part.extras["heads"] = _choose_heads(scores["groups"], scores["heads"], keep)  # (G', R')
+            width = block.attention.head_width
+            dropped = torch.ones(block.attention.heads, dtype=torch.bool, device=scores["heads"].device)
+            dropped[part.extras["heads"].flatten()] = False
+            notes += self._compensate(part, "attention.o", dropped.repeat_interleave(width))
+            surgery.cut_heads(block.attention, part.extras["heads"])
+        self._adopt(part, block.state_dict())
+        return notes
+
+    def _compensate(self, part: Part, child: str, removed: Tensor) -> list[str]:
+        if self.cut.compensation == "none" or not removed.any():
+            return []
+        linear, statistic = part.module.get_submodule(child), part.statistics.get(f"{part.prefixes[0]}.{child}")
+        had = linear.bias is not None
+        if not had and self.cut.compensation == "existing":
+            return []
+        surgery.compensate(linear, removed, statistic.mean(), add=True)
+        return [] if had else [f"{child}: a bias was added"]
+
+    def _adopt(self, part: Part, state: dict[str, Tensor]) -> None:
+        """Put a block of the new config in place, with these tensors under their names in the block."""
+        neurons, heads = part.extras.get("neurons"), part.extras.get("heads")
+        layer = surgery.shrunk(
+            part.model.config.layers[part.index],
+            None if neurons is None else len(neurons),
+            None if heads is None else tuple(heads.shape),
+            {"feedforward": "feedforward.down.bias" in state, "attention": "attention.o.bias" in state},
+        )
+        surgery.adopt(part.model, part.index, layer, state)
+
+    def restore_block(self, part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
+        """Bring back a block of an earlier run; the shapes follow from the indexes that it kept."""
+        if part.module is part.model:
+            load_part(part, state, forms)
+            return
+        device, prefix = next(part.model.parameters()).device, part.prefixes[0] + "."
+        self._adopt(part, {name.removeprefix(prefix): tensor.to(device) for name, tensor in state.items()})
+
+    def _requested(self, ratio: float | None) -> dict[str, Any]:
+        asked = {"method": "structured", "criterion": self.importance.kind, "allocation": self.cut.allocation.kind}
+        if ratio is None:
+            return {**asked, "targets": sorted(self.cut.ratios)}
+        return {**asked, "targets": sorted(self.cut.ratios), "ratio": ratio}
+
+    def _record(self, model: nn.Module, keep: Keep, old: "_Before", notes: list[str], seconds: float) -> LayerRecord:
+        ratio = self.cut.expected(old.unit) if old.unit else None
+        requested = self._requested(ratio)
+        new = _Before(model, old.name)
+        if ratio is None or (old.unit == "heads" and keep.heads is None and keep.groups is None):
+            return LayerRecord.skip(old.name, old.shape, self._reason(old), requested)
+        achieved: dict[str, Any] = {"ratio": 1.0 - new.count / old.count, old.unit: [old.count, new.count]}
+        achieved |= {"shape": list(new.shape), "error_of": "weights"}
+        if old.unit == "groups":
+            achieved["cache_bytes_per_token"] = [old.cache_bytes, new.cache_bytes]
+        said = [note.split(": ", 1)[1] for note in notes if old.name.endswith(note.split(": ", 1)[0])]
+        if old.unit == "neurons" and abs(achieved["ratio"] - ratio) * old.count > 0.5:
+            said.append(f"rounded to a multiple of {self.cut.round_to}" if self.cut.round_to > 1 else "ranked globally")
+        elif new.count == old.count:
+            said.append(f"nothing removed: the ratio rounds to none of {old.count} {old.unit}")
+        error = max(0.0, 1.0 - new.energy / old.energy) if old.energy else 0.0
+        return LayerRecord(old.name, old.shape, requested, achieved, error, seconds, "; ".join(said))
+
+    def _reason(self, old: "_Before") -> str:
+        targets = ", ".join(sorted(self.cut.ratios))
+        if old.unit is None:
+            return "no neurons, heads or groups that this method knows"
+        return f"not a target: {targets} leave {old.unit} of this layer alone"
+
+
+class _Before:
+    """One linear map as it stands: what is compared before and after."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        parent, _, child = name.rpartition(".")
+        owner, linear = model.get_submodule(parent), model.get_submodule(name)
+        self.name, self.shape = name, tuple(linear.weight.shape)
+        self.energy = float(linear.weight.detach().float().square().sum())
+        self.unit = UNITS.get(child) if hasattr(owner, "down") or isinstance(owner, FullAttention) else None
+        self.count, self.cache_bytes = 0, 0
+        if self.unit == "neurons":
+            self.count = owner.down.in_features
+        elif self.unit is not None:
+            self.count = owner.heads if self.unit == "heads" else owner.kv_heads
+            self.cache_bytes = owner.kv_heads * owner.head_width * linear.weight.element_size()
+
+
+class _Scoring:
+    """A walk over the dense model that scores every unit and changes nothing."""
+
+    def __init__(self, method: StructuredPruning) -> None:
+        self.method = method
+        self.scores: dict[int, dict[str, Tensor]] = {}
+        self.statistic = method.statistic
+
+    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
+        pass
+
+    def compress_block(self, part: Part) -> list[LayerRecord]:
+        if part.module is not part.model:
+            scores = self.method.scores(part)
+            if "heads" in scores:  # a unit is one query head of every group: the k-th weakest of each together
+                scores["heads"] = scores["heads"].sort(dim=1).values.sum(0)  # (R,)
+            self.scores[part.index] = scores
+        return []
+
+
+def _choose_heads(groups: Tensor, heads: Tensor, keep: Keep) -> Tensor:
+    """Query heads that stay (G', R'), from scores of groups (G,) and of heads (G, R)."""
+    count, per_group = heads.shape
+    if keep.groups is not None:
+        stay = (~smallest(groups[None], count - keep.groups)[0]).nonzero().flatten()  # (G',)
+    else:
+        stay = torch.arange(count, device=heads.device)
+    keep_heads = per_group if keep.heads is None else keep.heads
+    inside = ~smallest(heads[stay], per_group - keep_heads)  # (G', R)
+    numbers = torch.arange(count * per_group, device=heads.device).view(count, per_group)[stay]  # (G', R)
+    return numbers[inside].view(len(stay), keep_heads)
+
+
+def prune_structured(
+    model: nn.Module,
+    targets: Sequence[str],
+    ratio: float | Mapping[str, float],
+    criterion: Importance | str = "variance",
+    batches: Sequence[Batch] | None = None,
+    *,
+    allocation: Allocation | str = "uniform",
+    round_to: int = 1,
+    compensation: str = "existing",
+    store: Store | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+) -> list[LayerRecord]:
+    """Shrink a `Transformer` in place; `model.config` is true afterwards.
+
+    Args:
+        targets: some of `neurons`, `heads`, `groups`.
+        ratio: fraction of the units removed, one for all targets or one for each.
+        criterion: `variance`, `norm`, `magnitude`, `taylor` (needs `targets` in the batches), or an object.
+        batches: calibration tokens; `magnitude` without compensation needs none.
+        allocation: `uniform` or `global`.
+        round_to: numbers of neurons that are kept are rounded to a multiple of this.
+        compensation: whether the output bias takes over the mean of what was removed: `none`, `existing` ones, `add` one.
+        store, progress, device, autocast: see `compress.calibration.walk`.
+
+    Returns a record for every linear map, with the ratio asked for and achieved, and the cache bytes per token.
+
+    Raises:
+        UserError: an unknown target or criterion, a ratio that leaves nothing or removes nothing, a quantized model,
+            missing calibration data.
+    """
+    cut = Cut(read_ratios(targets, ratio), ALLOCATIONS.parse(allocation, "allocation"), round_to, compensation)
+    method = StructuredPruning(cut, IMPORTANCES.parse(criterion, "criterion"))
+    return walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
