@@ -1,0 +1,23 @@
+"""What watches a run: checkpoints, figures, samples, progress, random state, and the model folder at its end."""
+
+from app.callbacks.checkpoints import Checkpoints, newest_checkpoint
+from app.callbacks.finite import FiniteGuard, NonFiniteLoss
+from app.callbacks.folder import ModelFolder
+from app.callbacks.metrics import Metrics
+from app.callbacks.progress import RunProgress
+from app.callbacks.randomness import RandomState
+from app.callbacks.record import RunRecord
+from app.callbacks.samples import Samples
+
+__all__ = [
+    "Checkpoints",
+    "FiniteGuard",
+    "Metrics",
+    "ModelFolder",
+    "NonFiniteLoss",
+    "RandomState",
+    "RunProgress",
+    "RunRecord",
+    "Samples",
+    "newest_checkpoint",
+]

@@ -1,0 +1,68 @@
+"""Peak rates of matrix products, the denominator of MFU: dense bf16 with fp32 accumulation.
+
+Vendors print the rate with 2:4 sparsity first, which is twice the dense one; MFU against it would be half of the truth.
+Sources: NVIDIA's data sheets of each product (the dense column, or half of the sparse one), AMD's CDNA 3 white paper.
+"""
+
+import time
+
+import torch
+
+DENSE_BF16 = {  # part of the device's name -> FLOP/s; the first match counts, so longer names stand first
+    "B300": 2.25e15,
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "B100": 1.75e15,
+    "GH200": 989.5e12,
+    "H200 NVL": 835.5e12,
+    "H200": 989.5e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.5e12,
+    "H800": 989.5e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364.2e12,
+    "RTX A6000": 154.8e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307.4e12,
+    "MI250X": 191.5e12,  # one of its two dies, which is one device
+}
+
+
+def device_peak(name: str) -> float | None:
+    """The dense bf16 peak in FLOP/s of a GPU by its name, or None if it is not in the table."""
+    return next((peak for part, peak in DENSE_BF16.items() if part.lower() in name.lower()), None)
+
+
+def measured_peak(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+    """FLOP/s of the fastest of repeated `size` x `size` matrix products on this CPU, with the threads torch uses now."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """Return the peak in FLOP/s of one device, or None, and a sentence that says where it comes from."""
+    if device.type == "cpu":
+        peak = measured_peak(dtype)
+        return peak, f"MFU is against {peak / 1e12:.3f} TFLOP/s, the best {dtype} matrix product measured on this CPU."
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    peak = device_peak(name)
+    if peak is None:
+        return None, f"No MFU: the dense bf16 peak of {name} is not in the table (app/callbacks/peaks.py)."
+    return peak, f"MFU is against {peak / 1e12:.0f} TFLOP/s, the dense bf16 peak of {name}."

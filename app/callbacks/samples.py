@@ -1,0 +1,50 @@
+"""Continuations that the model writes while it trains, as text in TensorBoard."""
+
+from contextlib import nullcontext
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from app.callbacks.metrics import log_text
+from models.generation import generate
+
+
+class Samples(Callback):
+    """Writes continuations of a few prompts after each validation.
+
+    Args:
+        prompts: texts to continue; an empty text begins a new document.
+        max_new_tokens: of each continuation.
+        temperature: 0 takes the likeliest token.
+        seed: of the sampling.
+    """
+
+    def __init__(
+        self, prompts: list[str] | None = None, max_new_tokens: int = 64, temperature: float = 0.8, seed: int = 0
+    ) -> None:
+        self.prompts = [""] if prompts is None else prompts
+        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+        if trainer.sanity_checking or not self.prompts or not trainer.loggers or tokenizer is None:
+            return
+        sharded = getattr(trainer.strategy, "casts_parameters", False)
+        if not (trainer.is_global_zero or sharded):  # a sharded model runs on all ranks together
+            return
+        log_text(trainer, "samples", "\n\n".join(self._continue(module, tokenizer)))
+
+    def _continue(self, module: LightningModule, tokenizer) -> list[str]:
+        prompts = [[tokenizer.eot, *tokenizer.encode(text)] for text in self.prompts]
+        eager = nullcontext() if module.compiling is None else torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager:
+            written = generate(
+                module.model,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                stop_tokens=[tokenizer.eot],
+                seed=self.seed,
+            )
+        texts = [prompt + tokenizer.decode(ids) for prompt, ids in zip(self.prompts, written, strict=True)]
+        return ["```\n" + text.replace("```", "'''") + "\n```" for text in texts]

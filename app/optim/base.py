@@ -1,0 +1,61 @@
+"""What a recipe chooses when it names an optimizer, and which parameters play which role.
+
+Weight decay and Muon act on matrices that map hidden states to hidden states. Everything else is left out of both:
+
+    role        parameters                                         weight decay    Muon
+    hidden      weights of 2 or more dimensions inside the blocks  yes             yes
+    head        the output projection, where it is not tied        yes             no
+    embedding   token and position tables (also a tied head)       no              no
+    vector      norms and biases                                   no              no
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+from torch.optim import Optimizer
+
+ROLES = ("hidden", "head", "embedding", "vector")
+
+
+class Optimization(ABC):
+    """An optimizer with its numbers, before there are parameters."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> Optimizer:
+        """Return the optimizer of all parameters of `model` that require a gradient."""
+
+
+def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the trainable parameters by role, each once (a tied head belongs to the embedding), in a fixed order."""
+    roles: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            roles[_role(name, module, parameter)].append(parameter)
+    return roles
+
+
+def _role(name: str, module: nn.Module, parameter: nn.Parameter) -> str:
+    if parameter.ndim < 2:
+        return "vector"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "head" if name.rpartition(".")[2] == "head" else "hidden"
+
+
+def keep_options(optimizer: Optimizer) -> Optimizer:
+    """Let the options that `optimizer` was built with win over those in a checkpoint, which then brings its state only.
+
+    Without this, `load_state_dict` would silently bring back the old learning rate, betas and weight decay.
+    """
+    chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+    def restore(loaded: Optimizer) -> None:
+        for group, options in zip(loaded.param_groups, chosen, strict=True):
+            group.update(options)
+
+    optimizer.register_load_state_dict_post_hook(restore)
+    return optimizer

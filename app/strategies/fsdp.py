@@ -1,0 +1,90 @@
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`) over every process of a run."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.strategies.model_parallel import _distributed_checkpoint_save
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from app.strategies.checkpoint_io import METADATA, appearing_whole
+
+
+class FSDP2(ModelParallelStrategy):
+    """Fully sharded data parallelism: parameters, gradients and optimizer states lie in shards on all ranks.
+
+    Weights that are trained stay fp32; blocks gather them in the task's compute dtype, gradients are reduced in fp32.
+
+    Args:
+        data_parallel_size: ranks that share the batch; by default all of them.
+        save_distributed_checkpoint: a checkpoint is a folder to which each rank writes its shards (true), or one file
+            that rank 0 writes (false).
+        process_group_backend: by default nccl on GPUs and gloo on CPU.
+    """
+
+    casts_parameters = True  # the task must not cast them again
+
+    def __init__(
+        self,
+        data_parallel_size: int | None = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            data_parallel_size="auto" if data_parallel_size is None else data_parallel_size,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+
+    def setup_environment(self) -> None:
+        # Lightning's "auto" would be one data-parallel rank per node, and it is read before the world size is known
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def parallelize(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Shard `model` in place, block by block and then the rest; embedding, norm and (tied) head are one group."""
+        mesh = self.device_mesh["data_parallel"]
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Keep gradients on their rank for the micro-batches of an accumulation that no optimizer step follows."""
+        sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in sharded:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Save in shards; the folder takes its name when every rank has written."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(str(filepath)))
+        tensors = {"state_dict": checkpoint.pop("state_dict")}
+        for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
+            tensors[f"optimizer_{i}"] = state
+        if self.global_rank == 0:
+            with appearing_whole(path) as temporary:
+                temporary.mkdir()
+                self.barrier()
+                _distributed_checkpoint_save(tensors, temporary)
+                torch.save(checkpoint, temporary / METADATA)
+        else:
+            self.barrier()
+            _distributed_checkpoint_save(tensors, path.with_name(f".{path.name}.writing"))
+        self.barrier()

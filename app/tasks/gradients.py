@@ -1,0 +1,31 @@
+"""Scaling and clipping gradients, plain or sharded, in one pass and without waiting for the device."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def scale_and_clip(parameters: Iterable[nn.Parameter], scale: Tensor, max_norm: float | None) -> Tensor:
+    """Multiply all gradients by `scale`, then by what brings their joint 2-norm down to `max_norm`.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        scale: () positive factor.
+        max_norm: largest norm after scaling; None or 0 does not clip.
+
+    Returns:
+        () float32: the norm after scaling and before clipping.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float() * scale
+    factor = scale
+    if max_norm:
+        factor = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return norm
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    torch._foreach_mul_(local, factor.to(local[0].dtype))
+    return norm

@@ -1,0 +1,207 @@
+"""Language modelling as a LightningModule: an architecture, an optimizer and a schedule are injected.
+
+B sequences in a batch, T tokens in a sequence.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from app.optim import AdamW, Cosine, Optimization, Schedule
+from app.tasks.architecture import resolve_architecture
+from app.tasks.compile import Compile
+from app.tasks.gradients import scale_and_clip
+from app.tasks.precision import ComputeDtype, call_in
+from models.config import ModelConfig
+from models.errors import UserError
+from models.losses import IGNORED
+from models.transformer import Output, Transformer
+
+
+class StepFigures(NamedTuple):
+    """One optimizer step on this rank.
+
+    Attributes:
+        nll: () summed negative log-likelihood, nats, over the step's micro-batches.
+        tokens: () number of targets in them.
+        grad_norm: () norm of the whole gradient before clipping.
+    """
+
+    nll: Tensor
+    tokens: Tensor
+    grad_norm: Tensor
+
+
+class LanguageModel(LightningModule):
+    """Pretrains a Transformer on next-token prediction.
+
+    The loss is normalised by the number of targets of the whole optimizer step: over all accumulated micro-batches and
+    all ranks, each target counts the same. Clipping is done here too, because Lightning's refuses fused optimizers.
+
+    Args:
+        architecture: mapping in the short or the canonical form (models/config.py), a preset's name, or a YAML or JSON
+            file. Vocabulary and context come from the data where they are not given.
+        optimizer: by default AdamW.
+        schedule: by default Cosine without warm-up.
+        z_loss: weight of the z-loss (PaLM, arXiv 2204.02311: 1e-4); 0 leaves it out.
+        compute_dtype: of activations and of the weights as they are used; the weights that are trained stay fp32.
+        compile: what torch.compile is applied to; nothing by default.
+    """
+
+    def __init__(
+        self,
+        architecture: str | dict,
+        optimizer: Optimization | None = None,
+        schedule: Schedule | None = None,
+        z_loss: float = 0.0,
+        compute_dtype: ComputeDtype = "float32",
+        compile: Compile | None = None,
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.optimizer = optimizer or AdamW()
+        self.schedule = schedule or Cosine()
+        self.z_loss = z_loss
+        self.compute_dtype = getattr(torch, compute_dtype)
+        self.compiling = compile
+        self.config: ModelConfig | None = None
+        self.model: Transformer | None = None
+        self._expected: tuple[Mapping[str, Any], Path] | None = None
+        self.figures: StepFigures | None = None  # of the latest optimizer step
+        self.stepped = False  # whether the latest batch ended an optimizer step
+        self._window: list[tuple[Tensor, Tensor]] = []  # (summed NLL, targets) of each micro-batch of this step
+        self._unit = 1  # targets that a micro-batch's loss is divided by before the real number is known
+        self._evaluated: list[Tensor] = []  # (2,) summed NLL and targets of each batch of a validation or a test
+
+    def expect(self, architecture: Mapping[str, Any] | None, checkpoint: Path) -> None:
+        """Remember what a checkpoint holds that is going to be loaded, so that `setup` can refuse another shape."""
+        self._expected = None if architecture is None else (architecture, checkpoint)
+
+    def setup(self, stage: str) -> None:
+        """Settle the architecture; the data module knows its vocabulary by now."""
+        data = self.trainer.datamodule
+        self._settle(getattr(data, "vocab_size", None), getattr(data, "sequence_length", None))
+
+    def _settle(self, vocab_size: int | None = None, context: int | None = None) -> None:
+        if self.config is None:
+            self.config = resolve_architecture(self.architecture, vocab_size, context)
+            self._check_expected()
+        # plain values only, so that a checkpoint describes itself and loads with weights_only=True
+        self._set_hparams({"architecture": self.config.to_dict()})
+
+    def _check_expected(self) -> None:
+        if self._expected is None:
+            return
+        architecture, checkpoint = self._expected
+        with torch.device("meta"):
+            stored = Transformer(ModelConfig.from_dict(architecture)).state_dict()
+            wanted = Transformer(self.config).state_dict()
+        for name in {**stored, **wanted}:
+            shapes = [tuple(state[name].shape) if name in state else "absent" for state in (stored, wanted)]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{checkpoint} holds another architecture: {name} is {shapes[0]} there and {shapes[1]} in the recipe; "
+                    "set model.architecture back, or train anew (--overwrite, or another --out)"
+                )
+
+    def configure_model(self) -> None:
+        """Build the model, in the fixed order: build, compile the blocks in place, shard."""
+        if self.model is not None:
+            return
+        if self.config is None:
+            self._settle()
+        self.model = Transformer(self.config)
+        if self.compiling is not None:
+            self.compiling.apply(self.model)
+        parallelize = getattr(self._strategy(), "parallelize", None)
+        if parallelize is not None:
+            parallelize(self.model, self.compute_dtype)
+
+    def _strategy(self) -> Any:
+        return self._trainer.strategy if self._trainer is not None else None
+
+    def forward(self, tokens: Tensor, **options: Any) -> Output:
+        """Run the model in the compute dtype: tokens (B, T) int64; options as `Transformer.forward` takes them."""
+        if getattr(self._strategy(), "casts_parameters", False):
+            return self.model(tokens, **options)
+        return call_in(self.compute_dtype, self.model, tokens, **options)
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        self.stepped = False
+        targets = batch["targets"]  # (B, T)
+        output = self(batch["tokens"], targets=targets, documents=batch.get("documents"), z_loss=self.z_loss > 0)
+        count = (targets != IGNORED).sum()
+        if not self._window:
+            self._unit = targets.numel()
+        self._window.append((output.loss.detach().float() * count, count))
+        loss = output.loss if output.z_loss is None else output.loss + self.z_loss * output.z_loss
+        return loss * (count / self._unit)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Divide the gradient by the step's targets, then clip its norm; keep the figures of the step."""
+        nll, tokens = (torch.stack(parts).sum() for parts in zip(*self._window, strict=True))
+        ranks = self.trainer.world_size
+        everywhere = self._sum_over_ranks(tokens)
+        scale = self._unit * self.trainer.accumulate_grad_batches * ranks / everywhere.clamp(min=1)
+        norm = scale_and_clip(self.parameters(), scale, gradient_clip_val)
+        self.figures = StepFigures(nll, tokens, norm)
+        self._window, self.stepped = [], True
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer.build(self)
+        total = self.trainer.estimated_stepping_batches
+        schedule = self.schedule.build(optimizer, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        self._evaluate(batch)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
+        """Score a batch: for each row the numbers of its documents (B, 2), its summed NLL in nats and its targets (B,)."""
+        targets = batch["targets"]  # (B, T)
+        logits = self._without_compiling(batch["tokens"], documents=batch.get("documents")).logits  # (B, T, V)
+        nll = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(targets)  # (B, T)
+        return {"documents": batch["ids"], "nll": nll.sum(1), "tokens": (targets != IGNORED).sum(1)}
+
+    def _without_compiling(self, tokens: Tensor, **options: Any) -> Output:
+        if self.compiling is None:
+            return self(tokens, **options)
+        with self.compiling.evaluating(tokens.device):
+            return self(tokens, **options)
+
+    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+        output = self._without_compiling(batch["tokens"], targets=batch["targets"], documents=batch.get("documents"))
+        count = (batch["targets"] != IGNORED).sum()
+        self._evaluated.append(torch.stack([output.loss.double() * count, count.double()]))
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("validation")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        """Log loss, perplexity and bits per byte over the whole split, each target once."""
+        nll, tokens = self._sum_over_ranks(torch.stack(self._evaluated).sum(0))  # (2,)
+        self._evaluated = []
+        loss = nll / tokens.clamp(min=1)
+        self.log(f"{split}/loss", loss, rank_zero_only=False)
+        self.log(f"{split}/perplexity", loss.exp())
+        bytes_per_token = getattr(self.trainer.datamodule, "bytes_per_token", None)
+        if bytes_per_token:
+            self.log(f"{split}/bits_per_byte", loss / torch.log(loss.new_tensor(2.0)) / bytes_per_token)

@@ -1,0 +1,208 @@
+"""`espalier fit|validate|test|predict`: LightningCLI over the language model and the text data module.
+
+The command line wins over the recipes, and both win over what a checkpoint holds; the difference is printed.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from app.callbacks import (
+    Checkpoints,
+    FiniteGuard,
+    Metrics,
+    ModelFolder,
+    NonFiniteLoss,
+    RandomState,
+    RunProgress,
+    RunRecord,
+    Samples,
+)
+from app.callbacks.folder import Weights
+from app.data.module import TextData
+from app.strategies import FSDP2, WholeCheckpoints
+from app.tasks.language import LanguageModel
+from models.errors import UserError
+from recipes.fit_arguments import prepare, trusting
+from recipes.fit_errors import explained
+from recipes.fit_state import Plan, describe, describe_checkpoint, differences, find_checkpoint, plan_fit, run_folder
+
+TRUSTED = ["models", "compress", "app", "recipes", "torch", "lightning"]
+DEFAULTS = {  # of the trainer, where a recipe says nothing
+    "use_distributed_sampler": False,  # the data module shards by itself, in an order that can be resumed
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "gradient_clip_val": 1.0,
+}
+if "fsdp2" not in StrategyRegistry.available_strategies():
+    StrategyRegistry.register("fsdp2", FSDP2, description="fully_shard over every process")
+
+
+def main(verb: str, argv: list[str]) -> int:
+    """Run one of Lightning's loops and return the exit status: 1 when the loss was no longer a number.
+
+    Raises:
+        UserError: the input is wrong.
+    """
+    if not trusting(argv):
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=TRUSTED)
+    try:
+        with explained(verb):
+            FitCLI(args=[verb, *argv])
+    except Nothing as sentence:
+        say(str(sentence))
+    except NonFiniteLoss as error:
+        if rank_zero_only.rank == 0:
+            print(f"espalier: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Nothing(Exception):
+    """There is nothing left to do; the message says why."""
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class FitCLI(LightningCLI):
+    """The command. `args` are the verb and what stood behind it."""
+
+    def __init__(self, args: ArgsType) -> None:
+        self.plan = Plan()
+        loops = {name: {"exit_on_error": False} for name in self.subcommands()}
+        super().__init__(
+            LanguageModel,
+            TextData,
+            save_config_callback=None,  # it refuses to resume into its own folder; RunRecord writes the recipe
+            trainer_defaults=DEFAULTS,
+            auto_configure_optimizers=False,  # its schedules move once an epoch
+            load_from_checkpoint_support=False,  # the module writes its own, plain hyper-parameters
+            parser_kwargs=loops,
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", type=str | None, default=None, help="folder to write the trained model to")
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace what --out holds and train anew")
+        parser.add_argument("--weights", type=Weights, default="last", help="which weights --out gets")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Metrics, "metrics")
+        parser.add_lightning_class_args(Samples, "samples")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        verb, *argv = args
+        self.parser = parser
+        keys = [action.dest for action in self._subcommand_parsers[verb]._actions]
+        self.config = parser.parse_args([verb, *prepare(verb, argv, keys)])
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's values win here, silently."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        check_device(config.trainer.accelerator)
+        self.recipe = self._plain_recipe()
+        out = None if config.out is None else Path(config.out).expanduser()
+        self.root = run_folder(out) if out is not None else None
+        if self.subcommand == "fit":
+            if out is None:
+                raise UserError(
+                    "fit needs --out DIR (or out: in the recipe), the folder that the trained model goes to"
+                )
+            self.plan = plan_fit(out, self.recipe, config.ckpt_path, config.overwrite)
+            if self.plan.done:
+                raise Nothing(self.plan.done)
+            resume = self.plan.resume
+        else:
+            resume = find_checkpoint(config.ckpt_path or "last", self.root)
+            if resume is None:
+                raise UserError(f"{self.subcommand} needs a trained model: --ckpt_path last, best, or a path")
+        self.resume = resume
+        config.ckpt_path = None if resume is None else str(resume)
+        config.weights_only = True
+
+    def _plain_recipe(self) -> dict[str, Any]:
+        text = self.parser.dump(self.config, skip_none=False, format="yaml")
+        return yaml.safe_load(text)[self.subcommand]
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.resume is None:
+            return
+        recipe, architecture = describe_checkpoint(self.resume)
+        self.model.expect(architecture, self.resume)
+        changes = differences(recipe, self.recipe)
+        say(f"continuing from {self.resume}" if self.subcommand == "fit" else f"reading {self.resume}")
+        if changes:
+            say(f"differs from the checkpoint, and wins: {describe(changes)}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        callbacks = self._callbacks(config)
+        if self.subcommand != "fit":
+            config["logger"] = False
+        elif config.get("logger") in (None, True):
+            config["logger"] = TensorBoardLogger(str(self.root), name="", version="")
+        if self.root is not None:
+            config["default_root_dir"] = str(self.root)
+        config["plugins"] = [*_listed(config.get("plugins")), WholeCheckpoints()]
+        config["callbacks"] = [*_listed(config.get("callbacks")), *callbacks]
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, config: dict[str, Any]) -> list[Any]:
+        callbacks: list[Any] = [RandomState(), FiniteGuard()]
+        shown = config.get("enable_progress_bar") is not False
+        if shown and not any(isinstance(callback, ProgressBar) for callback in _listed(config.get("callbacks"))):
+            callbacks.append(RunProgress())
+        if self.subcommand == "fit":
+            settings = self.config[self.subcommand]
+            callbacks.append(RunRecord(self.recipe, fresh=self.plan.fresh))
+            out = Path(settings.out).expanduser()
+            callbacks.append(ModelFolder(out, self.recipe, settings.seed_everything, settings.weights))
+        return callbacks
+
+    def after_fit(self) -> None:
+        say(f"the trained model is in {self.config[self.subcommand].out}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "predict":
+            arguments = self._prepare_subcommand_kwargs(subcommand)
+            write_predictions(self.trainer.predict(**arguments))
+        else:
+            super()._run_subcommand(subcommand)
+
+
+@rank_zero_only
+def write_predictions(batches: list[dict[str, torch.Tensor]]) -> None:
+    """Print one JSON line for every row: first and last document, summed NLL in nats, number of predicted tokens."""
+    for batch in batches:
+        for documents, nll, tokens in zip(
+            *(batch[key].tolist() for key in ("documents", "nll", "tokens")), strict=True
+        ):
+            if tokens:
+                print(json.dumps({"documents": documents, "nll": nll, "tokens": tokens}))
+
+
+def check_device(accelerator: Any) -> None:
+    """Raise UserError when a GPU is asked for where there is none."""
+    if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+        built = "this machine has no usable CUDA device" if torch.version.cuda else "this torch was built without CUDA"
+        raise UserError(f"trainer.accelerator is {accelerator}, but {built}; use --device cpu")
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,164 @@
+"""What OUT and OUT.run hold when `espalier fit` starts, and what the run therefore does.
+
+OUT        the model folder; appears, whole, when the training has ended
+OUT.run    the run itself: checkpoints/, recipe.json, tokenizer.json, TensorBoard's files; stays, so that a run can be
+           looked at and lengthened
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.callbacks.checkpoints import newest_checkpoint
+from app.callbacks.folder import COMPLETE
+from app.callbacks.record import FORMAT_VERSION, KEY, RECIPE
+from app.history import read_history
+from app.loading import read_checkpoint
+from app.strategies.checkpoint_io import METADATA
+from models.errors import UserError
+from models.files import read_json
+
+LIMITS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time")
+NOT_OF_THE_RUN = ("ckpt_path", "out", "overwrite", "config", "weights_only", "trainer.enable_progress_bar")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fit does.
+
+    Attributes:
+        resume: the checkpoint to go on from, or None to start.
+        fresh: whether the run's folder is emptied first.
+        done: the sentence to say when there is nothing to do.
+    """
+
+    resume: Path | None = None
+    fresh: bool = False
+    done: str | None = None
+
+
+def run_folder(out: Path) -> Path:
+    """Where the run whose model goes to `out` keeps its checkpoints and logs."""
+    return out.with_name(f"{out.name}.run")
+
+
+def plan_fit(out: Path, recipe: Mapping[str, Any], ckpt_path: str | None, overwrite: bool) -> Plan:
+    """Decide from what is there; nothing is changed yet.
+
+    Args:
+        out: the model folder to write.
+        recipe: the resolved recipe, plain values.
+        ckpt_path: `last`, `best`, a path, or None.
+        overwrite: whether what `out` holds may be replaced.
+
+    Raises:
+        UserError: `out` holds something else, or there is no such checkpoint.
+    """
+    run = run_folder(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out must name a folder")
+    if overwrite:
+        return _overwriting(out, run, recipe, ckpt_path)
+    if out.exists() and any(out.iterdir()):
+        finished = _finished(out, run, recipe, ckpt_path)
+        if finished is not None:
+            return finished
+    elif ckpt_path is None and newest_checkpoint(run / "checkpoints") is not None:
+        raise UserError(f"{run} holds an unfinished run; go on with --ckpt_path last, or start anew with --overwrite")
+    return Plan(resume=find_checkpoint(ckpt_path, run))
+
+
+def _overwriting(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | None) -> Plan:
+    """Start anew, unless this very command was killed before and is being repeated."""
+    started = read_json(run / RECIPE) if (run / RECIPE).exists() else None
+    unfinished = started is not None and not (run / COMPLETE).exists()
+    if unfinished and ckpt_path == "last" and not differences(started, recipe):
+        return Plan(resume=find_checkpoint(ckpt_path, run))
+    explicit = ckpt_path not in (None, "last", "best")
+    return Plan(resume=find_checkpoint(ckpt_path, run) if explicit else None, fresh=True)
+
+
+def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | None) -> Plan | None:
+    """The plan for an `out` that holds something: nothing to do, a longer run, or a refusal."""
+    entries = read_history(out)
+    if len(entries) != 1 or entries[0].get("stage") != "pretrain":
+        raise UserError(f"{out} already holds something else; name another folder or pass --overwrite")
+    changes = differences(entries[0]["recipe"], recipe)
+    steps = entries[0].get("steps")
+    if not changes:
+        return Plan(done=f"{out} is complete: {steps} steps. There is nothing to do (--overwrite trains anew).")
+    if any(key not in LIMITS for key in changes):
+        raise UserError(
+            f"{out} holds a finished run of another recipe ({describe(changes)}); name another folder or pass --overwrite"
+        )
+    limit = flatten(recipe).get("trainer.max_steps", -1)
+    if isinstance(limit, int) and 0 < limit <= steps:
+        return Plan(done=f"{out} is complete: it was trained for {steps} steps, and max_steps is {limit}.")
+    if ckpt_path == "last" and newest_checkpoint(run / "checkpoints") is None:
+        raise UserError(f"{run} has no checkpoint left to train {out} further; --overwrite trains anew")
+    return None
+
+
+def find_checkpoint(ckpt_path: str | None, run: Path | None) -> Path | None:
+    """Return the checkpoint that `last`, `best` or a path names; None for `last` where there is none yet.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path in ("last", "best"):
+        if run is None:
+            raise UserError(f"ckpt_path is {ckpt_path}, and without --out nobody knows of which run; give its path")
+        found = newest_checkpoint(run / "checkpoints", "step" if ckpt_path == "last" else "best")
+        if found is None and ckpt_path == "best":
+            raise UserError(f"{run / 'checkpoints'} has no best checkpoint")
+        return found
+    path = Path(ckpt_path).expanduser()
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    if path.is_dir() and not (path / METADATA).exists():
+        raise UserError(f"{path} is no Lightning checkpoint; a model folder is measured with espalier evaluate")
+    return path
+
+
+def describe_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the recipe and the architecture that a checkpoint was trained with, without reading its tensors.
+
+    Raises:
+        UserError: corrupt, truncated, or of another version.
+    """
+    content = read_checkpoint(path / METADATA if path.is_dir() else path)
+    record = content.get(KEY, {})
+    version = record.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} is a checkpoint of version {version!r}; this installation continues version {FORMAT_VERSION}"
+        )
+    return record.get("recipe", {}), content.get("hyper_parameters", {}).get("architecture")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two recipes differ, dotted, with both values; what does not belong to the run is left out."""
+    first, second = flatten(before), flatten(now)
+    keys = [
+        key for key in {**first, **second} if key.partition(".")[0] not in NOT_OF_THE_RUN and key not in NOT_OF_THE_RUN
+    ]
+    return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
+
+
+def describe(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """`trainer.max_steps: 100 -> 200, ...`"""
+    return ", ".join(f"{key}: {before} -> {now}" for key, (before, now) in changes.items())
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
