@@ -273,6 +273,10 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def drop(self, name: str) -> None:
+        """Leave the tensor `name` out from now on."""
+        del self._files[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor `name`, without reading it."""
         return tuple(self._files[name].get_slice(name).get_shape())

@@ -7,7 +7,7 @@ The config says all that is needed to rebuild the model, and names no Python cla
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,19 +93,25 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     """
     folder = Path(folder).expanduser()
     config = read_config(folder)
+    files = TensorFiles(folder)
     try:
-        model = skeleton(config)
+        model = skeleton(config, dtype or stored_dtype(files, config))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    files = TensorFiles(folder)
     files.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     return fill(model, ((name, files[name]) for name in files), device, dtype)
 
 
-def skeleton(config: ModelConfig) -> Transformer:
+def stored_dtype(files: Mapping[str, Tensor], config: ModelConfig) -> torch.dtype:
+    """The dtype of the first dense weight in `files`, which is what packed modules compute in."""
+    dense = (files[name] for name in files if name.rpartition(".")[0] not in config.compression)
+    return next((tensor.dtype for tensor in dense if tensor.is_floating_point()), torch.get_default_dtype())
+
+
+def skeleton(config: ModelConfig, dtype: torch.dtype | None = None) -> Transformer:
     """The model of `config` on the meta device: shapes without memory, and packed modules where it is compressed."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config).to(dtype)
         install(model, config.compression)
     return model
 

@@ -36,12 +36,6 @@ def _points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def form_of(module: nn.Module) -> str | None:
-    """The name of the form that `module` is, or None for a dense module. Imports nothing."""
-    place = f"{type(module).__module__}:{type(module).__qualname__}"
-    return next((name for name, point in _points().items() if point.value == place), None)
-
-
 def described(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Module name -> {"form": name, ...numbers} of every packed module of `model`."""
     places = {point.value: name for name, point in _points().items()}

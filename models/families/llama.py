@@ -1,0 +1,172 @@
+"""The Llama file format (`LlamaForCausalLM`), and Mistral's, which is the same without biases.
+
+The two differ in one rule: `transformers` refuses a Llama whose hidden size is not a multiple of its heads, as
+structured pruning makes it. Such a model is written as a Mistral without a sliding window, which computes the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.attention import Full
+from models.config import LayerConfig, ModelConfig
+from models.errors import UserError
+from models.families.uniform import common, flag, integer, number
+from models.feedforward import Swiglu
+from models.norms import Rms
+from models.positions import Rope
+from models.positions.rope import LinearScaling, Llama3Scaling
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Llama or Mistral files.
+
+    Args:
+        model_type: `llama` or `mistral`.
+    """
+
+    model_type: str
+
+    def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
+        context = integer(values, "max_position_embeddings", 2048 if self.model_type == "llama" else 131072)
+        window = values.get("sliding_window")
+        if self.model_type == "mistral" and window is not None and window < context:
+            raise UserError(f"sliding_window {window} is shorter than max_position_embeddings {context}: not supported")
+        width, heads = integer(values, "hidden_size"), integer(values, "num_attention_heads")
+        attention_bias, mlp_bias = flag(values, "attention_bias"), flag(values, "mlp_bias")
+        activation = values.get("hidden_act") or "silu"
+        if activation not in ACTIVATIONS:
+            raise UserError(f"hidden_act {activation!r} is not supported (one of: {', '.join(ACTIVATIONS)})")
+        attention = Full(
+            heads=heads,
+            kv_heads=integer(values, "num_key_value_heads", heads),
+            head_width=integer(values, "head_dim", width // heads),
+            bias=attention_bias,
+            out_bias=attention_bias,
+            dropout=number(values, "attention_dropout", 0.0),
+        )
+        feedforward = Swiglu(
+            width=integer(values, "intermediate_size"),
+            activation=ACTIVATIONS[activation],
+            bias=mlp_bias,
+            out_bias=mlp_bias,
+        )
+        return ModelConfig(
+            vocab_size=integer(values, "vocab_size"),
+            width=width,
+            layers=(LayerConfig(attention, feedforward),) * integer(values, "num_hidden_layers"),
+            context=context,
+            norm=Rms(eps=number(values, "rms_norm_eps", 1e-6)),
+            position=read_rope(values, context),
+            head="tied" if flag(values, "tie_word_embeddings") else "untied",
+        )
+
+    def write_config(self, config: ModelConfig) -> dict[str, Any]:
+        if not isinstance(config.norm, Rms) or config.norm.position != "pre":
+            raise UserError(f"it has RMS norms in position pre, not {config.norm.kind} {config.norm.position}")
+        attention, feedforward = common(config, Full, Swiglu)
+        if not isinstance(config.position, Rope) or attention["position"] not in (None, config.position):
+            raise UserError(f"it has one rope position in all layers, not {config.position.kind} with exceptions")
+        biases = self._biases(config)
+        if self.model_type == "mistral" and any(biases.values()):
+            raise UserError(f"it has no biases, and this model has {', '.join(key for key in biases if biases[key])}")
+        if self.model_type == "llama" and config.width % attention["heads"]:
+            raise UserError(
+                f"transformers wants a width that is a multiple of the heads, not {config.width} of "
+                f"{attention['heads']} heads"
+            )
+        values = {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.width,
+            "intermediate_size": feedforward["width"],
+            "num_hidden_layers": len(config.layers),
+            "num_attention_heads": attention["heads"],
+            "num_key_value_heads": attention["kv_heads"],
+            "head_dim": attention["head_width"],
+            "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == feedforward["activation"]),
+            "max_position_embeddings": config.context,
+            "rms_norm_eps": config.norm.eps,
+            "attention_dropout": attention["dropout"],
+            "tie_word_embeddings": config.head == "tied",
+            **write_rope(config.position),
+        }
+        return values | (biases if self.model_type == "llama" else {"sliding_window": None})
+
+    @staticmethod
+    def _biases(config: ModelConfig) -> dict[str, bool]:
+        """A Llama has all four biases of an attention or none, and likewise for the feed-forward."""
+        return {
+            "attention_bias": any(layer.attention.bias or layer.attention.out_bias for layer in config.layers),
+            "mlp_bias": any(layer.feedforward.bias or layer.feedforward.out_bias for layer in config.layers),
+        }
+
+    def names(self, config: ModelConfig) -> dict[str, str]:
+        biases = self._biases(config)
+        names = {"embedding.weight": "model.embed_tokens.weight"}
+        for i in range(len(config.layers)):
+            ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+            names[f"{ours}.attention_norm.weight"] = f"{theirs}.input_layernorm.weight"
+            for letter in "qkvo":
+                for leaf in ("weight", "bias") if biases["attention_bias"] else ("weight",):
+                    names[f"{ours}.attention.{letter}.{leaf}"] = f"{theirs}.self_attn.{letter}_proj.{leaf}"
+            names[f"{ours}.feedforward_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
+            for word in ("gate", "up", "down"):
+                for leaf in ("weight", "bias") if biases["mlp_bias"] else ("weight",):
+                    names[f"{ours}.feedforward.{word}.{leaf}"] = f"{theirs}.mlp.{word}_proj.{leaf}"
+        names["norm.weight"] = "model.norm.weight"
+        if config.head == "untied":
+            names["head.weight"] = "lm_head.weight"
+        return names
+
+
+def read_rope(values: Mapping[str, Any], context: int) -> Rope:
+    """RoPE from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (before it)."""
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    base = number(rope, "rope_theta", number(values, "rope_theta", 10000.0))
+    share = number(rope, "partial_rotary_factor", number(values, "partial_rotary_factor", 1.0))
+    if share != 1.0:
+        raise UserError(f"partial_rotary_factor {share} is not part of the Llama format")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return Rope(base=base)
+    if kind == "linear":
+        return Rope(base=base, scaling=LinearScaling(number(rope, "factor")))
+    if kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=number(rope, "factor"),
+            low_frequency_factor=number(rope, "low_freq_factor"),
+            high_frequency_factor=number(rope, "high_freq_factor"),
+            original_context=integer(rope, "original_max_position_embeddings", context),
+        )
+        return Rope(base=base, scaling=scaling)
+    raise UserError(f"rope_type {kind!r} is not supported (one of: default, linear, llama3)")
+
+
+def write_rope(rope: Rope) -> dict[str, Any]:
+    """RoPE as transformers 5 reads it, and beside it as version 4 does, which would silently take a base of 10000."""
+    if rope.fraction != 1.0:
+        raise UserError(f"it rotates all channels of a head, not a fraction of {rope.fraction}")
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    if isinstance(rope.scaling, LinearScaling):
+        scaling = {"rope_type": "linear", "factor": rope.scaling.factor}
+    elif isinstance(rope.scaling, Llama3Scaling):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": rope.scaling.factor,
+            "low_freq_factor": rope.scaling.low_frequency_factor,
+            "high_freq_factor": rope.scaling.high_frequency_factor,
+            "original_max_position_embeddings": rope.scaling.original_context,
+        }
+    elif rope.scaling is not None:
+        raise UserError(f"it has no RoPE scaling {rope.scaling.kind!r}")
+    return {
+        "rope_parameters": scaling | {"rope_theta": rope.base},
+        "rope_theta": rope.base,
+        "rope_scaling": None if rope.scaling is None else scaling,
+    }

@@ -1,0 +1,67 @@
+"""Helpers of the families: typed values of a foreign config, and the one shape that all layers must share."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from models.config import ModelConfig
+from models.errors import UserError
+
+_REQUIRED = object()
+# a file format with biases has them in every layer, and a missing one is written as zeros
+_FREE = ("bias", "out_bias")
+
+
+def integer(values: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> int:
+    """The whole number at `key`; `default` where it is missing or null."""
+    return _typed(values, key, default, (int,), "a whole number")
+
+
+def number(values: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> float:
+    """The number at `key`; `default` where it is missing or null."""
+    return float(_typed(values, key, default, (int, float), "a number"))
+
+
+def flag(values: Mapping[str, Any], key: str, default: Any = False) -> bool:
+    """The truth value at `key`; `default` where it is missing or null."""
+    return _typed(values, key, default, (bool,), "true or false")
+
+
+def _typed(values: Mapping[str, Any], key: str, default: Any, types: tuple[type, ...], what: str) -> Any:
+    value = values.get(key)
+    if value is None and default is not _REQUIRED:
+        return default
+    if type(value) not in types:
+        raise UserError(f"{key} must be {what}, got {value!r}" if key in values else f"{key} is missing")
+    return value
+
+
+def common(config: ModelConfig, attention: type, feedforward: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the attention and of the feed-forward that every layer has.
+
+    Raises:
+        UserError: a layer without one of the two, of another kind or order, or layers whose numbers differ.
+    """
+    for i, layer in enumerate(config.layers):
+        for name, kind in (("attention", attention), ("feedforward", feedforward)):
+            spec = getattr(layer, name)
+            if not isinstance(spec, kind):
+                has = "none" if spec is None else spec.kind
+                raise UserError(f"every layer has a {kind.kind} {name}, and layer {i} has {has}")
+        if layer.order != "attention_first":
+            raise UserError(f"every layer has its attention first, and layer {i} is {layer.order}")
+    return _same(config, "attention"), _same(config, "feedforward")
+
+
+def _same(config: ModelConfig, name: str) -> dict[str, Any]:
+    specs = [getattr(layer, name).__dict__ for layer in config.layers]
+    shared = {}
+    for key in specs[0]:
+        counted = Counter(spec[key] for spec in specs)
+        usual = counted.most_common(1)[0][0]
+        if len(counted) > 1 and key not in _FREE:
+            odd = [f"layer {i} has {spec[key]}" for i, spec in enumerate(specs) if spec[key] != usual]
+            listed = ", ".join(odd[:4]) + (f" and {len(odd) - 4} more differ" if len(odd) > 4 else "")
+            raise UserError(f"all layers have one {name} {key}, and here most have {usual} but {listed}")
+        shared[key] = usual
+    return shared
