@@ -14,11 +14,11 @@ from app.callbacks.record import FORMAT_VERSION
 from app.callbacks.record import KEY as RECORD
 from app.data.tokenizer import Tokenizer, load_tokenizer
 from app.history import read_history
-from app.strategies.checkpoint_io import METADATA, read_checkpoint
+from app.strategies import checkpoint_io
 from models import families, folder
 from models.config import ModelConfig
 from models.errors import UserError
-from models.files import inside, read_json
+from models.files import inside
 from models.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,19 +105,19 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"there is no model at {path}")
-    if path.is_file() or (path / METADATA).exists():
+    if path.is_file() or (path / checkpoint_io.METADATA).exists():
         return _load_checkpoint(path, device, dtype)
     if not (path / folder.CONFIG).exists():
         raise UserError(f"{path} is no model folder: it has no {folder.CONFIG}")
-    foreign = "model_type" in read_json(path / folder.CONFIG)
-    model = families.load(path, device, dtype) if foreign else folder.load(path, device, dtype)
+    foreign = families.is_family_folder(path)
+    model = families.import_folder(path, device, dtype) if foreign else folder.load(path, device, dtype)
     tokenizer = load_tokenizer(path) if (path / "tokenizer.json").exists() else None
     kind: Kind = "hugging face" if foreign else "folder"
     return Loaded(model, tokenizer, Source(path, kind, folder.hash_weights(path), read_history(path)))
 
 
 def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | None) -> Loaded:
-    content = _read(path)
+    content = read_checkpoint(path)
     record = content.get(RECORD) or {}
     if record and record.get("format_version") != FORMAT_VERSION:
         version = record.get("format_version")
@@ -140,10 +140,14 @@ def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype 
     return Loaded(model, _tokenizer_of(path, record), source)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The content of a Lightning checkpoint, a file or a sharded folder; raises UserError where it cannot be read."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a Lightning checkpoint, a file or a sharded folder, loaded with weights_only=True.
+
+    Raises:
+        UserError: it is corrupt, truncated, no checkpoint, or holds objects that would have to be unpickled.
+    """
     try:
-        content = read_checkpoint(path)
+        content = checkpoint_io.read_checkpoint(path)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is no checkpoint that can be read without unpickling objects, which is never done"

@@ -5,6 +5,7 @@ entry-point group `espalier.forms` (name = "package.module:Class"), so `models` 
 folder names a form, never a Python class.
 """
 
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
@@ -32,16 +33,22 @@ class Form(Protocol):
         """Bytes that the weights take in memory as they are run."""
 
 
+@cache
 def _points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
+def form_of(module: nn.Module) -> str | None:
+    """The name of the form that `module` is, or None for a dense module. Imports nothing."""
+    place = f"{type(module).__module__}:{type(module).__qualname__}"
+    return next((name for name, point in _points().items() if point.value == place), None)
+
+
 def described(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Module name -> {"form": name, ...numbers} of every packed module of `model`."""
-    places = {point.value: name for name, point in _points().items()}
     found = {}
     for name, module in model.named_modules():
-        form = places.get(f"{type(module).__module__}:{type(module).__qualname__}")
+        form = form_of(module)
         if form is not None:
             found[name] = {"form": form, **module.spec()}
     return found

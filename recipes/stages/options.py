@@ -12,6 +12,8 @@ from typing import Any, Literal
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Names = str | list[str]
+Spec = str | dict[str, Any]  # a name, or {kind: name, ...its own options}
+MODEL = "model folder, Lightning checkpoint, or Hugging Face folder"
 
 
 def option(help: str, default: Any = MISSING, *, factory: Any = MISSING) -> Any:
@@ -43,14 +45,15 @@ class Measure(Compute):
     """On which text a model is measured."""
 
     data: str = option(
-        "text: `python` (the default corpus), a txt/jsonl/parquet/csv file, a folder or glob of them, a `datasets` "
-        "folder, or a hub name",
+        "text to calibrate, train and measure on: `python` (the default corpus), a txt/jsonl/parquet/csv file, "
+        "a folder or glob of them, a `datasets` folder, or a hub name",
         "python",
     )
     sequence_length: int | None = option("tokens of one block; default: the model's context, at most 1024", None)
     seed: int = option("seed of everything that is drawn at random", 0)
     batch_size: int | None = option("blocks of text that run at once; default: chosen from the vocabulary", None)
     evaluation_data: str | None = option("held-out text; default: the test split of --data", None)
+    speed_rounds: int = option("timed rounds of generation for each model; 0 leaves speed out", 7)
     evaluation_blocks: int | None = option("measure on the first N held-out blocks only; default: all of them", None)
 
 
@@ -66,43 +69,54 @@ class Written:
 class Quantize(Written, Measure):
     """Store the weights in fewer bits, and report what that cost."""
 
-    model: str = positional("model folder, Lightning checkpoint, or Hugging Face folder", "MODEL")
+    model: str = positional(MODEL, "MODEL")
     method: Literal["rtn", "gptq"] = option(
         "rtn rounds every weight to the nearest grid point; gptq lets the weights that are still free make up for the "
         "error of those already rounded, on calibration text",
         "gptq",
     )
     bits: Literal[2, 3, 4, 8] = option("bits of a weight of a linear layer", 4)
-    group_size: int = option("weights of one row that share a scale; -1: the whole row", 64)
+    group_size: int | Literal["channel", "tensor"] = option(
+        "weights of one row that share a scale; `channel`: the whole row, `tensor`: all of them", 64
+    )
     symmetric: bool = option("a grid around zero (true), or one with a zero point for each group (false)", True)
     embedding_bits: Literal[2, 3, 4, 8, 16] = option("bits of the token embedding; 16 leaves it as it is", 16)
-    skip: Names = option("layers to leave as they are, by name or pattern (`head`, `blocks.0.*`), comma-separated", "")
+    head_bits: Literal[2, 3, 4, 8, 16] = option("bits of an untied output head; 16 leaves it as it is", 16)
+    skip: Names = option("layers to leave as they are, by name or pattern (`blocks.0.*`), comma-separated", "")
     samples: int = option("calibration blocks of --sequence_length tokens, from the training split of --data", 128)
-    damping: float = option("gptq: share of the mean diagonal that is added to the Hessian's diagonal", 0.01)
+    damping: float = option("gptq: share of the Hessian's mean diagonal that is added to its diagonal", 0.01)
 
 
 @dataclass(kw_only=True)
 class Prune(Written, Measure):
     """Take weights, neurons or heads away, and report what that cost."""
 
-    model: str = positional("model folder, Lightning checkpoint, or Hugging Face folder", "MODEL")
+    model: str = positional(MODEL, "MODEL")
     method: Literal["magnitude", "wanda", "structured"] = option(
-        "magnitude and wanda set weights to zero; structured takes neurons or key/value groups out of the tensors",
-        "wanda",
+        "magnitude and wanda set weights to zero; structured takes neurons or heads out of the tensors", "wanda"
     )
-    sparsity: float = option("magnitude, wanda: share of the weights to set to zero, above 0 and below 1", 0.5)
+    sparsity: float | None = option("magnitude, wanda: share of the weights to set to zero; default: 0.5", None)
     pattern: str = option(
         "magnitude, wanda: `unstructured`, or N:M to keep the N largest of every M inputs", "unstructured"
     )
+    scope: Literal["row", "layer", "global"] = option(
+        "unstructured: within which weights the smallest are sought", "row"
+    )
+    include: Names = option("magnitude, wanda: which of embedding, head to prune as well, comma-separated", "")
     targets: Names = option(
-        "structured: what to take out, comma-separated: neurons, groups (key/value groups)", "neurons"
+        "structured: what to take out, comma-separated: neurons, heads, groups (key/value groups with their heads)",
+        "neurons",
     )
-    ratio: float = option("structured: share of the targets to take out of every layer, above 0 and below 1", 0.25)
-    criterion: Literal["magnitude", "activation"] = option(
-        "structured: how the importance of a target is measured: by its weights, or by its activations on --samples",
-        "activation",
+    ratio: float | dict[str, float] = option(
+        "structured: share of the targets to take out, above 0 and below 1; or one for each: {neurons: 0.25}", 0.25
     )
-    skip: Names = option("layers to leave as they are, by name or pattern (`head`, `blocks.0.*`), comma-separated", "")
+    criterion: Spec = option("structured: which targets go: variance, norm, magnitude, taylor", "variance")
+    allocation: Spec = option("structured: uniform takes as much out of every layer, global compares layers", "uniform")
+    round_to: int = option("structured: the number of neurons that stay is a multiple of this", 8)
+    compensation: Literal["none", "existing", "add"] = option(
+        "structured: whether an output bias takes over the mean of what goes: never, where there is one, or add one",
+        "existing",
+    )
     samples: int = option("calibration blocks of --sequence_length tokens, from the training split of --data", 128)
 
 
@@ -110,25 +124,36 @@ class Prune(Written, Measure):
 class Distill(Written, Measure):
     """Train a student on what a teacher predicts, and report what that won."""
 
-    teacher: str = option("the model to learn from: model folder, Lightning checkpoint, or Hugging Face folder")
+    teacher: str = option(f"the model to learn from: {MODEL}")
     student: str | None = option(
-        "the model that learns: a folder, or an architecture file (.yaml), which starts from random weights; "
-        "default: the teacher cut down to --student_layers",
+        "the model that learns: a model folder or checkpoint, or an architecture file (.yaml); default: the teacher's "
+        "architecture with --student_layers layers",
         None,
     )
-    student_layers: int | None = option(
-        "without --student: how many of the teacher's layers, evenly spaced, it keeps", None
+    student_layers: int | None = option("without --student: how many layers the student has", None)
+    initialization: Spec = option(
+        "of a student that is no model yet: layers copies evenly spaced layers of the teacher, random does not; "
+        "default: layers without --student, random with an architecture file",
+        "",
     )
-    losses: Names = option("what the student imitates, comma-separated: logit, feature", "logit")
-    temperature: float = option("divides both models' logits before they are compared (Hinton et al. 2015)", 2.0)
-    alpha: float = option("weight of the imitation against the loss on the text itself: 1 is imitation alone", 0.5)
+    losses: str | list[str | dict[str, Any]] = option(
+        "what the student imitates, comma-separated: logit, feature", "logit"
+    )
+    temperature: float = option("logit: divides the logits of both models before they are compared", 2.0)
+    alpha: float = option("share of the loss on the text itself; the logit loss has the rest", 0.5)
+    weights: dict[str, float] = option("factors of further losses by name: {feature: 0.1}", factory=dict)
     max_steps: int = option("optimizer steps", 1000)
     train_batch_size: int = option("blocks of text in one optimizer step", 16)
     learning_rate: float = option("the highest learning rate of AdamW", 1e-3)
     warmup_steps: int = option("steps in which the learning rate rises from 0", 50)
     weight_decay: float = option("AdamW's weight decay of the matrices", 0.1)
-    precision: str = option("Lightning's precision: `32-true`, `bf16-mixed`, `bf16-true`", "32-true")
-    checkpoint_every: int = option("steps between two checkpoints from which an interrupted run continues", 100)
+    clip: float = option("the largest norm of the gradient", 1.0)
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "number format of activations while training; the weights that are trained stay float32; auto: as the teacher",
+        "auto",
+    )
+    keep_masks: bool = option("weights of the student that are exactly 0 stay 0", True)
+    checkpoint_every: int = option("steps between two checkpoints from which an interrupted run goes on", 100)
 
 
 @dataclass(kw_only=True)
@@ -155,7 +180,7 @@ class Compare(Measure):
 class Generate(Compute):
     """Continue a text."""
 
-    model: str = positional("model folder, Lightning checkpoint, or Hugging Face folder", "MODEL")
+    model: str = positional(MODEL, "MODEL")
     prompt: str = option("the text to continue")
     max_new_tokens: int = option("the most tokens to add", 100)
     temperature: float = option("0 takes the likeliest token, 1 samples from the model's distribution", 0.8)
@@ -168,7 +193,7 @@ class Generate(Compute):
 class Inspect:
     """Show a model layer by layer: shape, bits, sparsity, parameters, bytes, FLOPs."""
 
-    model: str = positional("model folder, Lightning checkpoint, or Hugging Face folder", "MODEL")
+    model: str = positional(MODEL, "MODEL")
     out: str | None = option("also write the table as JSON to this file", None)
     overwrite: bool = option("replace --out if it exists", False)
 

@@ -29,7 +29,7 @@ from models.transformer import Transformer
 from recipes.stages import partial
 from recipes.stages.options import Measure, Written
 from recipes.stages.terminal import Bars, print_summary, say
-from recipes.stages.text import Text
+from recipes.stages.text import Text, speed_protocol
 
 
 class StageOptions(Written, Measure):
@@ -39,7 +39,7 @@ class StageOptions(Written, Measure):
 Options = TypeVar("Options", bound=StageOptions)
 
 # What changes neither the weights nor the figures, and so may differ when an interrupted run goes on.
-_BESIDE_THE_POINT = ("out", "overwrite", "batch_size")
+_BESIDE_THE_POINT = ("out", "overwrite", "batch_size", "speed_rounds", "model", "teacher", "student")
 
 
 class Stage(ABC, Generic[Options]):
@@ -81,6 +81,10 @@ class Stage(ABC, Generic[Options]):
             state: an existing folder for what an interrupted run goes on from; it may hold some of it already.
         """
 
+    def inputs(self) -> dict[str, Any]:
+        """Return what else decides about the result: files that the options only name."""
+        return {}
+
     def references(self, sources: dict[str, Source]) -> list[str]:
         """Roles of further models to show in the report."""
         return []
@@ -110,6 +114,7 @@ class Stage(ABC, Generic[Options]):
             {
                 "stage": self.verb,
                 "recipe": {key: value for key, value in self.recipe().items() if key not in _BESIDE_THE_POINT},
+                "inputs": self.inputs(),
                 "parents": {role: loaded.source.weights_sha256 for role, loaded in parents.items()},
                 "data": text.describe(),
                 "device": self.device.type,
@@ -189,6 +194,7 @@ class Stage(ABC, Generic[Options]):
                 training_blocks=None if known else text.training,
                 baselines=known,
                 references=[self._subject(sources[role]) for role in self.references(sources)],
+                speed=speed_protocol(self.options),
                 batch_size=self.options.batch_size,
                 progress=bars,
             )

@@ -3,25 +3,48 @@
 Where nobody watches (a log file, a CI job) a bar becomes one plain line every few seconds.
 """
 
-import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from app.evaluation import tables, wording
+from compress.calibration import Progress, parts_of
 
-console = Console(file=sys.stderr, highlight=False)
+console = Console(stderr=True, highlight=False)
 LINE_EVERY = 10.0  # seconds between two lines of a log
+
+
+def out_console() -> Console:
+    """The console of the command's own output, as wide as a table needs where that is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def say(message: str) -> None:
     """Print one line for the person, beside the bars and not into the command's output."""
     console.print(message, soft_wrap=True)
+
+
+def by_layer(bars: "Bars", phase: str, model: nn.Module) -> Callable[[Progress], None]:
+    """Return what the compression driver reports each finished layer to: a bar over all the layers that it walks."""
+    before = [0]  # layers of the parts up to each one
+    for part in parts_of(model):
+        before.append(before[-1] + len(part.linears))
+    seen: dict[int, int] = {}
+
+    def report(step: Progress) -> None:
+        seen[step.index] = seen.get(step.index, 0) + 1
+        bars(phase, min(before[step.index] + seen[step.index], before[step.index + 1]), before[-1], step.layer)
+
+    return report
 
 
 class RateColumn(ProgressColumn):
@@ -43,7 +66,7 @@ class Bars:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), RateColumn())
-        self._progress = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console)
+        self._progress = RichProgress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console)
         self._tasks: dict[str, int] = {}
         self._started: dict[str, float] = {}
         self._last_line = 0.0

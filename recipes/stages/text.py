@@ -2,14 +2,25 @@
 
 from functools import cached_property
 
-from app.data.blocks import TokenBlocks, token_blocks
+import torch
+
+from app.data.blocks import Batch, TokenBlocks, token_blocks
 from app.data.corpus import Corpus
 from app.data.sources import open_source
+from app.evaluation.speed import SpeedProtocol
 from app.loading import Loaded
 from models.errors import UserError
 from recipes.stages.options import Measure
 
 LONGEST = 1024  # tokens of a block where neither the person nor a shorter context says otherwise
+CALIBRATION_TOKENS = 4096  # of one calibration batch
+
+
+def speed_protocol(chosen: Measure) -> SpeedProtocol | None:
+    """Return how speed is measured, or None where it is not."""
+    if chosen.speed_rounds < 0:
+        raise UserError(f"speed_rounds {chosen.speed_rounds} is impossible; 0 leaves speed out")
+    return SpeedProtocol(rounds=chosen.speed_rounds) if chosen.speed_rounds else None
 
 
 class Text:
@@ -58,9 +69,11 @@ class Text:
         """The whole training split."""
         return token_blocks(self.corpus, self.tokenizer, "train", self.length)
 
-    def calibration(self, samples: int) -> TokenBlocks:
-        """Return `samples` blocks of the training split, drawn with the seed."""
-        return token_blocks(self.corpus, self.tokenizer, "train", self.length, samples=samples, seed=self.chosen.seed)
+    def calibration(self, samples: int, device: torch.device) -> list[Batch]:
+        """Return `samples` blocks of the training split, drawn with the seed, as batches on the device."""
+        blocks = token_blocks(self.corpus, self.tokenizer, "train", self.length, samples=samples, seed=self.chosen.seed)
+        rows = max(1, CALIBRATION_TOKENS // self.length)
+        return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in blocks.batches(rows)]
 
     def describe(self) -> dict[str, str]:
         """Source and fingerprint, as they go into history.json."""

@@ -1,0 +1,58 @@
+"""`espalier compare`: two models on the same tokens, and the paired change with its interval."""
+
+import dataclasses
+from pathlib import Path
+
+from app.evaluation.figures import Subject, evaluate_pair
+from app.evaluation.report import About, build_report, write_report
+from app.loading import Loaded, load_model, resolve_device, resolve_dtype
+from models.errors import UserError
+from models.files import writing
+from recipes.stages import options, partial
+from recipes.stages.terminal import Bars, print_summary, say
+from recipes.stages.text import Text, speed_protocol
+
+
+def main(chosen: options.Compare) -> None:
+    """Run `espalier compare`."""
+    out = None if chosen.out is None else Path(chosen.out).expanduser().absolute()
+    if out is not None:
+        partial.check_output(out, chosen.overwrite)
+    device, dtype = resolve_device(chosen.device), resolve_dtype(chosen.dtype)
+    before, after = (load_model(path, device, dtype) for path in (chosen.before, chosen.after))
+    require_same_tokens(before, after)
+    text = Text(chosen, before)
+    with Bars() as bars:
+        figures = evaluate_pair(
+            *(Subject(loaded.model, loaded.source.path.name, loaded.source.folder) for loaded in (before, after)),
+            text.held_out,
+            training_blocks=text.training,
+            speed=speed_protocol(chosen),
+            batch_size=chosen.batch_size,
+            progress=bars,
+        )
+    about = About(
+        title=f"{before.source.path.name} and {after.source.path.name}",
+        stage="compare",
+        recipe=dataclasses.asdict(chosen),
+        history=after.source.history,
+        data=text.describe(),
+        seed=chosen.seed,
+        device=str(device),
+    )
+    if out is None:
+        print_summary(build_report(figures, [], about))
+        return
+    with writing(out, overwrite=chosen.overwrite) as target:
+        report = write_report(target, figures, [], about)
+    print_summary(report)
+    say(f"written to {out}")
+
+
+def require_same_tokens(before: Loaded, after: Loaded) -> None:
+    """Raise UserError unless both models read the same text as the same tokens."""
+    if before.text_tokenizer().sha256 != after.text_tokenizer().sha256:
+        raise UserError(
+            f"{before.source.path} and {after.source.path} have different tokenizers: their perplexities per token "
+            "cannot be compared"
+        )

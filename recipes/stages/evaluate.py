@@ -1,0 +1,89 @@
+"""`espalier evaluate`: one or more models on the same held-out text."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from app.evaluation import wording
+from app.evaluation.baselines import baselines
+from app.evaluation.figures import Subject, evaluate_model
+from app.loading import load_model, resolve_device, resolve_dtype
+from models.errors import UserError
+from models.files import write_json
+from recipes.stages import options
+from recipes.stages.terminal import Bars, out_console, say
+from recipes.stages.text import Text, speed_protocol
+
+
+def main(chosen: options.Evaluate) -> None:
+    """Run `espalier evaluate`: print a table, and write `{"models": {path: figures}, "baselines": {...}}` to --out."""
+    if options.names(chosen.tasks):
+        raise UserError(
+            f"there is no task '{options.names(chosen.tasks)[0]}'; this version measures held-out text only"
+        )
+    out = checked_file(chosen.out, chosen.overwrite)
+    figures = measure(chosen)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, figures)
+    out_console().print(table(figures))
+    if out is not None:
+        say(f"written to {out}")
+
+
+def measure(chosen: options.Evaluate) -> dict[str, Any]:
+    """Return the figures of every model, one after another, and the baselines of the first one's architecture."""
+    device, dtype = resolve_device(chosen.device), resolve_dtype(chosen.dtype)
+    found: dict[str, Any] = {"models": {}}
+    for path in chosen.models:
+        loaded = load_model(path, device, dtype)
+        text = Text(chosen, loaded)
+        blocks = text.held_out
+        subject = Subject(loaded.model, loaded.source.path.name, loaded.source.folder)
+        with Bars() as bars:
+            found["models"][path] = evaluate_model(
+                subject, blocks, speed=speed_protocol(chosen), batch_size=chosen.batch_size, progress=bars
+            )
+            if "baselines" not in found:
+                found["baselines"] = baselines(loaded.model.config, blocks, text.training, device=device)
+    return found
+
+
+def checked_file(out: str | None, overwrite: bool) -> Path | None:
+    """Return --out as a path.
+
+    Raises:
+        UserError: it is a folder, or a file that exists and is not to be replaced.
+    """
+    if out is None:
+        return None
+    path = Path(out).expanduser().absolute()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; --out names the JSON file to write")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; name another file or pass --overwrite")
+    return path
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """One row a model, and one a baseline."""
+    shown = Table()
+    for heading in ("", "perplexity", "95% interval", "bits per byte", "on disk", "in memory", "prefill", "decode"):
+        shown.add_column(heading, justify="right" if heading else "left")
+    for path, block in figures["models"].items():
+        quality, size, speed = block["quality"], block["size"], block.get("speed", {})
+        shown.add_row(
+            path,
+            wording.number(quality["perplexity"]),
+            wording.interval(quality["interval"]["perplexity"]),
+            wording.number(quality.get("bits_per_byte")),
+            wording.size(size["stored_bytes"]),
+            wording.size(size["memory_bytes"]),
+            wording.rate(speed.get("prefill_tokens_per_second")),
+            wording.rate(speed.get("decode_tokens_per_second")),
+        )
+    shown.add_section()
+    for name, block in figures["baselines"].items():
+        shown.add_row(name, wording.number(block["perplexity"]), "", wording.number(block.get("bits_per_byte")))
+    return shown

@@ -1,0 +1,33 @@
+"""`espalier generate`: continue a text, token by token."""
+
+import sys
+
+from app.loading import load_model, resolve_device, resolve_dtype
+from models.generation import Sampling, stream
+from recipes.stages import options
+
+
+def main(chosen: options.Generate) -> None:
+    """Run `espalier generate`: print the prompt and what the model adds as it comes."""
+    sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
+    loaded = load_model(chosen.model, resolve_device(chosen.device), resolve_dtype(chosen.dtype))
+    tokenizer = loaded.text_tokenizer()
+    prompt = [tokenizer.eot, *tokenizer.encode(chosen.prompt)]  # every document begins with the end-of-text token
+    new: list[int] = []
+    shown = ""
+    sys.stdout.write(chosen.prompt)
+    for step in stream(
+        loaded.model,
+        [prompt],
+        max_new_tokens=chosen.max_new_tokens,
+        sampling=sampling,
+        stop_tokens=[tokenizer.eot],
+        seed=chosen.seed,
+    ):
+        new += [token for token in step[:1] if token is not None]
+        text = tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write(tokenizer.decode(new)[len(shown) :] + "\n")

@@ -1,0 +1,33 @@
+"""`espalier import`: a Hugging Face folder of a supported family becomes a model folder."""
+
+import dataclasses
+from pathlib import Path
+
+from app.history import history_entry, write_card, write_history
+from app.loading import resolve_dtype
+from models import families, folder
+from models.files import writing
+from recipes.stages import options, partial
+from recipes.stages.terminal import say
+
+
+def main(chosen: options.Import) -> None:
+    """Run `espalier import`: config, weights, tokenizer files as they are, history and card."""
+    source, out = Path(chosen.folder).expanduser(), Path(chosen.out).expanduser().absolute()
+    partial.check_output(out, chosen.overwrite)
+    model = families.import_folder(source, dtype=resolve_dtype(chosen.dtype))
+    with writing(out, overwrite=chosen.overwrite) as target:
+        folder.save_model(model, target)
+        families.copy_tokenizer(source, target)
+        entry = history_entry(
+            "import",
+            f"from a Hugging Face folder, {source.name}",
+            recipe=dataclasses.asdict(chosen),
+            seed=0,
+            data={},
+            parents={"model": folder.hash_weights(source)},
+            weights=folder.hash_weights(target),
+        )
+        write_history(target, [entry])
+        write_card(target, model, [entry])
+    say(f"written to {out}")

@@ -1,0 +1,45 @@
+"""`espalier inspect`: a model layer by layer."""
+
+from rich.table import Table
+
+from app.evaluation import wording
+from app.evaluation.size import layer_sizes, size_figures
+from app.loading import load_model
+from models.files import write_json
+from recipes.stages import options
+from recipes.stages.evaluate import checked_file
+from recipes.stages.terminal import out_console, say
+
+
+def main(chosen: options.Inspect) -> None:
+    """Run `espalier inspect`: print the table, and write `{"layers": [...], "size": {...}}` to --out."""
+    out = checked_file(chosen.out, chosen.overwrite)
+    loaded = load_model(chosen.model)
+    layers, size = layer_sizes(loaded.model), size_figures(loaded.model, loaded.source.folder)
+    table = Table(title=str(loaded.source.path), title_justify="left")
+    for heading in ("layer", "shape", "stored as", "bits", "zeros", "parameters", "in memory", "FLOPs", "runs as"):
+        table.add_column(heading, justify="left" if heading in ("layer", "stored as", "runs as") else "right")
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            " x ".join(map(str, layer.shape)),
+            layer.form,
+            wording.number(layer.bits, 3),
+            wording.percent(layer.sparsity),
+            wording.count(layer.parameters),
+            wording.size(layer.bytes),
+            wording.flops(layer.flops),
+            layer.kernel,
+        )
+    out_console().print(table)
+    model = loaded.model
+    dtype = next(model.parameters()).dtype
+    out_console().print(
+        f"{wording.count(size['parameters'])} parameters ({wording.count(size['nonzero_parameters'])} not 0), "
+        f"{wording.size(size['stored_bytes'])} on disk, {wording.size(size['memory_bytes'])} in memory; "
+        f"{wording.flops(model.flops_per_token(model.config.context))} for a token at the full context of "
+        f"{model.config.context}, {wording.size(model.cache_bytes_per_token(dtype))} of cache for each"
+    )
+    if out is not None:
+        write_json(out, {"layers": [layer.to_dict() for layer in layers], "size": size})
+        say(f"written to {out}")

@@ -1,0 +1,85 @@
+"""`espalier prune`: zeros by magnitude or Wanda, or neurons, heads and key/value groups taken out of the tensors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.loading import Loaded, load_model
+from compress.pruning.patterns import parse_pattern
+from compress.pruning.plan import read_ratios
+from compress.pruning.sparsify import sparsify
+from compress.pruning.structured import prune_structured
+from compress.records import LayerRecord
+from compress.store import FolderStore
+from models.transformer import Transformer
+from recipes.stages import options
+from recipes.stages.stage import Stage
+from recipes.stages.terminal import Bars, by_layer
+from recipes.stages.text import Text
+
+DATA_FREE = ("magnitude",)
+
+
+class Prune(Stage[options.Prune]):
+    """Pruning by one of the methods of compress.pruning."""
+
+    verb = "prune"
+
+    def title(self) -> str:
+        chosen = self.options
+        if chosen.method == "structured":
+            ratios = read_ratios(options.names(chosen.targets), chosen.ratio)
+            return "structured pruning, " + ", ".join(
+                f"{ratio:.0%} of the {target}" for target, ratio in ratios.items()
+            )
+        share = f"{self.pattern().sparsity:.0%}" if chosen.pattern == "unstructured" else chosen.pattern
+        return f"{chosen.method.capitalize()}, {share}"
+
+    def pattern(self):
+        """The pattern of zeros that was asked for."""
+        chosen = self.options
+        default = 0.5 if chosen.pattern == "unstructured" else None
+        return parse_pattern(chosen.pattern, default if chosen.sparsity is None else chosen.sparsity, chosen.scope)
+
+    def check(self) -> None:
+        self.title()  # parses ratios and pattern
+
+    def parents(self) -> dict[str, Loaded]:
+        return {"model": load_model(self.options.model, self.device, self.dtype)}
+
+    def compress(
+        self, parents: dict[str, Loaded], text: Text, state: Path, bars: Bars
+    ) -> tuple[Transformer, Sequence[LayerRecord]]:
+        chosen, model = self.options, parents["model"].model
+        store, progress = FolderStore(state), by_layer(bars, "pruning", model)
+        batches = None
+        if chosen.method not in DATA_FREE:
+            batches = text.calibration(chosen.samples, self.device)
+        if chosen.method == "structured":
+            records = prune_structured(
+                model,
+                options.names(chosen.targets),
+                chosen.ratio,
+                chosen.criterion,
+                batches,
+                allocation=chosen.allocation,
+                round_to=chosen.round_to,
+                compensation=chosen.compensation,
+                store=store,
+                progress=progress,
+            )
+        else:
+            records = sparsify(
+                model,
+                chosen.method,
+                self.pattern(),
+                batches,
+                include=options.names(chosen.include),
+                store=store,
+                progress=progress,
+            )
+        return model, records
+
+
+def main(chosen: options.Prune) -> None:
+    """Run `espalier prune`."""
+    Prune(chosen).run()

@@ -1,0 +1,76 @@
+"""`espalier prune`, from the command to the folder."""
+
+import json
+
+import pytest
+import torch
+
+import models.folder
+from tests.recipes.conftest import QUICK
+
+
+def report_of(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def test_wanda_writes_a_whole_folder(teacher, espalier, tmp_path):
+    out = tmp_path / "pruned"
+    status, output = espalier("prune", teacher, "--out", out, *QUICK, "--samples", 16, "--debug")
+    assert status == 0, output.err
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "report.json", "report.md", "report.html"}
+    assert names >= {"plots", "history.json", "README.md"}
+    assert not (tmp_path / "pruned.partial").exists()
+    model = models.folder.load(out)
+    assert float((model.blocks[0].feedforward.up.weight == 0).float().mean()) == 0.5
+    report = report_of(out)
+    assert report["change"]["quality"]["loss"] > 0
+    assert report["after"]["size"]["nonzero_parameters"] < report["before"]["size"]["nonzero_parameters"]
+    history = json.loads((out / "history.json").read_text())["stages"]
+    assert [entry["stage"] for entry in history] == ["prune"]
+    assert history[0]["parents"]["model"] == models.folder.hash_weights(teacher)
+    assert history[0]["weights"] == models.folder.hash_weights(out)
+
+
+def test_structured_pruning_shrinks_the_files(teacher, espalier, tmp_path):
+    out = tmp_path / "pruned"
+    argv = ["--method", "structured", "--targets", "neurons,groups", "--ratio", 0.5, "--samples", 16, "--round_to", 8]
+    status, output = espalier("prune", teacher, "--out", out, *QUICK, *argv)
+    assert status == 0, output.err
+    report = report_of(out)
+    assert report["change"]["size"]["stored_bytes"]["ratio"] < 0.85
+    assert models.folder.load(out).blocks[0].feedforward.up.weight.shape == (32, 32)
+    status, output = espalier("prune", out, "--out", tmp_path / "again", *QUICK, "--method", "magnitude")
+    assert status == 0, output.err
+    history = json.loads((tmp_path / "again" / "history.json").read_text())["stages"]
+    assert len(history) == 2
+    assert history[1]["parents"]["model"] == history[0]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--sparsity", "1.5"], ["1.5"]),
+        (["--pattern", "4:2"], ["4:2"]),
+        (["--pattern", "2of4"], ["2of4", "N:M"]),
+        (["--method", "structured", "--ratio", "1"], ["ratio", "1"]),
+        (["--method", "structured", "--targets", "neuron"], ["neuron", "neurons"]),
+        (["--samples", "0"], ["samples"]),
+        (["--sequence_length", "1"], ["sequence_length"]),
+        (["--data", "no/such/text.txt"], ["no/such/text.txt"]),
+    ],
+)
+def test_impossible_wishes(argv, words, teacher, refused, tmp_path):
+    out = tmp_path / "deep" / "pruned"
+    refused("prune", teacher, "--out", out, *QUICK, *argv, words=words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_same_seed_same_weights(teacher, espalier, tmp_path):
+    hashes = set()
+    for name in "ab":
+        torch.manual_seed(hash(name))
+        status, output = espalier("prune", teacher, "--out", tmp_path / name, *QUICK, "--samples", 8)
+        assert status == 0, output.err
+        hashes.add(models.folder.hash_weights(tmp_path / name))
+    assert len(hashes) == 1
