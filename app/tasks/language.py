@@ -115,12 +115,16 @@ class LanguageModel(LightningModule):
             return
         if self.config is None:
             self._settle()
-        self.model = Transformer(self.config)
+        self.model = self._build()
         if self.compiling is not None:
             self.compiling.apply(self.model)
         parallelize = getattr(self._strategy(), "parallelize", None)
         if parallelize is not None:
             parallelize(self.model, self.compute_dtype)
+
+    def _build(self) -> Transformer:
+        """The model with the weights that training starts from."""
+        return Transformer(self.config)
 
     def _strategy(self) -> Any:
         return self._trainer.strategy if self._trainer is not None else None

@@ -110,7 +110,7 @@ class WeightNorm:
 class _Activation:
     """Mean squared error at the sub-layer's output that the removal of one unit alone leaves.
 
-    Neuron j with hidden activation a_j (the product where there is a gate) writes a_j * down[:, j]: E[a_j^2] |down_j|^2.
+    Neuron j with hidden activation a_j (the product where gated) writes a_j * down[:, j]: E[a_j^2] |down_j|^2.
     A head or group with outputs x and columns O of `o`: tr(O E[x x'] O').
     """
 

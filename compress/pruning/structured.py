@@ -258,7 +258,7 @@ def prune_structured(
         batches: calibration tokens; `magnitude` without compensation needs none.
         allocation: `uniform` or `global`.
         round_to: numbers of neurons that are kept are rounded to a multiple of this.
-        compensation: whether the output bias takes over the mean of what was removed: `none`, `existing` ones, `add` one.
+        compensation: which output biases take over the mean of what was removed: `none`, `existing`, or `add`ed ones.
         store, progress, device, autocast: see `compress.calibration.walk`.
 
     Returns a record for every linear map, with the ratio asked for and achieved, and the cache bytes per token.

@@ -63,9 +63,9 @@ def test_wanda_equals_an_explicit_loop_through_the_pruned_blocks(pattern):
     states = [theirs.embed(batch["tokens"]) for batch in batches]
     with torch.no_grad():
         for block in theirs.blocks:
-            inputs = {}
+            inputs = {name: [] for name in linears(block)}
             hooks = [
-                module.register_forward_pre_hook(lambda m, args, kept=inputs.setdefault(name, []): kept.append(args[0]))
+                module.register_forward_pre_hook(lambda m, args, kept=inputs[name]: kept.append(args[0]))
                 for name, module in linears(block).items()
             ]
             for x, context in states:

@@ -1,0 +1,206 @@
+"""Distillation as a LightningModule: a student learns from the text and from a teacher that stays outside of it.
+
+B sequences in a batch, T tokens in a sequence.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from app.loading import Loaded, load_model
+from app.optim import Optimization, Schedule
+from app.strategies.checkpoint_io import METADATA
+from app.tasks.architecture import read_architecture, resolve_architecture
+from app.tasks.compile import Compile
+from app.tasks.language import LanguageModel
+from app.tasks.precision import ComputeDtype, call_in
+from compress.distillation.initialization import INITIALIZATIONS
+from compress.distillation.losses import Combine, parse_losses
+from compress.distillation.objective import Objective, require_same_vocabulary
+from compress.pruning.masks import HeldMasks, masks_of
+from compress.pruning.sparsify import refuse_packed
+from models.errors import UserError
+from models.losses import IGNORED
+from models.transformer import Transformer
+
+
+class _Pair(nn.Module):
+    """Student and objective as one module, so that one cast of parameters covers both."""
+
+    def __init__(self, student: Transformer, objective: Objective) -> None:
+        super().__init__()
+        self.student, self.objective = student, objective
+
+    def forward(self, teacher: Transformer, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.objective(self.student, teacher, batch)
+
+
+class Distillation(LanguageModel):
+    """Trains a student on next-token prediction and on what a teacher says about the same tokens.
+
+    The teacher is loaded in evaluation mode, gets no gradient and is in no checkpoint. The projectors of feature losses
+    are trained and saved with the checkpoint (under `objective`), but are no part of the student (`model`).
+
+    Args:
+        teacher: model folder, checkpoint or Hugging Face folder.
+        student: the same, or an architecture: mapping, preset's name, YAML or JSON file. Vocabulary and context come
+            from the teacher and the data where an architecture names none.
+        losses: what the student imitates: names or `{kind: NAME, ...}` of `logit`, `feature`.
+        combine: weights of the losses; by default alpha 0.5.
+        initialization: of a student that is an architecture: `random`, or `layers` copied from the teacher.
+        zeros: whether weights of the student that are exactly 0, as after pruning, are `held` at 0 or `free` to grow.
+        optimizer: by default AdamW.
+        schedule: by default Cosine without warm-up.
+        compute_dtype: of activations, of both models' weights as they are used; trained weights stay fp32.
+        compile: what torch.compile is applied to in the student; nothing by default.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        student: str | dict,
+        losses: list[str | dict[str, Any]] | None = None,
+        combine: Combine | None = None,
+        initialization: str | dict[str, Any] = "random",
+        zeros: Literal["held", "free"] = "held",
+        optimizer: Optimization | None = None,
+        schedule: Schedule | None = None,
+        compute_dtype: ComputeDtype = "float32",
+        compile: Compile | None = None,
+    ) -> None:
+        super().__init__(student, optimizer, schedule, compute_dtype=compute_dtype, compile=compile)
+        self.teacher_path = teacher
+        self.losses = parse_losses(["logit"] if losses is None else losses)
+        self.combine = combine or Combine()
+        self.combine.check(self.losses)
+        self.initialization = INITIALIZATIONS.parse(initialization, "initialization")
+        self.zeros = zeros
+        self.initialized: dict[str, Any] = {}  # what the initialisation did
+        self.objective: Objective | None = None
+        self.masks: dict[str, Tensor] = {}  # of the student's parameters, by their names in it
+        # Tuples keep modules out of this module, and so out of its parameters and checkpoints.
+        self._teacher: tuple[Loaded, ...] = ()
+        self._student: tuple[Loaded, ...] = ()
+        self._pair: tuple[_Pair, ...] = ()
+        self._held: HeldMasks | None = None
+        self._compared: list[Tensor] = []  # (3,) targets, summed agreement, summed T^2 KL of each evaluated batch
+
+    @property
+    def teacher(self) -> Transformer:
+        """The teacher, frozen; there from `setup` on."""
+        return self._teacher[0].model
+
+    def setup(self, stage: str) -> None:
+        """Load the teacher, and the student's architecture; raises UserError where their vocabularies differ."""
+        if hasattr(self.trainer.strategy, "parallelize"):
+            raise UserError("distillation runs on one device or with the strategy ddp, not with sharded weights")
+        data = self.trainer.datamodule
+        self._load()
+        self._require_same_tokens(getattr(data, "tokenizer", None))
+        super().setup(stage)
+
+    def _load(self) -> None:
+        if self._teacher:
+            return
+        teacher = load_model(self.teacher_path, dtype=self.compute_dtype)
+        teacher.model.requires_grad_(False)
+        self._teacher = (teacher,)
+        if _is_model(self.architecture):
+            student = load_model(self.architecture, dtype=torch.float32)
+            refuse_packed(student.model)
+            self._student = (student,)
+
+    def _require_same_tokens(self, tokenizer: Any) -> None:
+        """All tokenizers that are known must number their tokens alike."""
+        known = [loaded.tokenizer for loaded in (*self._teacher, *self._student)] + [tokenizer]
+        tokens = [given.tokenizer.get_vocab() for given in known if given is not None]
+        rows = self.teacher.config.vocab_size
+        for other in tokens[1:]:
+            require_same_vocabulary(rows, rows, other, tokens[0])
+
+    def _settle(self, vocab_size: int | None = None, context: int | None = None) -> None:
+        """The student's config: its folder's, or the architecture with the teacher's vocabulary."""
+        self._load()
+        if self.config is None:
+            rows = self.teacher.config.vocab_size
+            if self._student:
+                self.architecture = self._student[0].model.config.to_dict()
+            values = read_architecture(self.architecture)
+            require_same_vocabulary(values.get("vocab_size") or rows, rows)
+            self.architecture = {**values, "vocab_size": rows}
+            if self._student:
+                self.config = self._student[0].model.config
+            else:
+                self.config = resolve_architecture(self.architecture, None, context)
+            self._check_expected()
+        super()._settle()
+
+    def _build(self) -> Transformer:
+        if self._student:
+            model = self._student[0].model.train().requires_grad_(True)
+        else:
+            model = super()._build()
+            self.initialized = self.initialization.apply(model, self.teacher)
+        if self.zeros == "held":
+            self.masks = masks_of(model)
+        return model
+
+    def configure_model(self) -> None:
+        """Build student and objective."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        self.objective = Objective(self.losses, self.combine, self.config, self.teacher.config)
+        self._pair = (_Pair(self.model, self.objective),)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        configured = super().configure_optimizers()
+        if self.masks:
+            self._held = HeldMasks(self.model, self.masks)
+            self._held.attach(configured["optimizer"])
+        return configured
+
+    def terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of the objective on a batch, see `Objective.forward`."""
+        teacher = self.teacher.to(self.device)
+        return call_in(self.compute_dtype, self._pair[0], teacher, batch)
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        self.stepped = False
+        targets = batch["targets"]  # (B, T)
+        terms = self.terms(batch)
+        count = (targets != IGNORED).sum()
+        if not self._window:
+            self._unit = targets.numel()
+        self._window.append((terms["cross_entropy"].float() * count, count))
+        total = terms.pop("total")
+        self.log_dict({f"train/{name}": value for name, value in terms.items()}, on_step=True, on_epoch=False)
+        return total * (count / self._unit)
+
+    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+        eager = nullcontext() if self.compiling is None else self.compiling.evaluating(self.device)
+        with eager:
+            terms = self.terms(batch)
+        count = (batch["targets"] != IGNORED).sum().double()
+        self._evaluated.append(torch.stack([terms["cross_entropy"] * count, count]))
+        self._compared.append(torch.stack([count, terms["agreement"] * count, terms["logit"] * count]))
+
+    def _report(self, split: str) -> None:
+        """Beside the student's loss: how often both agree on the next token, and the T^2 KL from teacher to student."""
+        super()._report(split)
+        count, agreement, divergence = self._sum_over_ranks(torch.stack(self._compared).sum(0))  # (3,)
+        self._compared = []
+        self.log(f"{split}/agreement", agreement / count.clamp(min=1))
+        self.log(f"{split}/logit", divergence / count.clamp(min=1))
+
+
+def _is_model(student: str | Mapping[str, Any]) -> bool:
+    """Whether a student is given as weights (folder or checkpoint) and not as an architecture."""
+    if isinstance(student, Mapping):
+        return False
+    path = Path(student).expanduser()
+    return path.is_dir() or path.suffix == ".ckpt" or (path / METADATA).exists()

@@ -1,0 +1,164 @@
+"""What a student starts from, and the objective over two whole models."""
+
+import pytest
+import torch
+
+from compress.distillation import logit
+from compress.distillation.initialization import INITIALIZATIONS, Layers
+from compress.distillation.layer_map import Explicit
+from compress.distillation.losses import Combine, parse_losses
+from compress.distillation.objective import Objective, output_weight, require_same_vocabulary, run_blocks
+from models.config import ModelConfig
+from models.errors import UserError
+from models.transformer import Transformer
+
+
+def tiny(depth=2, width=16, seed=0, **changes):
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": 40,
+        "width": width,
+        "depth": depth,
+        "attention": {"kind": "full", "heads": 2},
+        "feedforward": {"kind": "swiglu", "width": 24},
+    }
+    return Transformer(ModelConfig.from_dict({**values, **changes}))
+
+
+def batch(padded=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, 40, (2, 13), generator=generator)
+    tokens, targets = drawn[:, :-1].clone(), drawn[:, 1:].clone()
+    documents = torch.zeros(2, 12, dtype=torch.int32)
+    if padded:
+        targets[1, 8:], documents[1, 8:] = -100, -1
+    return {"tokens": tokens, "targets": targets, "documents": documents}
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_every_k_th_block_is_copied(head):
+    student, teacher = tiny(2, seed=1, head=head), tiny(6, head=head)
+    done = INITIALIZATIONS.parse("layers", "initialization").apply(student, teacher)
+    assert done["blocks"] == [[0, 2], [1, 5]]
+    for ours, theirs in done["blocks"]:
+        for name, tensor in student.blocks[ours].state_dict().items():
+            assert torch.equal(tensor, teacher.blocks[theirs].state_dict()[name])
+    assert torch.equal(student.embedding.weight, teacher.embedding.weight)
+    assert set(done["copied"]) == {"embedding.weight", "norm.weight"} | ({"head.weight"} if head == "untied" else set())
+    with torch.no_grad():
+        student.blocks[0].attention.q.weight.zero_()
+    assert teacher.blocks[2].attention.q.weight.any()
+
+
+def test_all_layers_copied_is_the_teacher():
+    student, teacher = tiny(3, seed=1), tiny(3)
+    Layers().apply(student, teacher)
+    data = batch()["tokens"]
+    assert torch.equal(student(data).logits, teacher(data).logits)
+
+
+def test_random_changes_nothing():
+    student = tiny(seed=1)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    assert INITIALIZATIONS.parse("random", "initialization").apply(student, tiny(4)) == {"kind": "random"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"width": 32}, {"feedforward": {"kind": "swiglu", "width": 32}}, {"feedforward": {"kind": "mlp", "width": 24}}],
+)
+def test_layers_of_another_shape_cannot_be_copied(changes):
+    with pytest.raises(UserError, match="use initialisation 'random'"):
+        Layers().apply(tiny(2, **changes), tiny(4))
+
+
+def test_copied_blocks_can_be_chosen():
+    student, teacher = tiny(2, seed=1), tiny(4)
+    Layers(Explicit([[0, 0], [1, 3]])).apply(student, teacher)
+    assert torch.equal(student.blocks[0].attention.q.weight, teacher.blocks[0].attention.q.weight)
+
+
+def test_run_blocks_is_the_forward():
+    model = tiny(3)
+    data = batch(padded=True)
+    hidden, states = run_blocks(model, data["tokens"], data["documents"], {0, 2})
+    output = model(data["tokens"], documents=data["documents"], keep=(0, 2))
+    assert torch.equal(model.project(hidden), output.logits)
+    assert states.keys() == output.states.keys()
+    assert all(torch.equal(states[block], output.states[block]) for block in states)
+
+
+def objective(student, teacher, losses=("logit", "feature"), **combine):
+    torch.manual_seed(3)
+    return Objective(parse_losses(list(losses)), Combine(**combine), student.config, teacher.config)
+
+
+def test_the_objective_is_the_weighted_sum_of_its_terms():
+    student, teacher, data = tiny(2, seed=1), tiny(4, width=32), batch(padded=True)
+    whole = objective(student, teacher, alpha=0.25, weights={"logit": 2.0, "feature": 0.5})
+    terms = whole(student, teacher, data)
+    expected = 0.25 * terms["cross_entropy"] + 0.75 * 2.0 * terms["logit"] + 0.5 * terms["feature"]
+    assert float(terms["total"].detach()) == pytest.approx(float(expected), rel=1e-6)
+    student_logits = student(data["tokens"], documents=data["documents"]).logits.flatten(0, 1)
+    teacher_logits = teacher(data["tokens"], documents=data["documents"]).logits.flatten(0, 1)
+    reference = logit.logit_terms_reference(student_logits, teacher_logits, data["targets"].flatten(), 2.0, 0.25, 1.5)
+    for name in ("cross_entropy", "divergence", "agreement"):
+        ours = terms["logit" if name == "divergence" else name]
+        assert float(ours) == pytest.approx(float(getattr(reference, name)), rel=1e-4)
+
+
+def test_padding_changes_neither_terms_nor_gradients():
+    results = []
+    for filler in (0, 17):
+        student, teacher, data = tiny(2, seed=1), tiny(4, width=32), batch(padded=True)
+        data["tokens"][1, 8:] = filler
+        terms = objective(student, teacher)(student, teacher, data)
+        terms["total"].backward()
+        results.append((terms, student.blocks[0].attention.q.weight.grad))
+    assert all(torch.allclose(results[0][0][name], results[1][0][name], rtol=1e-6) for name in results[0][0])
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_gradients_reach_all_of_the_student_and_nothing_of_the_teacher(head):
+    student, teacher = tiny(2, seed=1, head=head), tiny(4, width=32)
+    whole = objective(student, teacher)
+    whole(student, teacher, batch())["total"].backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in student.parameters())
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in whole.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_alpha_one_is_plain_training():
+    student, teacher, data = tiny(2, seed=1), tiny(4), batch(padded=True)
+    total = objective(student, teacher, ["logit"], alpha=1.0)(student, teacher, data)["total"]
+    total.backward()
+    ours = student.embedding.weight.grad.clone()
+    student.zero_grad()
+    loss = student(data["tokens"], targets=data["targets"], documents=data["documents"]).loss
+    loss.backward()
+    assert float(total.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
+    torch.testing.assert_close(ours, student.embedding.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_projectors_belong_to_the_objective_not_to_the_student():
+    student, teacher = tiny(2), tiny(4, width=32)
+    names = [name for name, _ in objective(student, teacher).named_parameters()]
+    assert names == ["states.feature.projector.maps.0.weight", "states.feature.projector.maps.1.weight"]
+    assert not any("projector" in name for name in student.state_dict())
+
+
+def test_another_vocabulary_is_refused():
+    with pytest.raises(UserError, match=r"teacher's vocabulary has 50 tokens, the student's 40"):
+        objective(tiny(), tiny(vocab_size=50))
+    with pytest.raises(UserError, match="differ in 2 entries"):
+        require_same_vocabulary(3, 3, {"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 1, "d": 2})
+    require_same_vocabulary(3, 3, {"a": 0, "b": 1}, {"a": 0, "b": 1})
+
+
+def test_a_quantized_head_cannot_be_trained():
+    model = tiny(head="untied")
+    model.head = torch.nn.Identity()
+    with pytest.raises(UserError, match="distil before quantizing"):
+        output_weight(model)
