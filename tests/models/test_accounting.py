@@ -1,0 +1,117 @@
+"""The model's account of itself against `transformers`, against counted operations and against the real cache."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from models.config import ModelConfig
+from models.transformer import Transformer
+
+LENGTH = 24
+
+
+def build(change=None, **changes):
+    values = {
+        "vocab_size": 90,
+        "width": 48,
+        "depth": 3,
+        "context": 64,
+        "attention": {"kind": "full", "heads": 6, "kv_heads": 2},
+        "feedforward": {"kind": "swiglu", "width": 80},
+    }
+    config = ModelConfig.from_dict(values | changes)
+    return Transformer(change(config) if change else config)
+
+
+def pruned(config):
+    """Other heads and widths in the middle layer, as structured pruning leaves them."""
+    first, middle, last = config.layers
+    middle = replace(
+        middle,
+        attention=replace(middle.attention, heads=3, kv_heads=1),
+        feedforward=replace(middle.feedforward, width=40),
+    )
+    return replace(config, layers=(first, middle, last))
+
+
+MODELS = {
+    "grouped heads": {},
+    "untied": {"head": "untied"},
+    "mlp": {"feedforward": {"kind": "mlp", "width": 60}, "position": "learned"},
+    "wide heads": {"attention": {"kind": "full", "heads": 3, "head_width": 20}},
+    "sub-layers": {"order": "ssfsff"},
+    "pruned": {"change": pruned},
+}
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_a_llama(tied, biases):
+    config = LlamaConfig(
+        vocab_size=90,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        attention_bias=biases,
+        mlp_bias=biases,
+    )
+    model = build(
+        head="tied" if tied else "untied",
+        attention={"kind": "full", "heads": 6, "kv_heads": 2, "bias": biases, "out_bias": biases},
+        feedforward={"kind": "swiglu", "width": 80, "bias": biases, "out_bias": biases},
+    )
+    counted = model.count_parameters()
+    assert counted["total"] == counted["active"] == LlamaForCausalLM(config).num_parameters()
+    assert counted["embedding"] == 90 * 48
+
+
+def test_parameters_are_those_of_gpt2():
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=90, n_positions=64, n_embd=48, n_layer=3, n_head=6))
+    ours = build(
+        position="learned",
+        norm="layer",
+        attention={"kind": "full", "heads": 6, "bias": True, "out_bias": True},
+        feedforward={"kind": "mlp", "width": 192, "activation": "gelu_tanh"},
+    )
+    assert ours.count_parameters()["total"] == theirs.num_parameters()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_those_of_the_matrix_products_that_run(name):
+    model = build(**MODELS[name])
+    tokens = torch.randint(90, (1, LENGTH))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        logits = model(tokens).logits
+    assert forward.get_total_flops() == LENGTH * model.flops_per_token(LENGTH)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
+        model(tokens).logits.sum().backward()
+    assert backward.get_total_flops() == LENGTH * model.training_flops_per_token(LENGTH)
+    assert logits.shape == (1, LENGTH, 90)
+
+
+def test_flops_of_a_decode_step_grow_with_what_it_sees():
+    model = build().eval()
+    cache = model.new_cache(1, LENGTH)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.randint(90, (1, LENGTH - 1)), cache=cache)
+        with FlopCounterMode(display=False) as step:
+            model(torch.randint(90, (1, 1)), cache=cache)
+    assert step.get_total_flops() == model.flops_per_token(LENGTH)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_cache_bytes_are_those_of_the_cache(name, dtype):
+    model = build(**MODELS[name])
+    cache = model.new_cache(3, 40, dtype)
+    held = [layer for layer in cache.layers if layer is not None]
+    assert len(held) == sum(layer.attention is not None for layer in model.config.layers)
+    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
+    assert stored == 3 * 40 * model.cache_bytes_per_token(dtype)
