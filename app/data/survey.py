@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,9 @@ class SourceCorpus:
     identity: str
     load: Callable[[], list[Part]]
     cache: Path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "parts"}  # opened again when needed
 
     @cached_property
     def parts(self) -> list[Part]:
