@@ -2,7 +2,6 @@
 
 import hashlib
 import pickle
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from app.strategies import checkpoint_io
 from models import families, folder
 from models.config import ModelConfig
 from models.errors import UserError
-from models.files import inside
 from models.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -137,7 +135,7 @@ def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype 
             raise UserError(f"{path}: the weights of {name} should have shape {list(shape)}, but it holds {held}")
     model = folder.fill(model, iter(found.items()), device, dtype)
     source = Source(path, "checkpoint", _hash(path), _history_of(record))
-    return Loaded(model, _tokenizer_of(path, record), source)
+    return Loaded(model, _tokenizer_of(path.absolute()), source)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -159,22 +157,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _tokenizer_of(path: Path, record: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer whose files a checkpoint carries, else the one that lies beside it."""
-    files = record.get("tokenizer")
-    if files:
-        with tempfile.TemporaryDirectory() as place:
-            for name, text in files.items():
-                inside(Path(place), name).write_text(text, encoding="utf-8")
+def _tokenizer_of(checkpoint: Path) -> Tokenizer | None:
+    """The tokenizer in the folder of the run, which holds the folder of the checkpoints."""
+    for place in (checkpoint.parent, checkpoint.parent.parent):
+        if (place / "tokenizer.json").exists():
             return load_tokenizer(place)
-    return load_tokenizer(path.parent) if (path.parent / "tokenizer.json").exists() else None
+    return None
 
 
 def _history_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The pretraining that a checkpoint's own record tells of."""
     if not record:
         return []
-    return [{"stage": "pretrain", "recipe": record.get("recipe", {}), "data": {"fingerprint": record.get("data")}}]
+    return [{"stage": "pretrain", "recipe": record.get("recipe", {})}]
 
 
 def _hash(path: Path) -> str:

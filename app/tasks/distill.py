@@ -109,7 +109,7 @@ class Distillation(LanguageModel):
         teacher = load_model(self.teacher_path, dtype=self.compute_dtype)
         teacher.model.requires_grad_(False)
         self._teacher = (teacher,)
-        if _is_model(self.architecture):
+        if is_model(self.architecture):
             student = load_model(self.architecture, dtype=torch.float32)
             refuse_packed(student.model)
             self._student = (student,)
@@ -198,7 +198,7 @@ class Distillation(LanguageModel):
         self.log(f"{split}/logit", divergence / count.clamp(min=1))
 
 
-def _is_model(student: str | Mapping[str, Any]) -> bool:
+def is_model(student: str | Mapping[str, Any]) -> bool:
     """Whether a student is given as weights (folder or checkpoint) and not as an architecture."""
     if isinstance(student, Mapping):
         return False

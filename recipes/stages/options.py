@@ -152,7 +152,8 @@ class Distill(Written, Measure):
         "number format of activations while training; the weights that are trained stay float32; auto: as the teacher",
         "auto",
     )
-    keep_masks: bool = option("weights of the student that are exactly 0 stay 0", True)
+    zeros: Literal["held", "free"] = option("whether weights of the student that are exactly 0 stay 0", "held")
+    compile: Literal["nothing", "blocks"] = option("what torch.compile is applied to in the student", "nothing")
     checkpoint_every: int = option("steps between two checkpoints from which an interrupted run goes on", 100)
 
 

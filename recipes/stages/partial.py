@@ -102,7 +102,7 @@ def _lock(folder: Path, out: Path) -> int:
 
 
 def _has_work(folder: Path) -> bool:
-    """Whether anything but the marker is there; files that were cut off while they were written do not count."""
+    """Whether an entry of a store or a checkpoint is there; what was cut off while it was written is removed."""
     for cut in folder.rglob("*.partial"):
         cut.unlink(missing_ok=True)
-    return any(path.is_file() and path.name != _FINGERPRINT for path in folder.rglob("*"))
+    return any(path.suffix in (".safetensors", ".ckpt") and path.name[0] != "." for path in folder.rglob("*"))

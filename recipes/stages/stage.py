@@ -89,6 +89,9 @@ class Stage(ABC, Generic[Options]):
         """Roles of further models to show in the report."""
         return []
 
+    def keep(self, state: Path, target: Path) -> None:
+        """Put what else of the run is worth keeping into the folder that is being written."""
+
     def run(self) -> dict[str, Any]:
         """Do the stage and return its report."""
         partial.check_output(self.out, self.options.overwrite)
@@ -106,7 +109,7 @@ class Stage(ABC, Generic[Options]):
                 model, records = self.compress(parents, text, state, bars)
             parents.clear()
             seconds = time.perf_counter() - started
-            return self._finish(model, records, text, sources, fingerprint, seconds)
+            return self._finish(model, records, text, sources, fingerprint, seconds, state)
 
     def fingerprint(self, parents: dict[str, Loaded], text: Text) -> str:
         """Return the hash of all that decides about the result."""
@@ -148,6 +151,7 @@ class Stage(ABC, Generic[Options]):
         sources: dict[str, Source],
         fingerprint: str,
         seconds: float,
+        state: Path,
     ) -> dict[str, Any]:
         """Save, load back, evaluate, report; everything appears at once under the output's name."""
         with writing(self.out, overwrite=self.options.overwrite) as target:
@@ -177,6 +181,7 @@ class Stage(ABC, Generic[Options]):
                 device=str(self.device),
             )
             report = write_report(target, figures, records, about)
+            self.keep(state, target)
             write_card(target, model, entries, figures["after"])
         print_summary(report)
         say(f"written to {self.out}")

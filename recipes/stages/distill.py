@@ -1,0 +1,174 @@
+"""`espalier distill`: a student learns what a teacher predicts, under a Lightning Trainer."""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from app.callbacks import Checkpoints, FiniteGuard, Metrics, RandomState, RunProgress, newest_checkpoint
+from app.data.module import TextData
+from app.loading import Loaded, Source, load_model
+from app.optim import AdamW, Cosine
+from app.strategies import WholeCheckpoints
+from app.tasks.architecture import read_architecture
+from app.tasks.compile import CompileBlocks
+from app.tasks.distill import Distillation, is_model
+from compress.distillation.layer_map import Uniform
+from compress.distillation.losses import Combine, parse_losses
+from compress.records import LayerRecord
+from models.config import ModelConfig
+from models.errors import UserError
+from models.transformer import Transformer
+from recipes.stages import options
+from recipes.stages.stage import Stage
+from recipes.stages.terminal import Bars, say
+from recipes.stages.text import Text
+
+CHECKPOINTS, LOGS = "checkpoints", "tensorboard"
+
+
+class Distill(Stage[options.Distill]):
+    """Distillation into a folder's model, an architecture, or the teacher cut down to fewer layers."""
+
+    verb = "distill"
+
+    def title(self) -> str:
+        chosen = self.options
+        return f"distillation ({', '.join(self.losses())}), {chosen.max_steps} steps"
+
+    def losses(self) -> dict[str, Any]:
+        """The losses by name, as specs; --temperature is that of a logit loss that names none."""
+        given = self.options.losses
+        listed = list(options.names(given)) if isinstance(given, str) else given
+        logit = {"kind": "logit", "temperature": self.options.temperature}
+        return parse_losses([logit if loss == "logit" else loss for loss in listed])
+
+    def combine(self) -> Combine:
+        """How the losses are weighted."""
+        combine = Combine(self.options.alpha, self.options.weights)
+        combine.check(self.losses())
+        return combine
+
+    def check(self) -> None:
+        chosen = self.options
+        self.combine()
+        if (chosen.student is None) == (chosen.student_layers is None):
+            raise UserError(
+                "name the student: either --student (a model or an architecture file) or --student_layers N"
+            )
+        for name, least in (("max_steps", 1), ("train_batch_size", 1), ("warmup_steps", 0), ("checkpoint_every", 1)):
+            if getattr(chosen, name) < least:
+                raise UserError(f"{name} is {getattr(chosen, name)}; it must be at least {least}")
+
+    def parents(self) -> dict[str, Loaded]:
+        """A student that is a model is what the result is compared with; otherwise the teacher is."""
+        teacher = load_model(self.options.teacher, self.device, self.dtype)
+        if self.options.student is None or not is_model(self.options.student):
+            return {"model": teacher}
+        return {"model": load_model(self.options.student, self.device, self.dtype), "teacher": teacher}
+
+    def references(self, sources: dict[str, Source]) -> list[str]:
+        return ["teacher"] if "teacher" in sources else []
+
+    def inputs(self) -> dict[str, Any]:
+        """The content of an architecture file."""
+        student = self.options.student
+        return {} if student is None or is_model(student) else {"architecture": read_architecture(student)}
+
+    def compress(
+        self, parents: dict[str, Loaded], text: Text, state: Path, bars: Bars
+    ) -> tuple[Transformer, Sequence[LayerRecord]]:
+        chosen, config = self.options, parents["model"].model.config
+        stored = parents["model"].model.norm.weight.dtype
+        parents.clear()  # the task loads its own
+        seed_everything(chosen.seed, verbose=False)
+        text.tokenizer.save(state)
+        module = self.task(config, stored)
+        data = TextData(
+            source=chosen.data,
+            sequence_length=text.length,
+            batch_size=chosen.train_batch_size,
+            tokenizer=str(state / "tokenizer.json"),
+            seed=chosen.seed,
+        )
+        resume = newest_checkpoint(state / CHECKPOINTS)
+        self.trainer(state).fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        if module.initialized.get("blocks"):
+            say(f"the student began with layers {[pair[1] for pair in module.initialized['blocks']]} of the teacher")
+        return module.model.to(stored).eval().requires_grad_(False), []
+
+    def task(self, teacher: ModelConfig, stored: torch.dtype) -> Distillation:
+        """The LightningModule; `teacher` is cut down where the student is named by its number of layers."""
+        chosen = self.options
+        student: Any = chosen.student
+        initialization = chosen.initialization or "random"
+        if student is None:
+            student = fewer_layers(teacher, chosen.student_layers).to_dict()
+            initialization = chosen.initialization or "layers"
+        auto = "bfloat16" if stored == torch.bfloat16 else "float32"
+        return Distillation(
+            teacher=chosen.teacher,
+            student=student,
+            losses=list(self.losses().values()),
+            combine=self.combine(),
+            initialization=initialization,
+            zeros=chosen.zeros,
+            optimizer=AdamW(lr=chosen.learning_rate, weight_decay=chosen.weight_decay),
+            schedule=Cosine(warmup_steps=min(chosen.warmup_steps, chosen.max_steps)),
+            compute_dtype=auto if chosen.compute_dtype == "auto" else chosen.compute_dtype,
+            compile=CompileBlocks() if chosen.compile == "blocks" else None,
+        )
+
+    def trainer(self, state: Path) -> Trainer:
+        """A Trainer that keeps its checkpoints in `state` and shows one bar."""
+        chosen = self.options
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its lines on devices and products
+        return Trainer(
+            accelerator=self.device.type,
+            devices=1,
+            max_steps=chosen.max_steps,
+            max_epochs=-1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            gradient_clip_val=chosen.clip,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            default_root_dir=state,
+            logger=TensorBoardLogger(str(state), name="", version=LOGS),
+            callbacks=[
+                RandomState(),
+                FiniteGuard(),
+                Metrics(),
+                RunProgress(),
+                Checkpoints(chosen.checkpoint_every, monitor=None, folder=str(state / CHECKPOINTS)),
+            ],
+            plugins=[WholeCheckpoints()],
+        )
+
+    def keep(self, state: Path, target: Path) -> None:
+        """The curves."""
+        if (state / LOGS).is_dir():
+            shutil.copytree(state / LOGS, target / LOGS)
+
+
+def fewer_layers(config: ModelConfig, count: int) -> ModelConfig:
+    """Return the architecture with `count` of its layers, those whose weights the student begins with.
+
+    Raises:
+        UserError: fewer than one layer, or more than there are.
+    """
+    if not 1 <= count <= len(config.layers):
+        raise UserError(f"student_layers is {count}; the teacher has {len(config.layers)} layers")
+    kept = [config.layers[teacher] for _, teacher in Uniform().pairs(count, len(config.layers))]
+    return dataclasses.replace(config, layers=tuple(kept), compression={})
+
+
+def main(chosen: options.Distill) -> None:
+    """Run `espalier distill`."""
+    Distill(chosen).run()

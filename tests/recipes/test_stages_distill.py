@@ -1,0 +1,101 @@
+"""`espalier distill`, from the command to the folder."""
+
+import dataclasses
+import json
+
+import pytest
+
+import models.folder
+from app.data.corpus import synthetic
+from app.data.tokenizer import train_tokenizer
+from models.transformer import Transformer
+from tests.recipes.conftest import QUICK
+
+SHORT = [*QUICK, "--max_steps", "12", "--train_batch_size", "4", "--warmup_steps", "2", "--checkpoint_every", "5"]
+
+
+def test_student_of_fewer_layers(teacher, espalier, tmp_path):
+    out = tmp_path / "student"
+    status, output = espalier("distill", "--teacher", teacher, "--student_layers", 2, "--out", out, *SHORT, "--debug")
+    assert status == 0, output.err
+    student = models.folder.load(out)
+    assert len(student.blocks) == 2
+    assert student.norm.weight.dtype == models.folder.load(teacher).norm.weight.dtype
+    report = json.loads((out / "report.json").read_text())
+    assert report["before"]["name"] == "teacher"
+    assert report["change"]["size"]["stored_bytes"]["ratio"] < 0.8
+    assert any((out / "tensorboard").iterdir())
+    assert not (tmp_path / "student.partial").exists()
+
+
+def test_recovery_of_a_pruned_student(teacher, espalier, tmp_path):
+    """Before is the pruned student, and the teacher is shown beside it; pruned weights stay 0."""
+    pruned, out = tmp_path / "pruned", tmp_path / "recovered"
+    assert espalier("prune", teacher, "--out", pruned, *QUICK, "--method", "magnitude")[0] == 0
+    status, output = espalier("distill", "--teacher", teacher, "--student", pruned, "--out", out, *SHORT)
+    assert status == 0, output.err
+    report = json.loads((out / "report.json").read_text())
+    assert report["before"]["name"] == "pruned"
+    assert list(report["references"]) == ["teacher"]
+    assert report["change"]["quality"]["loss"] < 0
+    before, after = models.folder.load(pruned), models.folder.load(out)
+    zeros = before.blocks[1].feedforward.up.weight == 0
+    assert zeros.any()
+    assert (after.blocks[1].feedforward.up.weight[zeros] == 0).all()
+    history = json.loads((out / "history.json").read_text())["stages"]
+    assert [entry["stage"] for entry in history] == ["prune", "distill"]
+    assert history[1]["parents"]["teacher"] == models.folder.hash_weights(teacher)
+
+
+def test_student_from_an_architecture_file(teacher, espalier, tmp_path):
+    architecture = tmp_path / "small.yaml"
+    architecture.write_text(
+        "width: 16\ndepth: 2\nattention: {kind: full, heads: 2}\nfeedforward: {kind: swiglu, width: 32}\n"
+    )
+    out = tmp_path / "student"
+    argv = [
+        "distill",
+        "--teacher",
+        teacher,
+        "--student",
+        architecture,
+        "--out",
+        out,
+        *SHORT,
+        "--losses",
+        "logit,feature",
+    ]
+    status, output = espalier(*argv)
+    assert status == 0, output.err
+    student = models.folder.load(out)
+    assert student.config.width == 16
+    assert not any("projector" in name or "objective" in name for name in student.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["--student", "--student_layers"]),
+        (["--student_layers", "9"], ["student_layers is 9", "4 layers"]),
+        (["--student_layers", "2", "--alpha", "2"], ["alpha", "2"]),
+        (["--student_layers", "2", "--temperature", "0"], ["temperature is 0"]),
+        (["--student_layers", "2", "--losses", "logits"], ["logits", "did you mean 'logit'"]),
+        (["--student_layers", "2", "--max_steps", "0"], ["max_steps is 0"]),
+        (["--student", "no/such.yaml"], ["no/such.yaml"]),
+    ],
+)
+def test_impossible_wishes(argv, words, teacher, refused, tmp_path):
+    refused("distill", "--teacher", teacher, "--out", tmp_path / "student", *SHORT, *argv, words=words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_teacher_of_another_vocabulary(teacher, refused, tmp_path):
+    other = tmp_path / "other"
+    small = train_tokenizer([document.text for document in synthetic().documents("train")], 290)
+    config = models.folder.read_config(teacher)
+    with models.folder.writing(other) as target:
+        models.folder.save_model(Transformer(dataclasses.replace(config, vocab_size=small.vocab_size)), target)
+        small.save(target)
+    out = tmp_path / "student"
+    refused("distill", "--teacher", teacher, "--student", other, "--out", out, *SHORT, words=["vocabular"])
+    assert {path.name for path in tmp_path.iterdir()} == {"other"}
