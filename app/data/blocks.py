@@ -72,7 +72,9 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, split: str, fingerprint: str, f
                 size += len(document.text.encode("utf-8"))
         tokens.write(np.array([tokenizer.eot], dtype=dtype).tobytes())
     if not lengths:
-        raise UserError(f"corpus '{corpus.name}' has no document in its {split} split; it needs at least three in all")
+        raise UserError(
+            f"corpus '{corpus.name}' has no document in its {split} split; it takes three different ones to fill them all"
+        )
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     np.save(folder / "numbers.npy", np.array(numbers, dtype=np.int64))
     meta = {"fingerprint": fingerprint, "corpus": corpus.name, "split": split, "dtype": np.dtype(dtype).name}

@@ -133,7 +133,13 @@ class TextData(LightningDataModule):
     # ---- Lightning
 
     def prepare_data(self) -> None:
-        """Train the tokenizer and tokenize what the run needs, on one rank of each node; the others find it done."""
+        """Train the tokenizer and tokenize every split, on one rank of each node; the others find it done.
+
+        Raises:
+            UserError: the source cannot be read, or holds too little text.
+        """
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_size()
         for split in SPLITS:
             self.blocks(split)
 
@@ -141,20 +147,12 @@ class TextData(LightningDataModule):
         """Open the token files; a new trainer begins at position 0, one that fits again goes on where it stands.
 
         Raises:
-            UserError: the training split is smaller than one batch, or the batch cannot be divided among the ranks.
+            UserError: the training split is smaller than one batch.
         """
-        if stage != "fit":
-            return
-        if not self._batches_processed():
-            self._consumed, self._processed = 0, None
-        blocks = self.blocks("train")
-        if len(blocks) < self.batch_size:
-            needed = self.batch_size * self.sequence_length
-            raise UserError(
-                f"source '{self.source}' holds {blocks.tokens} tokens in its training split, and one batch of "
-                f"{self.batch_size} x {self.sequence_length} needs {needed}; give more text, or a smaller batch_size "
-                "or sequence_length"
-            )
+        if stage == "fit":
+            self._check_size()
+            if not self._batches_processed():
+                self._consumed, self._processed = 0, None
 
     def train_dataloader(self) -> Loader:
         """Return the batches of an epoch from the current position on."""
@@ -210,6 +208,16 @@ class TextData(LightningDataModule):
                 f"data.seed is {self.seed}, the checkpoint's was {state['seed']}: the order changes from here"
             )
         self._consumed, self._processed = int(state["position"]), None
+
+    def _check_size(self) -> None:
+        blocks = self.blocks("train")
+        if len(blocks) < self.batch_size:
+            needed = self.batch_size * self.sequence_length
+            raise UserError(
+                f"source '{self.source}' holds {blocks.tokens} tokens in its training split, and one batch of "
+                f"{self.batch_size} x {self.sequence_length} needs {needed}; give more text, or a smaller batch_size "
+                "or sequence_length"
+            )
 
     def _batches_processed(self) -> int:
         return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed

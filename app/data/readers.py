@@ -185,7 +185,7 @@ def cut_text(lines: Iterable[str], length: int) -> Iterator[str]:
 
     Args:
         lines: the lines, with their line ends.
-        length: least size of a document in characters.
+        length: size of a document in characters from which on a blank line ends it.
     """
     longest = 4 * length
     wiki: bool | None = None
