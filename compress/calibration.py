@@ -96,7 +96,7 @@ class Part:
 class Method(Protocol):
     """What the driver asks of a method."""
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
         """Look at the whole model before the first block; raise UserError for what cannot work."""
 
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
@@ -112,7 +112,7 @@ class Method(Protocol):
 class LayerMethod(ABC):
     """A method that treats every linear map by itself."""
 
-    def prepare(self, model: nn.Module) -> None:  # noqa: B027 (most methods have nothing to look at)
+    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:  # noqa: B027 (a hook)
         """Accept every model."""
 
     @abstractmethod
@@ -313,7 +313,7 @@ def walk(
         UserError: no calibration data where the method needs some; NaN or infinity at a named layer's input.
     """
     model.eval()
-    method.prepare(model)
+    method.prepare(model, batches)
     parts = parts_of(model)
     kinds = [_wanted(method, part) for part in parts]
     last = max((i for i, kind in enumerate(kinds) if kind), default=-1)  # the last part that needs to see data

@@ -1,0 +1,218 @@
+"""GPTQ: round column by column and let the columns to come make up for each error (arXiv 2210.17323).
+
+With H = E[x x'] + damping and H^-1 = U' U, U upper triangular, the columns are taken in order:
+
+    v_i = nearest grid point of w_i,    e_i = (w_i - v_i) / U_ii,    W[:, i+1:] -= e_i U[i, i+1:]
+
+which is the exact optimal-brain-surgeon update for the inverse of H[i:, i:], without forming that inverse. Updates
+reach the columns behind a block of 128 in one product. One Cholesky factorisation gives U: for J the reversal of the
+order, J H J = L L' makes U = J L^-1 J.
+
+N rows (outputs), K columns (inputs).
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration import LayerMethod
+from compress.quantization.grid import IntFormat, MseClip, Quantized, encode, fit, fit_matrix, stored
+from compress.quantization.rtn import (
+    Rtn,
+    bits_per_weight,
+    checked_weight,
+    group_note,
+    packed,
+    relative_error,
+    requested,
+)
+from compress.records import LayerRecord
+from compress.statistics import Hessian, Statistic, StatisticType
+from models.errors import UserError
+
+BLOCK = 128
+DAMPING_GROWTH, DAMPING_TRIES = 10.0, 4
+
+
+class Factor(NamedTuple):
+    """What the solves over one Hessian share.
+
+    Attributes:
+        upper: U (K, K), in the order of the solve.
+        order: (K,) column that comes i-th; None for the given order.
+        dead: (K,) bool, inputs that were zero on every token.
+        damping: the share of the mean diagonal that was added in the end.
+    """
+
+    upper: Tensor
+    order: Tensor | None
+    dead: Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
+class Gptq(LayerMethod):
+    """GPTQ with the Cholesky form and lazy blocks.
+
+    Args:
+        format: bits, groups, symmetry and scale dtype.
+        clip: search for a smaller range with less squared error, or nothing for the full range.
+        act_order: take the columns with the largest diagonal of H first. The grids of the groups are then fitted before
+            the solve and keep their columns (static groups); otherwise each is fitted when the solve reaches it.
+        damping: share of the mean diagonal of H that is added to it; grown tenfold while the factorisation fails.
+        pruned_share: a weight with at least this share of zeros counts as pruned: its zeros stay zero exactly.
+        precision: `float32` or `float64` of the solve.
+    """
+
+    format: IntFormat = field(default_factory=IntFormat)
+    clip: MseClip | None = None
+    act_order: bool = True
+    damping: float = 0.01
+    pruned_share: float = 0.05
+    precision: str = "float32"
+    _factors: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < 1:
+            raise UserError(f"damping must be a share between 0 and 1 of the mean diagonal, got {self.damping!r}")
+        if not 0 < self.pruned_share <= 1:
+            raise UserError(f"pruned_share must be above 0 and at most 1, got {self.pruned_share!r}")
+        if self.precision not in ("float32", "float64"):
+            raise UserError(f"precision must be float32 or float64, got {self.precision!r}")
+
+    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
+        return Hessian
+
+    def compress(self, name: str, module: nn.Module, statistic: Statistic | None) -> tuple[nn.Module, LayerRecord]:
+        started = time.perf_counter()
+        if statistic is None or statistic.tokens == 0:
+            why = "it reads token ids" if statistic is None else "no calibration token reached it"
+            return self._rounded(name, module, f"{why}: rounded to nearest")
+        factor = self._factor(statistic)
+        if factor is None:
+            return self._rounded(name, module, "the Hessian could not be factorised at any damping: rounded to nearest")
+        weight = checked_weight(name, module)
+        keep = (weight == 0) if (weight == 0).float().mean() >= self.pruned_share else None
+        quantized = solve(weight, factor, self.format, clip=self.clip, keep=keep)
+        new = packed(module, quantized)
+        dense = quantized.dequantize()
+        achieved = {"bits": bits_per_weight(new), "error_of": "outputs", "weight_error": relative_error(weight, dense)}
+        error = output_error(weight, dense, statistic.matrix())
+        seconds = time.perf_counter() - started
+        note = "; ".join(filter(None, (group_note(self.format, weight), self._notes(factor, keep))))
+        return new, LayerRecord(name, tuple(weight.shape), self._requested(), achieved, error, seconds, note)
+
+    def _requested(self) -> dict[str, Any]:
+        return {**requested(self), "act_order": self.act_order, "damping": self.damping}
+
+    def _rounded(self, name: str, module: nn.Module, note: str) -> tuple[nn.Module, LayerRecord]:
+        new, record = Rtn(self.format, self.clip).compress(name, module, None)
+        values = record.to_dict() | {
+            "requested": self._requested(),
+            "note": "; ".join(filter(None, (record.note, note))),
+        }
+        return new, LayerRecord.from_dict(values)
+
+    def _factor(self, statistic: Hessian) -> Factor | None:
+        if statistic not in self._factors:
+            precision = getattr(torch, self.precision)
+            self._factors[statistic] = factorise(statistic.matrix().to(precision), self.damping, self.act_order)
+        return self._factors[statistic]
+
+    def _notes(self, factor: Factor, keep: Tensor | None) -> str:
+        notes = []
+        if factor.damping != self.damping:
+            notes.append(f"damping grown to {factor.damping:g} until the Hessian could be factorised")
+        if dead := int(factor.dead.sum()):
+            notes.append(f"{dead} inputs were zero on every calibration token; their weights are zero now")
+        if keep is not None:
+            notes.append(f"pruned: its {int(keep.sum())} zeros stay zero")
+        return "; ".join(notes)
+
+
+def factorise(hessian: Tensor, damping: float, act_order: bool) -> Factor | None:
+    """Factorise E[x x'] (K, K), with more damping when it fails; None when nothing helps."""
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    hessian = hessian + torch.diag(dead.to(hessian.dtype))
+    order = diagonal.argsort(descending=True, stable=True) if act_order else None
+    if order is not None:
+        hessian = hessian[order][:, order]
+    mean = diagonal.mean()
+    for _ in range(DAMPING_TRIES):
+        damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed and bool(lower.isfinite().all()):
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return Factor(inverse.flip(0, 1), order, dead, damping)
+        damping *= DAMPING_GROWTH
+    return None
+
+
+def solve(
+    weight: Tensor, factor: Factor, format: IntFormat, *, clip: MseClip | None = None, keep: Tensor | None = None
+) -> Quantized:
+    """Quantize a weight matrix.
+
+    Args:
+        weight: (N, K).
+        factor: of the Hessian of its inputs; the solve runs in its dtype.
+        format: the grid.
+        clip: how the ranges are fitted.
+        keep: (N, K) bool, weights that must be exactly zero.
+    """
+    upper = factor.upper
+    columns = weight.to(upper.dtype).masked_fill(factor.dead, 0).T.contiguous()  # (K, N): a column lies in one piece
+    free = None if keep is None else (~keep).T.to(upper.dtype).contiguous()  # (K, N), 0 where a weight stays zero
+    static = factor.order is not None or isinstance(format.group_size, str)
+    scale, zero = fit_matrix(columns.T, format, clip)  # (N, G) or (1, 1)
+    grids = torch.stack([scale, zero]).transpose(1, 2).contiguous()  # (2, G, N)
+    width, group = columns.shape[0], format.group(columns.shape[0])
+    member = torch.arange(width, device=columns.device) // group  # (K,) the group of each column
+    if factor.order is not None:
+        columns, member = columns[factor.order], member[factor.order]
+        free = free if free is None else free[factor.order]
+    codes = torch.empty_like(columns)
+    for start, end in _blocks(width, group, static):
+        errors = torch.empty_like(columns[start:end])  # (block, N)
+        for i, g in zip(range(start, end), member[start:end].tolist(), strict=True):
+            if not static and i % group == 0:
+                values = columns[i : i + group] if free is None else columns[i : i + group] * free[i : i + group]
+                grids[0, g], grids[1, g] = fit(values.T, format, clip)
+            s, z = grids[0, g], grids[1, g]  # (N,)
+            code = encode(columns[i], s, z, format)
+            if free is not None:
+                code = torch.where(free[i] > 0, code, z)
+            codes[i] = code
+            error = torch.div(columns[i] - (code - z).mul_(s), upper[i, i], out=errors[i - start])
+            columns[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+        columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    if factor.order is not None:
+        codes = codes[factor.order.argsort()]
+    return Quantized(*stored(codes.T.contiguous(), grids[0].T, grids[1].T, format), format)
+
+
+def _blocks(width: int, group: int, static: bool) -> list[tuple[int, int]]:
+    """Blocks of at most 128 columns that no group straddles: a group is fitted on columns that are all up to date."""
+    if static:
+        return [(start, min(start + BLOCK, width)) for start in range(0, width, BLOCK)]
+    if group <= BLOCK:
+        step = BLOCK // group * group
+        return [(start, min(start + step, width)) for start in range(0, width, step)]
+    return [
+        (start, min(start + BLOCK, first + group, width))
+        for first in range(0, width, group)
+        for start in range(first, min(first + group, width), BLOCK)
+    ]
+
+
+def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """|X (W - V)'|^2 / |X W'|^2 over the calibration tokens, from E[x x'] (K, K)."""
+    difference = weight - quantized
+    lost = (difference @ hessian).mul_(difference).sum()
+    return float(lost / (weight @ hessian).mul_(weight).sum().clamp_min(1e-30))

@@ -1,0 +1,263 @@
+"""Which stored form runs on which device through which kernel: `TABLE`, read from the top; what is in no row is
+dequantized exactly and multiplied.
+
+A kernel holds the weights in a layout of its own, in place of the stored one, and gives the stored one back exactly.
+All take x in bf16 and need scales that are stored in bf16; their weights equal `dequantize()` to the bit, except for
+4-bit affine grids, whose offsets (8 - zero) * scale are rounded to bf16.
+
+B rows of x, N outputs, K inputs, g columns of a kernel's group.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.quantization.grid import IntFormat
+
+GROUPS = (256, 128, 64, 32)  # those that the int4 kernels know, on CPU and on CUDA
+CENTRE = 8  # the int4 kernels compute (code - 8) * scale + offset
+
+
+class Held(NamedTuple):
+    """Weights in the layout of a kernel: `packed`, and in `grid` what stands for the scales."""
+
+    packed: Tensor
+    grid: Tensor
+
+
+class Kernel(Protocol):
+    """One row of the table."""
+
+    name: str
+    device: str
+    largest_batch: int
+
+    def refuses(self, format: IntFormat, rows: int, width: int) -> str:
+        """Why it cannot run weights of this form and shape; empty when it can."""
+
+    def repack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, format: IntFormat) -> Held:
+        """Codes (N, K), scales and zeros (N, G) or (1, 1) in the kernel's layout."""
+
+    def restore(
+        self, held: Held, zeros: Tensor | None, format: IntFormat, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """The inverse: codes (N, K) and scales."""
+
+    def pick(
+        self, held: Held, zeros: Tensor | None, format: IntFormat, width: int, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`restore` for the rows `index` (n,), whose `zeros` are given: codes (n, K), scales (n, G) or (1, 1)."""
+
+    def multiply(self, x: Tensor, held: Held, rows: int) -> Tensor:
+        """x (B, K) bf16 times the transposed weights: (B, N) bf16."""
+
+
+def kernel_group(format: IntFormat, width: int) -> int | None:
+    """The int4 kernels' group for this form: the largest that divides its groups, or pads a whole row least."""
+    if format.group(width) == width:
+        return min(GROUPS, key=lambda g: -(-width // g) * g)
+    return next((g for g in GROUPS if format.group_size % g == 0), None)
+
+
+def _scales_of(values: Tensor, format: IntFormat, width: int, g: int) -> Tensor:
+    """One value a kernel group, (N, ceil(K / g)) of (N, G) or (1, 1)."""
+    groups = -(-width // g)
+    if values.shape[1] == 1:
+        return values.expand(-1, groups)
+    return values.repeat_interleave(format.group_size // g, dim=1)[:, :groups]
+
+
+def _scales_back(values: Tensor, format: IntFormat, width: int) -> Tensor:
+    """The inverse of `_scales_of` for rows (n, ceil(K / g)): (n, G), or (1, 1)."""
+    if format.group_size == "tensor":
+        return values[:1, :1]
+    groups = format.scales_shape(1, width)[1]
+    return values[:, :: format.group_size // kernel_group(format, width)] if groups > 1 else values[:, :1]
+
+
+def _int4_grid(codes: Tensor, scales: Tensor, zeros: Tensor | None, format: IntFormat) -> tuple[Tensor, Tensor, int]:
+    """Codes (N, K'), `scales and offsets` (K' / g, N, 2) bf16 and g: rows as they are, columns padded to groups."""
+    rows, width = codes.shape
+    g = kernel_group(format, width)
+    scales = _scales_of(scales.expand(rows, -1), format, width, g)  # (N, K' / g)
+    offsets = torch.zeros_like(scales)
+    codes = codes.int()
+    shift = _shift(zeros, format, width)
+    if shift is None:
+        zero = _scales_of(zeros.expand(rows, -1), format, width, g).float()
+        offsets = ((CENTRE - zero) * scales.float()).to(scales.dtype)
+    else:
+        codes = codes + shift
+    codes = F.pad(codes, (0, -width % g), value=CENTRE)
+    return codes, torch.stack([scales, offsets], dim=-1).transpose(0, 1).contiguous(), g
+
+
+def _shift(zeros: Tensor | None, format: IntFormat, width: int) -> Tensor | int | None:
+    """What moves each code's zero to 8, to need no offset; None for 4-bit affine codes, which have no room for it."""
+    if zeros is None:
+        return CENTRE - 2 ** (format.bits - 1)
+    if format.bits == 4:
+        return None
+    zeros = zeros if zeros.shape[1] == 1 else zeros.repeat_interleave(format.group_size, dim=1)[:, :width]
+    return CENTRE - zeros.int()
+
+
+def _unshift(codes: Tensor, zeros: Tensor | None, format: IntFormat) -> Tensor:
+    shift = _shift(zeros, format, codes.shape[1])
+    return codes if shift is None else (codes.short() - shift).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Int4Cpu:
+    """2-, 3- and 4-bit codes as 4-bit ones on the CPU, columns padded to groups and rows to 64."""
+
+    name: str = "aten::_weight_int4pack_mm_for_cpu"
+    device: str = "cpu"
+    largest_batch: int = 128
+
+    def refuses(self, format: IntFormat, rows: int, width: int) -> str:
+        if format.bits > 4:
+            return f"{format.bits}-bit codes do not fit the 4-bit kernel"
+        if kernel_group(format, width) is None:
+            return f"the 4-bit kernel takes groups that are multiples of 32, not of {format.group_size}"
+        if format.scale_dtype != "bfloat16":
+            return f"the kernels need bfloat16 scales, and these are {format.scale_dtype}"
+        return "" if _cpu_layout() else "this processor's layout of the 4-bit kernel is not known"
+
+    def repack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, format: IntFormat) -> Held:
+        codes, grid, _ = _int4_grid(codes, scales, zeros, format)
+        more = -codes.shape[0] % 64
+        codes = F.pad(codes, (0, 0, 0, more), value=CENTRE)  # (N', K')
+        grid = F.pad(grid, (0, 0, 0, more)).contiguous()  # (K' / g, N', 2)
+        return Held(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), grid)
+
+    def restore(
+        self, held: Held, zeros: Tensor | None, format: IntFormat, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        rows, width = shape
+        codes = _cpu_unpack(held.packed, *_cpu_layout())[:rows, :width]
+        return _unshift(codes, zeros, format), _scales_back(held.grid[:, :rows, 0].T, format, width)
+
+    def pick(
+        self, held: Held, zeros: Tensor | None, format: IntFormat, width: int, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        block, halves = _cpu_layout()
+        place = index % block
+        byte = place % (block // 2) if halves else place // 2
+        high = place >= block // 2 if halves else place % 2 == 1
+        tiles = held.packed.view(-1, held.packed.shape[1] * 2, block // 2)  # (N' / block, K', block / 2)
+        both = tiles[index // block, :, byte]  # (n, K')
+        codes = torch.where(high[:, None], both >> 4, both & 15)[:, :width]
+        return _unshift(codes, zeros, format), _scales_back(held.grid[:, index, 0].T, format, width)
+
+    def multiply(self, x: Tensor, held: Held, rows: int) -> Tensor:
+        padded = held.packed.shape[1] * 2
+        if padded != x.shape[1]:
+            x = F.pad(x, (0, padded - x.shape[1]))
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, held.packed, padded // held.grid.shape[0], held.grid)
+        return y[:, :rows]
+
+
+def _cpu_unpack(packed: Tensor, block: int, halves: bool) -> Tensor:
+    """Codes (N', K') uint8 of the CPU kernel's bytes: tiles of `block` rows, column by column, two rows to a byte.
+
+    A byte holds rows j and j + block / 2 of its tile (`halves`), or rows 2 j and 2 j + 1, the first in its low bits.
+    """
+    rows, width = packed.shape[0], packed.shape[1] * 2
+    tiles = packed.view(rows // block, width, block // 2)
+    nibbles = torch.stack([tiles & 15, tiles >> 4], dim=2 if halves else 3)
+    return nibbles.view(rows // block, width, block).transpose(1, 2).reshape(rows, width)
+
+
+@cache
+def _cpu_layout() -> tuple[int, bool] | None:
+    """(block, halves) of the layout on this processor, found by trying; None where no known one fits."""
+    codes = torch.arange(64 * 32).view(64, 32).mul(7).div(3, rounding_mode="floor").remainder(16).int()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    for block in (64, 32, 16):
+        for halves in (True, False):
+            if torch.equal(_cpu_unpack(packed, block, halves).int(), codes):
+                return block, halves
+    return None
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Symmetric 8-bit codes, one scale a row, columns padded to 16: at other widths the CPU kernel reads astray."""
+
+    name: str = "aten::_weight_int8pack_mm"
+    device: str = "cpu"
+    largest_batch: int = 64
+
+    def refuses(self, format: IntFormat, rows: int, width: int) -> str:
+        if format.bits != 8:
+            return f"{format.bits}-bit codes are not for the 8-bit kernel"
+        if not format.symmetric:
+            return "the 8-bit kernel knows no zero points"
+        if format.group(width) != width:
+            return "the 8-bit kernel takes one scale a row (group_size: channel)"
+        return "" if format.scale_dtype == "bfloat16" else f"the kernels need bfloat16 scales, not {format.scale_dtype}"
+
+    def repack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, format: IntFormat) -> Held:
+        rows, width = codes.shape
+        signed = (codes ^ 128).view(torch.int8)
+        return Held(F.pad(signed, (0, -width % 16)).contiguous(), scales.expand(rows, 1)[:, 0].contiguous())
+
+    def restore(
+        self, held: Held, zeros: Tensor | None, format: IntFormat, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        scales = held.grid[:1, None] if format.group_size == "tensor" else held.grid[:, None]
+        return held.packed[:, : shape[1]].view(torch.uint8) ^ 128, scales
+
+    def pick(
+        self, held: Held, zeros: Tensor | None, format: IntFormat, width: int, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.restore(Held(held.packed[index], held.grid[index]), zeros, format, (len(index), width))
+
+    def multiply(self, x: Tensor, held: Held, rows: int) -> Tensor:
+        if held.packed.shape[1] != x.shape[1]:
+            x = F.pad(x, (0, held.packed.shape[1] - x.shape[1]))
+        return torch.ops.aten._weight_int8pack_mm(x.contiguous(), held.packed, held.grid)
+
+
+TABLE: tuple[Kernel, ...] = (Int4Cpu(), Int8())
+
+
+class Choice(NamedTuple):
+    """Through what a module runs: `kernel` and its `name`, or None with the `reason` why it dequantizes."""
+
+    kernel: Kernel | None
+    name: str
+    reason: str
+
+
+def choose(
+    format: IntFormat, shape: tuple[int, int], device: str, batch: int, dtype: torch.dtype = torch.bfloat16
+) -> Choice:
+    """The first kernel of the table that runs weights (N, K) of this form on this device for `batch` rows of x."""
+    reasons = []
+    for kernel in TABLE:
+        if kernel.device != device:
+            continue
+        reason = kernel.refuses(format, *shape)
+        if not reason and dtype != torch.bfloat16:
+            reason = f"the kernels compute in bfloat16, and the input is {str(dtype).removeprefix('torch.')}"
+        if not reason and batch > kernel.largest_batch:
+            reason = f"above {kernel.largest_batch} rows at once the dense product is faster"
+        if not reason:
+            return Choice(kernel, kernel.name, "")
+        reasons.append(reason)
+    return Choice(None, "dequantize, then matmul", "; ".join(reasons) or f"no packed kernel on {device}")
+
+
+def kernel_for(
+    module: nn.Module, device: str | torch.device = "cpu", batch: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> Choice:
+    """What `module` runs through on `device` for `batch` tokens at once; a dense module runs through `aten::linear`."""
+    if not hasattr(module, "format"):
+        return Choice(None, "aten::linear", "dense weights")
+    return choose(module.format, module.shape, torch.device(device).type, batch, dtype)

@@ -1,0 +1,132 @@
+"""Quantize a whole model: which method for which layer, and nothing left out without a reason."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration import Batch, LayerMethod, Part, Progress, load_part, parts_of, walk
+from compress.records import LayerRecord
+from compress.statistics import StatisticType
+from compress.store import Store
+from models.errors import UserError, did_you_mean
+from models.forms import described, form_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method for the linear maps of the blocks, others for those that a pattern names, and for the two ends.
+
+    Args:
+        method: of the linear maps in the blocks; None leaves them as they are.
+        overrides: pattern over module names (`blocks.0.*`, `*.attention.v`) -> the method for those, or None to leave
+            them as they are. The last pattern that matches counts.
+        embedding: method for the token embedding, which in a tied model is the head too.
+        head: method for the head of an untied model.
+    """
+
+    method: LayerMethod | None
+    overrides: Mapping[str, LayerMethod | None] = field(default_factory=dict)
+    embedding: LayerMethod | None = None
+    head: LayerMethod | None = None
+
+    def choose(self, name: str) -> tuple[LayerMethod | None, str]:
+        """The method for the module `name`, and the reason where it is None."""
+        for pattern in reversed(self.overrides):
+            if fnmatchcase(name, pattern):
+                return self.overrides[pattern], f"left in full precision: asked for by {pattern!r}"
+        if name in ("embedding", "head"):
+            return getattr(self, name), f"left in full precision: no bits are asked for the {name}"
+        return self.method, "left in full precision: no bits are asked for the blocks"
+
+    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
+        """Raise UserError for a pattern that matches no layer; let every method look at the model."""
+        names = [name for part in parts_of(model) for name in part.linears]
+        for pattern in self.overrides:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UserError(f"no layer is called {pattern!r}{did_you_mean(pattern, names)}")
+        for method in _distinct([self.choose(name)[0] for name in names]):
+            method.prepare(model, batches)
+
+    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
+        """What the method of this module asks for."""
+        method = self.choose(name)[0]
+        return None if method is None else method.statistic(name, module)
+
+    def compress_block(self, part: Part) -> list[LayerRecord]:
+        """Hand each method its own layers of the part."""
+        chosen = {name: self.choose(name) for name in part.linears}
+        records = {}
+        for method in _distinct([method for method, _ in chosen.values()]):
+            own = {name: module for name, module in part.linears.items() if chosen[name][0] is method}
+            records |= {record.name: record for record in method.compress_block(replace(part, linears=own))}
+        for name, (method, reason) in chosen.items():
+            if method is None:
+                records[name] = LayerRecord.skip(name, part.linears[name].weight.shape, reason)
+                part.report(records[name])
+        return [records[name] for name in part.linears]
+
+    def restore_block(self, part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
+        """Install the stored forms, then the tensors."""
+        load_part(part, state, forms)
+
+
+def _distinct(methods: Sequence[LayerMethod | None]) -> list[LayerMethod]:
+    found: list[LayerMethod] = []
+    for method in methods:
+        if method is not None and not any(method is other for other in found):
+            found.append(method)
+    return found
+
+
+def quantize_model(
+    model: nn.Module,
+    method: LayerMethod | None,
+    batches: Sequence[Batch] | None = None,
+    *,
+    overrides: Mapping[str, LayerMethod | None] | None = None,
+    embedding: LayerMethod | None = None,
+    head: LayerMethod | None = None,
+    store: Store | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+) -> list[LayerRecord]:
+    """Quantize a `Transformer` in place; `model.config.compression` says afterwards how each layer is stored.
+
+    Args:
+        model: the model, in any floating-point dtype; left in evaluation mode. What stays dense keeps its dtype.
+        method: `Rtn`, `Gptq` or another `LayerMethod` for the linear maps of the blocks.
+        batches: calibration tokens, for methods that look at data.
+        overrides, embedding, head: see `Plan`.
+        store, progress, device, autocast: see `compress.calibration.walk`.
+
+    Returns:
+        One record for every linear map and embedding, whether it was quantized or left, with the reason.
+
+    Raises:
+        UserError: a pattern that matches nothing, weights or inputs that are not finite, no data where some is needed.
+    """
+    left = _unoffered(model)
+    plan = Plan(method, overrides or {}, embedding, head)
+    records = walk(model, plan, batches, store=store, progress=progress, device=device, autocast=autocast)
+    model.config = replace(model.config, compression=described(model))
+    return records + left
+
+
+def _unoffered(model: nn.Module) -> list[LayerRecord]:
+    """Records for the matrices that no part of the walk offers: already packed ones, and tables such as positions."""
+    offered = {name for part in parts_of(model) for name in part.linears}
+    records = []
+    for name, module in model.named_modules():
+        if form := form_of(module):
+            records.append(LayerRecord.skip(name, module.shape, f"already stored as {form}"))
+            offered.add(name)
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if parameter.dim() >= 2 and owner not in offered:
+            records.append(LayerRecord.skip(name, parameter.shape, "a table that no matrix product reads"))
+    return records
