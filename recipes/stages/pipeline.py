@@ -1,0 +1,154 @@
+"""A pipeline file: stages in a row, each starting from what the one before it wrote.
+
+common: {data: python, seed: 0}          # options of every stage that has them
+stages:
+  - stage: pretrain
+    config: ../pretrain/quickstart.yaml  # a recipe, beside this file or below the working directory
+  - stage: distill
+    name: student                        # its folder is OUT/02-student; without a name, OUT/02-distill
+    teacher: "@pretrain"                 # the folder of an earlier stage
+    student_layers: 3
+  - stage: quantize                      # MODEL is the folder of the stage before
+    bits: 4
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError, did_you_mean
+from recipes.stages import options
+from recipes.stages.parser import check_keys, parse_values, read_recipe
+from recipes.stages.partial import fingerprint_of
+
+PRETRAIN = "pretrain"
+OPTIONS = {"quantize": options.Quantize, "prune": options.Prune, "distill": options.Distill}
+_RECIPES = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a pipeline, with every path in place.
+
+    Attributes:
+        verb: pretrain, quantize, prune or distill.
+        name: what other stages call it.
+        out: its folder.
+        options: what the stage is told, or for pretraining the arguments of `espalier fit`.
+        fingerprint: of this stage and of those before it: a change anywhere up to here changes it.
+    """
+
+    verb: str
+    name: str
+    out: Path
+    options: Any
+    fingerprint: str
+
+
+def read_pipeline(path: Path, out: Path, model: Path | None, device: str) -> list[Step]:
+    """Return the steps of a pipeline file.
+
+    Args:
+        path: the file.
+        out: the folder that the stages' folders go into.
+        model: what the first stage starts from, unless it pretrains.
+        device: for stages that name none.
+
+    Raises:
+        UserError: an unknown key or stage, a stage without a model, a name that is used twice or not known.
+    """
+    values = read_recipe(path)
+    check_keys(values, {"common", "stages"}, path)
+    stages = values.get("stages")
+    if not isinstance(stages, list) or not stages:
+        raise UserError(f"{path}: stages must list at least one stage")
+    common = values.get("common") or {}
+    every = {field.name for kind in OPTIONS.values() for field in dataclasses.fields(kind)} - {"out", "overwrite"}
+    check_keys(common, every, f"{path}: common")
+    reader = _Reader(path, out, {"device": device} | common, model)
+    for number, stage in enumerate(stages, start=1):
+        reader.add(number, stage)
+    return reader.steps
+
+
+class _Reader:
+    """Reads one stage after the other, knowing the folders of those before."""
+
+    def __init__(self, path: Path, out: Path, common: Mapping[str, Any], model: Path | None) -> None:
+        self.path, self.out, self.common = path, out, common
+        self.steps: list[Step] = []
+        self.folders: dict[str, Path] = {}
+        self.latest = model
+        self.fingerprint = fingerprint_of({"model": None if model is None else str(model.resolve())})
+
+    def add(self, number: int, stage: Any) -> None:
+        where = f"{self.path}: stage {number}"
+        if not isinstance(stage, dict) or not isinstance(stage.get("stage"), str):
+            raise UserError(f"{where} must be a mapping with the key `stage`, its verb")
+        values = dict(stage)
+        verb = values.pop("stage")
+        if verb not in (PRETRAIN, *OPTIONS):
+            raise UserError(f"{where}: there is no stage '{verb}'{did_you_mean(verb, (PRETRAIN, *OPTIONS))}")
+        name = str(values.pop("name", verb))
+        if name in self.folders or Path(name).name != name:
+            raise UserError(f"{where}: the name '{name}' is taken or no plain name; give another with `name`")
+        out = self.out / f"{number:02d}-{name}"
+        config = values.pop("config", None)
+        recipe = {} if config is None else read_recipe(self._recipe(config, where))
+        if verb == PRETRAIN:
+            chosen: Any = self._pretrain(config, values, out, where)
+            told: Any = {"recipe": recipe, "values": values}
+        else:
+            chosen = self._options(verb, recipe | values, out, where)
+            told = {key: value for key, value in dataclasses.asdict(chosen).items() if key != "out"}
+        self.fingerprint = fingerprint_of({"before": self.fingerprint, "stage": verb, "told": self._portable(told)})
+        self.steps.append(Step(verb, name, out, chosen, self.fingerprint))
+        self.folders[name] = self.latest = out
+
+    def _recipe(self, config: str, where: str) -> Path:
+        """A recipe beside the pipeline file, below the working directory, or one of Espalier's own."""
+        places = [self.path.parent / config, Path(config).expanduser(), _RECIPES / config]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise UserError(f"{where}: there is no recipe {config} beside {self.path} or in the working directory")
+        return found
+
+    def _pretrain(self, config: str | None, values: Mapping[str, Any], out: Path, where: str) -> list[str]:
+        if config is None:
+            raise UserError(f"{where}: pretrain needs `config`, a recipe of recipes/pretrain")
+        if self.steps:
+            raise UserError(f"{where}: pretrain starts from nothing and can only come first")
+        argv = ["-c", str(self._recipe(config, where))]
+        argv += [f"--{key}={value}" for key, value in {"device": self.common["device"], **values}.items()]
+        return [*argv, f"--out={out}", "--ckpt_path=last"]
+
+    def _options(self, verb: str, values: dict[str, Any], out: Path, where: str) -> Any:
+        kind = OPTIONS[verb]
+        allowed = {field.name for field in dataclasses.fields(kind)}
+        values = {key: value for key, value in self.common.items() if key in allowed} | values
+        for key in ("out", "overwrite"):
+            if key in values:
+                raise UserError(f"{where}: {key} is not for a stage; its folder is {out}")
+        role = "teacher" if verb == "distill" else "model"
+        if self.latest is not None:
+            values.setdefault(role, str(self.latest))
+        if role not in values:
+            raise UserError(f"{where}: nothing comes before it; name a model with --model, or pretrain first")
+        values = {key: self._folder(value, where) for key, value in values.items()}
+        return parse_values(verb, kind, values | {"out": str(out)}, where)
+
+    def _folder(self, value: Any, where: str) -> Any:
+        """`@NAME` is the folder of that stage."""
+        if not isinstance(value, str) or not value.startswith("@"):
+            return value
+        if value[1:] not in self.folders:
+            raise UserError(f"{where}: {value} names no stage before it{did_you_mean(value[1:], self.folders)}")
+        return str(self.folders[value[1:]])
+
+    def _portable(self, told: Any) -> Any:
+        """Without the folder that all of it goes to, so that a pipeline may be moved while it is unfinished."""
+        if isinstance(told, dict):
+            return {key: self._portable(value) for key, value in told.items()}
+        return told.replace(str(self.out), "OUT") if isinstance(told, str) else told

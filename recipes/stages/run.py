@@ -1,0 +1,134 @@
+"""`espalier run`: the stages of a pipeline in a row. The same command again goes on after the last finished one."""
+
+import dataclasses
+import importlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from app.evaluation.many import write_overview
+from models.errors import UserError
+from models.files import read_json, write_json
+from recipes.stages import compare, options
+from recipes.stages.pipeline import PRETRAIN, Step, read_pipeline
+from recipes.stages.report import print_overview
+from recipes.stages.terminal import say
+
+STATE = "pipeline.json"
+REPORT = ("report.json", "report.md", "report.html", "plots")
+
+
+def main(chosen: options.Run) -> int:
+    """Run `espalier run`.
+
+    OUT/01-NAME, OUT/02-NAME, ... are the stages, OUT/report.* and OUT/plots show all, OUT/overall sets the first
+    model and the last side by side, and OUT/model leads to the last.
+    """
+    recipe, out = Path(chosen.recipe), Path(chosen.out).expanduser().absolute()
+    model = None if chosen.model is None else Path(chosen.model).expanduser().absolute()
+    steps = read_pipeline(recipe, out, model, chosen.device)
+    finished = prepare(steps, out, chosen.overwrite)
+    for number, step in enumerate(steps, start=1):
+        if number <= finished:
+            say(f"stage {number} of {len(steps)}, {step.name}: finished before")
+            continue
+        say(f"stage {number} of {len(steps)}, {step.name}")
+        status = run_step(step)
+        if status:
+            return status
+    if finished == len(steps) and (out / "report.json").exists():
+        say(f"{out} is complete")
+        return 0
+    first = steps[0].out if steps[0].verb == PRETRAIN else model
+    measured = [step for step in steps if step.verb != PRETRAIN]
+    if measured:
+        overall(first, measured[-1], out / "overall")
+        write_report([step.out for step in measured], out)
+    link(out / "model", steps[-1].out)
+    say(f"written to {out}: report.html over all stages, overall/report.html from first to last, and the final model")
+    return 0
+
+
+def overall(first: Path, last: Step, out: Path) -> None:
+    """Set the first model and the last side by side, in one process, on the text of the last stage."""
+    shared = {field.name: getattr(last.options, field.name) for field in dataclasses.fields(options.Measure)}
+    say("from first to last")
+    compare.main(options.Compare(before=str(first), after=str(last.out), out=str(out), overwrite=True, **shared))
+
+
+def write_report(folders: Sequence[Path], out: Path) -> None:
+    """Put report.* and plots/ over all stages into OUT, each replaced whole."""
+    with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as place:
+        content = write_overview(folders, Path(place), title="The pipeline, stage by stage")
+        shutil.rmtree(out / "plots", ignore_errors=True)
+        for name in reversed(REPORT):  # report.json last: where it is, all of it is
+            (Path(place) / name).rename(out / name)
+    print_overview(content)
+
+
+def prepare(steps: list[Step], out: Path, overwrite: bool) -> int:
+    """Return how many stages are finished already, and remove what is there of those that have to be done again.
+
+    OUT/pipeline.json says what each stage was to be when it was started. Its folder appears only when it is complete:
+    where it is there and the recipe is the same, the stage is finished.
+
+    Raises:
+        UserError: OUT holds something else, or a pipeline of another recipe, and `overwrite` is false.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out must name a folder")
+    if out.exists() and any(out.iterdir()) and not (out / STATE).exists() and not overwrite:
+        raise UserError(f"{out} already holds something; name another folder or pass --overwrite")
+    wanted = [{"folder": step.out.name, "fingerprint": step.fingerprint} for step in steps]
+    begun: list[dict[str, Any]] = read_json(out / STATE).get("stages", []) if (out / STATE).exists() else []
+    same = 0
+    while same < min(len(begun), len(wanted)) and begun[same] == wanted[same]:
+        same += 1
+    if begun and begun != wanted:
+        lost = [old for old in begun[same:] if (out / old["folder"]).exists()]
+        if lost and not overwrite:
+            raise UserError(
+                f"{out} holds a pipeline of another recipe: {_difference(begun, wanted, same)}; name another folder "
+                "or pass --overwrite to do that stage and what follows again"
+            )
+        say(f"another recipe than before: {_difference(begun, wanted, same)}")
+    elif begun and overwrite and (out / "report.json").exists():
+        say(f"{out} is complete: starting anew")
+        same = 0
+    for old in begun[same:]:
+        for leftover in (old["folder"], f"{old['folder']}.partial", f"{old['folder']}.run"):
+            shutil.rmtree(out / leftover, ignore_errors=True)
+    if same < len(wanted) or same < len(begun):
+        (out / "report.json").unlink(missing_ok=True)  # what it says is no longer so
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{STATE}.new", {"stages": wanted})
+    (out / f"{STATE}.new").replace(out / STATE)
+    finished = 0
+    while finished < same and steps[finished].out.is_dir():
+        finished += 1
+    return finished
+
+
+def _difference(begun: list[dict[str, Any]], wanted: list[dict[str, Any]], same: int) -> str:
+    if same == len(wanted):
+        return f"it has more stages, from {begun[same]['folder']} on"
+    return f"stage {wanted[same]['folder']} differs" if same < len(begun) else f"{wanted[same]['folder']} is new"
+
+
+def run_step(step: Step) -> int:
+    """Run one stage and return its exit status. Only the modules that it needs are imported."""
+    if step.verb == PRETRAIN:
+        return importlib.import_module("recipes.fit").main("fit", step.options)
+    importlib.import_module(f"recipes.stages.{step.verb}").main(step.options)
+    return 0
+
+
+def link(name: Path, folder: Path) -> None:
+    """Let `name` lead to `folder` beside it; where the file system knows no links, the folder's own name must do."""
+    try:
+        name.unlink(missing_ok=True)
+        name.symlink_to(folder.name)
+    except OSError:
+        say(f"{name} could not be made a link; the final model is {folder}")

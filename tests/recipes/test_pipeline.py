@@ -1,0 +1,153 @@
+"""`espalier run`: stages in a row, resumed after the last finished one."""
+
+import json
+
+import pytest
+import yaml
+
+import models.folder
+from models.errors import UserError
+from recipes.stages import run
+from recipes.stages.pipeline import read_pipeline
+
+COMMON = {"data": "synthetic", "sequence_length": 64, "speed_rounds": 0, "samples": 8}
+STAGES = [
+    {
+        "stage": "distill",
+        "name": "student",
+        "student_layers": 2,
+        "max_steps": 4,
+        "train_batch_size": 4,
+        "warmup_steps": 1,
+    },
+    {"stage": "prune", "method": "structured", "targets": "neurons", "ratio": 0.25},
+    {"stage": "prune", "name": "sparse", "method": "magnitude"},
+]
+
+
+def write(path, stages=STAGES, **common):
+    path.write_text(yaml.safe_dump({"common": COMMON | common, "stages": stages}))
+    return path
+
+
+def test_stages_in_a_row_and_again(teacher, espalier, tmp_path, monkeypatch):
+    recipe, out = write(tmp_path / "short.yaml"), tmp_path / "out"
+    argv = ["run", recipe, "--model", teacher, "--out", out, "--device", "cpu", "--debug"]
+    status, output = espalier(*argv)
+    assert status == 0, output.err
+    assert [folder.name for folder in sorted(out.glob("0*"))] == ["01-student", "02-prune", "03-sparse"]
+    assert (out / "model").resolve() == out / "03-sparse"
+    history = json.loads((out / "model" / "history.json").read_text())["stages"]
+    assert [entry["stage"] for entry in history] == ["distill", "prune", "prune"]
+    report = json.loads((out / "report.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["teacher", "01-student", "02-prune", "03-sparse"]
+    assert report["baselines"].keys() == {"unigram", "untrained"}
+    overall = json.loads((out / "overall" / "report.json").read_text())
+    assert (overall["before"]["name"], overall["after"]["name"]) == ("teacher", "03-sparse")
+    before = {path: path.stat().st_mtime_ns for path in out.glob("0*/model.safetensors")}
+
+    # the same command again does nothing
+    status, output = espalier(*argv)
+    assert status == 0, output.err
+    assert {path: path.stat().st_mtime_ns for path in out.glob("0*/model.safetensors")} == before
+
+    # a change in the last stage does that one alone again, and only with --overwrite
+    write(recipe, [*STAGES[:2], STAGES[2] | {"sparsity": 0.25}])
+    status, output = espalier(*argv)
+    assert status == 2
+    assert "03-sparse differs" in output.err.splitlines()[-1]
+    status, output = espalier(*argv, "--overwrite")
+    assert status == 0, output.err
+    after = {path: path.stat().st_mtime_ns for path in out.glob("0*/model.safetensors")}
+    assert {path.parent.name for path in after if after[path] != before[path]} == {"03-sparse"}
+
+
+def test_goes_on_after_the_last_finished_stage(teacher, espalier, tmp_path, monkeypatch):
+    recipe, out = write(tmp_path / "short.yaml"), tmp_path / "out"
+    argv = ["run", recipe, "--model", teacher, "--out", out, "--device", "cpu"]
+    undisturbed = run.run_step
+    begun = []
+
+    def dies(step):
+        begun.append(step.name)
+        if step.name == "sparse":
+            raise KeyboardInterrupt
+        return undisturbed(step)
+
+    monkeypatch.setattr(run, "run_step", dies)
+    assert espalier(*argv)[0] == 130
+    monkeypatch.setattr(run, "run_step", lambda step: begun.append(f"again {step.name}") or undisturbed(step))
+    status, output = espalier(*argv)
+    assert status == 0, output.err
+    assert begun == ["student", "prune", "sparse", "again sparse"]
+    assert models.folder.load(out / "model").config.layers[0].feedforward.width == 48
+
+
+def steps(path, tmp_path, model="teacher"):
+    return read_pipeline(path, tmp_path / "out", model and tmp_path / model, "cpu")
+
+
+def test_names_lead_to_folders(tmp_path):
+    stages = [STAGES[0], STAGES[1] | {"name": "narrow"}, STAGES[0] | {"name": "healed", "student": "@narrow"}]
+    del stages[2]["student_layers"]
+    stages[2]["teacher"] = "@student"
+    read = steps(write(tmp_path / "p.yaml", stages), tmp_path)
+    assert read[1].options.model == str(tmp_path / "out" / "01-student")
+    assert read[2].options.teacher == str(tmp_path / "out" / "01-student")
+    assert read[2].options.student == str(tmp_path / "out" / "02-narrow")
+
+
+def test_fingerprints_change_from_the_changed_stage_on(tmp_path):
+    first = steps(write(tmp_path / "p.yaml"), tmp_path)
+    second = steps(write(tmp_path / "p.yaml", [STAGES[0], STAGES[1] | {"ratio": 0.5}, STAGES[2]]), tmp_path)
+    same = [a.fingerprint == b.fingerprint for a, b in zip(first, second, strict=True)]
+    assert same == [True, False, False]
+
+
+def test_a_pretraining_stage_becomes_arguments_of_fit(tmp_path):
+    (tmp_path / "tiny.yaml").write_text("seed_everything: 0\n")
+    stages = [{"stage": "pretrain", "config": "tiny.yaml", "trainer.max_steps": 3}, STAGES[1]]
+    read = steps(write(tmp_path / "p.yaml", stages), tmp_path, model=None)
+    assert read[0].options[:2] == ["-c", str(tmp_path / "tiny.yaml")]
+    assert "--trainer.max_steps=3" in read[0].options
+    assert read[0].options[-2:] == [f"--out={tmp_path / 'out' / '01-pretrain'}", "--ckpt_path=last"]
+    assert read[1].options.model == str(tmp_path / "out" / "01-pretrain")
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ([], "at least one stage"),
+        ([{"method": "rtn"}], "stage 1 must be a mapping with the key `stage`"),
+        ([{"stage": "quantise"}], "did you mean 'quantize'"),
+        ([{"stage": "prune", "ration": 1}], "unknown key 'ration'"),
+        ([{"stage": "prune", "ratio": "much"}], "ratio must be"),
+        ([STAGES[1], STAGES[1]], "the name 'prune' is taken"),
+        ([{"stage": "prune", "name": "a/b"}], "no plain name"),
+        ([{"stage": "prune", "model": "@nobody"}], "names no stage before it"),
+        ([{"stage": "prune", "config": "no.yaml"}], "there is no recipe no.yaml"),
+        ([{"stage": "prune", "out": "x"}], "out is not for a stage"),
+        ([{"stage": "pretrain"}], "pretrain needs `config`"),
+    ],
+)
+def test_wrong_pipelines(stages, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        steps(write(tmp_path / "p.yaml", stages), tmp_path)
+
+
+def test_wrong_common_key(tmp_path):
+    with pytest.raises(UserError, match="unknown key 'sampels'"):
+        steps(write(tmp_path / "p.yaml", sampels=3), tmp_path)
+
+
+def test_nothing_to_start_from(tmp_path):
+    with pytest.raises(UserError, match="name a model with --model"):
+        steps(write(tmp_path / "p.yaml", STAGES[1:]), tmp_path, model=None)
+
+
+def test_output_that_holds_something_else(teacher, refused, tmp_path):
+    recipe, out = write(tmp_path / "p.yaml"), tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    refused("run", recipe, "--model", teacher, "--out", out, words=["already holds something", "--overwrite"])
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
