@@ -73,7 +73,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, split: str, fingerprint: str, f
         tokens.write(np.array([tokenizer.eot], dtype=dtype).tobytes())
     if not lengths:
         raise UserError(
-            f"corpus '{corpus.name}' has no document in its {split} split; it takes three different ones to fill them all"
+            f"corpus '{corpus.name}' has no document in its {split} split; it takes three different ones in all"
         )
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     np.save(folder / "numbers.npy", np.array(numbers, dtype=np.int64))

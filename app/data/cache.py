@@ -76,3 +76,4 @@ def track(items: Iterable[Item], what: str, total: int, size: Callable[[Item], i
         for item in items:
             yield item
             progress.advance(task, size(item))
+        progress.update(task, completed=total)  # sizes are counted in characters where that is cheaper

@@ -7,7 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.data.blocks import TokenBlocks, fingerprint_of, tokenize
-from app.data.cache import cache_root
+from app.data.cache import cache_root, track
 from app.data.corpus import SPLITS, Corpus
 from app.data.order import EvaluationBatches, Loader, Order, TrainingBatches
 from app.data.sources import open_source
@@ -92,7 +92,12 @@ class TextData(LightningDataModule):
         """The tokenizer: loaded, or trained on the training split once and then found in the cache."""
         if self._tokenizer_path is not None:
             return load_tokenizer(self._tokenizer_path)
-        texts = (document.text for document in self.corpus.documents("train"))
+        texts = track(
+            (document.text for document in self.corpus.documents("train")),
+            f"Reading {self.corpus.name} for the tokenizer",
+            self.corpus.sizes["train"],
+            len,
+        )
         return cached_tokenizer(texts, self.corpus.sha256, self._vocab_size, self.cache / "tokenizers")
 
     @property

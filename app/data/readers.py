@@ -21,6 +21,7 @@ PACKED = {".gz", ".bz2", ".xz", ".zst"}  # endings that `datasets` unpacks
 TEXT_COLUMNS = ("text", "content", "document")  # the columns that are taken without asking
 MANY_FILES = 32  # this many text files are documents themselves
 LARGEST_FILE = 2**30  # a larger text file is cut all the same: it would not fit into one Arrow string
+LARGE = 50_000_000  # bytes from which on `datasets` shows its progress
 OWN_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("valid", "validation", "val", "dev"), "validation"
 )
@@ -31,7 +32,7 @@ Groups = dict[str | None, list[Path]]  # files under the split that their names 
 
 
 def _load(kind: str, files: list[Path], cache: Path, **options: Any) -> "datasets.Dataset":
-    datasets = _datasets()
+    datasets = _datasets(sum(file.stat().st_size for file in files))
     try:
         names = [glob.escape(str(file.resolve())) for file in files]
         return datasets.load_dataset(
@@ -43,10 +44,11 @@ def _load(kind: str, files: list[Path], cache: Path, **options: Any) -> "dataset
         raise UserError(f"source '{shown}' cannot be read as {kind}: {reason}") from error
 
 
-def _datasets() -> Any:
+def _datasets(size: int) -> Any:
+    """Return the library, with progress bars when there are many bytes to read."""
     import datasets  # a second of imports that the default corpus does without
 
-    datasets.disable_progress_bars()
+    (datasets.enable_progress_bars if size >= LARGE else datasets.disable_progress_bars)()
     return datasets
 
 
@@ -65,7 +67,7 @@ def table_parts(
 
 def saved_parts(path: Path, source: str, column: str | None) -> list[Part]:
     """Open a folder that `datasets.save_to_disk` wrote."""
-    datasets = _datasets()
+    datasets = _datasets(0)
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
@@ -78,7 +80,7 @@ def from_hub(source: str, cache: Path) -> "dict[str, datasets.Dataset]":
     """Download `owner/name` or `owner/name:config` into the cache. No code from the hub is run."""
     name, _, config = source.partition(":")
     try:
-        return dict(_datasets().load_dataset(name, config or None, cache_dir=str(cache / "datasets")))
+        return dict(_datasets(LARGE).load_dataset(name, config or None, cache_dir=str(cache / "datasets")))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

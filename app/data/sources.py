@@ -49,18 +49,19 @@ def open_source(source: str, column: str | None = None, cache_dir: str | Path | 
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         files = sorted(file for file in path.rglob("*") if file.is_file())
         load = partial(readers.saved_parts, path, source, column)
-        return SourceCorpus(source, _identity(files, column), load, cache)
+        return SourceCorpus(source, _identity(files, column), _size(files), load, cache)
     if path.exists() or glob.has_magic(source):
         files = find_files(source)
         kind = _kind(files, source)
         names = {file: _label(file, path if path.is_dir() else file.parent) for file in files}
         read = readers.text_parts if kind == "text" else partial(readers.table_parts, kind)
         load = partial(read, _groups(files), names, source, column, cache)
-        return SourceCorpus(source, _identity(files, kind, column), load, cache)
+        return SourceCorpus(source, _identity(files, kind, column), _size(files), load, cache)
     if _HUB_NAME.fullmatch(source) and not path.parent.is_dir() and not _known(path):
         tables = readers.from_hub(source, cache)
         identity = _digest(source, column, *(table._fingerprint for table in tables.values()))
-        return SourceCorpus(source, identity, partial(readers.split_parts, tables, source, column), cache)
+        size = sum(table.dataset_size or 0 for table in tables.values())
+        return SourceCorpus(source, identity, size, partial(readers.split_parts, tables, source, column), cache)
     raise UserError(f"source '{source}': no such file or folder{_nearest(path)}")
 
 
@@ -103,7 +104,7 @@ def _kind(files: list[Path], source: str) -> str:
     kinds = {KINDS.get(_suffix(file), "text") for file in files}
     if len(kinds) > 1:
         raise UserError(f"source '{source}' mixes {', '.join(sorted(kinds))} files; give a glob that matches one kind")
-    if not any(file.stat().st_size for file in files):
+    if not _size(files):
         raise UserError(f"source '{source}' is empty")
     return kinds.pop()
 
@@ -115,6 +116,10 @@ def _digest(*parts: Any) -> str:
 def _identity(files: list[Path], *options: Any) -> str:
     stats = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     return _digest(stats, *options)
+
+
+def _size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def _nearest(path: Path) -> str:

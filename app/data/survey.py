@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from app.data.cache import build_once
+from app.data.cache import build_once, track
 from app.data.corpus import SPLITS, Digest, Document, assign_splits, check_split, place_of
 from models.errors import UserError
 from models.files import read_json, write_json
@@ -28,12 +28,14 @@ class SourceCorpus:
     Args:
         name: the SOURCE as it was given.
         identity: changes when a file changes (path, size or time), so that what was worked out before can be trusted.
+        size: bytes to read, for the progress bar.
         load: opens the parts.
         cache: cache folder.
     """
 
     name: str
     identity: str
+    size: int
     load: Callable[[], list[Part]]
     cache: Path
 
@@ -53,16 +55,17 @@ class SourceCorpus:
     def _survey(self, folder: Path) -> None:
         own: list[str | None] = []
         places: list[float] = []
-        for part in self.parts:
-            for _, text in part.documents():
-                own.append(part.split)
-                places.append(place_of(text))
+        rows = ((part.split, text) for part in self.parts for _, text in part.documents())
+        for split, text in track(rows, f"Reading {self.name}", self.size, lambda row: len(row[1])):
+            own.append(split)
+            places.append(place_of(text))
         if not own:
             raise UserError(f"source '{self.name}' holds no text")
         splits = _merge(own, places)
         digest = Digest()
         sizes = dict.fromkeys(SPLITS, 0)
-        for split, (_, text) in zip(splits, self._texts(), strict=True):
+        texts = track(self._texts(), f"Hashing {self.name}", self.size, lambda document: len(document[1]))
+        for split, (_, text) in zip(splits, texts, strict=True):
             sizes[split] += digest.add(split, text)
         np.save(folder / "splits.npy", np.array([SPLITS.index(split) for split in splits], dtype=np.int8))
         write_json(folder / "survey.json", {"sha256": digest.hexdigest(), "sizes": sizes})
