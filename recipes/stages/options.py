@@ -84,6 +84,12 @@ class Quantize(Written, Measure):
     head_bits: Literal[2, 3, 4, 8, 16] = option("bits of an untied output head; 16 leaves it as it is", 16)
     skip: Names = option("layers to leave as they are, by name or pattern (`blocks.0.*`), comma-separated", "")
     samples: int = option("calibration blocks of --sequence_length tokens, from the training split of --data", 128)
+    layers: dict[str, dict[str, Any]] = option(
+        "layers with bits, group_size or symmetric of their own, by name or pattern: {'*.down': {bits: 8}}",
+        factory=dict,
+    )
+    clip: Literal["none", "mse"] = option("mse: search for the range of each grid with the least squared error", "none")
+    act_order: bool = option("gptq: take the inputs with the most energy first", True)
     damping: float = option("gptq: share of the Hessian's mean diagonal that is added to its diagonal", 0.01)
 
 

@@ -1,0 +1,83 @@
+"""`espalier quantize`, from the command to the folder."""
+
+import json
+
+import pytest
+
+import models.folder
+from models.forms import described
+from tests.recipes.conftest import QUICK
+
+SMALL = [*QUICK, "--samples", "8", "--group_size", "16"]
+
+
+def report_of(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def test_gptq_writes_packed_weights(teacher, espalier, tmp_path):
+    out = tmp_path / "quantized"
+    argv = ["--bits", 4, "--embedding_bits", 8, "--skip", "blocks.0.attention.*", "--layers", "{'*.down': {bits: 8}}"]
+    status, output = espalier("quantize", teacher, "--out", out, *SMALL, *argv, "--debug")
+    assert status == 0, output.err
+    forms = described(models.folder.load(out))
+    assert forms["blocks.1.attention.q"]["bits"] == 4
+    assert forms["blocks.1.feedforward.down"]["bits"] == 8
+    assert forms["embedding"]["bits"] == 8
+    assert "blocks.0.attention.q" not in forms
+    report = report_of(out)
+    stored = report["after"]["size"]["stored_bytes"]
+    assert stored == (out / "model.safetensors").stat().st_size
+    assert stored < 0.5 * report["before"]["size"]["stored_bytes"]
+    skipped = [layer for layer in report["layers"] if layer["skipped"]]
+    assert {layer["name"] for layer in skipped} == {f"blocks.0.attention.{letter}" for letter in "qkvo"}
+    assert all(layer["note"] for layer in skipped)
+
+
+def test_inspect_and_evaluate_and_generate_a_quantized_model(teacher, espalier, tmp_path):
+    out = tmp_path / "quantized"
+    assert espalier("quantize", teacher, "--out", out, *SMALL, "--method", "rtn", "--bits", 3)[0] == 0
+    status, output = espalier("inspect", out, "--out", tmp_path / "layers.json")
+    assert status == 0, output.err
+    assert "blocks.3.feedforward.down" in output.out
+    layers = json.loads((tmp_path / "layers.json").read_text())["layers"]
+    assert next(layer for layer in layers if layer["name"] == "blocks.0.attention.q")["bits"] < 6
+    status, output = espalier("evaluate", teacher, out, *QUICK, "--out", tmp_path / "figures.json")
+    assert status == 0, output.err
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    losses = [figures["models"][str(path)]["quality"]["loss"] for path in (teacher, out)]
+    assert losses[0] < losses[1] < figures["baselines"]["untrained"]["loss"]
+    prompt = ["--prompt", "ba", "--max_new_tokens", 8, "--temperature", 0]
+    first, second = (espalier("generate", out, *prompt)[1].out for _ in range(2))
+    assert first == second
+    assert first.startswith("ba")
+
+
+def test_an_output_that_holds_something(teacher, espalier, refused, tmp_path):
+    out = tmp_path / "quantized"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    refused("quantize", teacher, "--out", out, *SMALL, words=["already holds something", "--overwrite"])
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    status, output = espalier("quantize", teacher, "--out", out, *SMALL, "--method", "rtn", "--overwrite")
+    assert status == 0, output.err
+    assert not (out / "precious.txt").exists()
+    assert (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--group_size", "0"], ["group_size", "0"]),
+        (["--group_size", "row"], ["group_size", "row"]),
+        (["--skip", "blocks.0.atention.q"], ["blocks.0.atention.q", "blocks.0.attention.q"]),
+        (["--layers", "{'*.down': {bitz: 8}}"], ["bitz", "did you mean 'bits'"]),
+        (["--damping", "2"], ["damping"]),
+        (["--samples", "-3"], ["samples"]),
+        (["--device", "cuda"], ["cuda", "--device cpu"]),
+    ],
+)
+def test_impossible_wishes(argv, words, teacher, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused("quantize", teacher, "--out", tmp_path / "quantized", *SMALL, *argv, words=words)
+    assert list(tmp_path.iterdir()) == []
