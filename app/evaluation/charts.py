@@ -1,0 +1,290 @@
+"""The pictures of a report: drawn once by matplotlib, written as PNG files and as SVG that follows the page's colours.
+
+Every chart is a function `(figure, data) -> None`. `png` and `svg` render it; in the SVG each colour of the palette is
+replaced by the page's CSS variable of that name, so that one drawing serves light, dark and paper, and the text stays
+text. Nothing in the SVG refers to the outside.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from app.evaluation import wording
+from app.evaluation.wording import known
+
+PALETTE = {"ink": "#1d2521", "muted": "#66716b", "rule": "#d5dad3", "accent": "#2e6b4c", "warm": "#a8501e"}
+INK, MUTED, RULE, ACCENT, WARM = PALETTE.values()
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "espalier",
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "x",
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "text.color": INK,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": INK,
+    "ytick.major.size": 0,
+    "xtick.major.size": 3,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model on a chart: a stage's result. Perplexity with its interval; bytes; tokens per second."""
+
+    name: str
+    perplexity: float
+    interval: tuple[float, float]
+    stored_bytes: float | None = None
+    decode_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing ready to be rendered: its file name, what it shows in a sentence, its size in inches."""
+
+    name: str
+    caption: str
+    draw: Callable[[Figure], None]
+    width: float
+    height: float
+
+    def figure(self) -> Figure:
+        """Draw it, without pyplot and so without global state."""
+        figure = Figure(figsize=(self.width, self.height), layout="constrained")
+        self.draw(figure)
+        return figure
+
+    def png(self, directory: Path) -> Path:
+        """Write `NAME.png` (on white, 160 dpi) into the directory."""
+        path = directory / f"{self.name}.png"
+        with mpl.rc_context(STYLE):
+            self.figure().savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
+        return path
+
+    def svg(self) -> str:
+        """An inline `<svg>` element in the colours and the fonts of the page around it."""
+        buffer = io.StringIO()
+        with mpl.rc_context(STYLE):
+            self.figure().savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        text = re.sub(r'\s(xmlns(:xlink)?|version)="[^"]*"', "", text).replace("xlink:href", "href")
+        text = re.sub(r"font:\s*([\d.]+)px[^;\"]*", r"font-size: \1px; font-family: inherit", text)
+        text = re.sub(r"font-family:\s*(?!inherit)[^;\"]*", "font-family: inherit", text)
+        text = re.sub(r' id="([^"]+)"', rf' id="{self.name}-\1"', text)
+        text = re.sub(r'(href="#|url\(#)', rf"\g<1>{self.name}-", text)
+        for name, colour in PALETTE.items():
+            text = text.replace(colour, f"var(--{name})")
+        size = re.compile(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', re.DOTALL)
+        return size.sub(rf'<svg \1 role="img" aria-label="{self.caption}">', text, count=1)
+
+
+def plain_log_axis(axis) -> None:
+    """A logarithmic axis labelled 10, 20, 50 rather than by powers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: wording.number(value, 3)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def perplexities(steps: Sequence[Step], baselines: dict[str, float]) -> Chart:
+    """Perplexity of each step: close up with 95 % intervals, and beside it against the baselines on a log scale."""
+
+    def draw(figure: Figure) -> None:
+        close, far = figure.subplots(1, 2, sharey=True, width_ratios=(1.7, 1))
+        rows = range(len(steps))
+        for row, step in zip(rows, steps, strict=True):
+            colour = MUTED if row == 0 else ACCENT
+            if all(known(end) for end in step.interval):
+                close.plot(step.interval, [row, row], color=colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
+            close.plot(step.perplexity, row, "o", color=colour, markersize=6)
+            label = wording.number(step.perplexity)
+            close.annotate(
+                label, (step.perplexity, row), (0, 8), textcoords="offset points", ha="center", fontsize=8.5, color=INK
+            )
+            far.plot(step.perplexity, row, "o", color=colour, markersize=5)
+        close.set_title("Perplexity, with 95% interval")
+        close.set_yticks(rows, [step.name for step in steps])
+        close.set_ylim(len(steps) - 0.5, -0.6)
+        close.margins(x=0.12)
+        close.xaxis.set_major_locator(MaxNLocator(6))
+        values = [step.perplexity for step in steps]
+        if max(values) > 8 * min(values):
+            close.set_xscale("log")
+            plain_log_axis(close.xaxis)
+        far.set_title("Against the baselines (log scale)")
+        far.set_xscale("log")
+        for name, value in baselines.items():
+            far.axvline(value, color=WARM, linewidth=1.2, linestyle=(0, (4, 2)))
+            place = (value, len(steps) - 0.56)
+            far.annotate(f"{name} ", place, ha="right", va="bottom", fontsize=8, color=WARM, rotation=90)
+        far.margins(x=0.1)
+        plain_log_axis(far.xaxis)
+
+    caption = (
+        "Perplexity of each model, and the same against an untrained and a unigram baseline. The bars are each "
+        "model's own 95% interval, over documents; the paired interval of a change is far narrower"
+    )
+    return Chart("perplexity", caption, draw, 8.4, 1.35 + 0.42 * len(steps))
+
+
+def trade_offs(steps: Sequence[Step]) -> Chart | None:
+    """Perplexity against stored size and against decode speed; the Pareto front as a line. None without sizes."""
+    measures = [("Stored size, MB", [(s, s.stored_bytes / 1e6) for s in steps if known(s.stored_bytes)])]
+    measures.append(("Decoding, tokens per second", [(s, s.decode_rate) for s in steps if known(s.decode_rate)]))
+    measures = [(label, points) for label, points in measures if len(points) > 1]
+    if not measures:
+        return None
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, 2, squeeze=False)[0]
+        for unused in panels[len(measures) :]:
+            unused.set_axis_off()
+        for panel, (label, points) in zip(panels, measures, strict=False):
+            panel.grid(True, axis="both")
+            faster = "second" in label
+            front = sorted((x, s.perplexity) for s, x in points if on_front(s, x, points, faster))
+            panel.plot([x for x, _ in front], [y for _, y in front], color=ACCENT, linewidth=1.4, alpha=0.55)
+            for step, x in points:
+                held = (x, step.perplexity) in front
+                face = ACCENT if held else "none"
+                panel.plot(x, step.perplexity, "o", markersize=7, color=ACCENT if held else MUTED, markerfacecolor=face)
+            label_points(panel, points)
+            panel.set_title(f"Perplexity against {label[0].lower() + label[1:]}")
+            panel.set_xlabel(f"{label}  ({'more' if faster else 'less'} is better)")
+            panel.set_xlim(0, 1.12 * max(x for _, x in points))
+            panel.margins(y=0.22)
+
+    caption = "Perplexity against stored size and decode speed; filled points are on the Pareto front"
+    return Chart("trade-offs", caption, draw, 8.4, 3.3)
+
+
+def label_points(panel, points: Sequence[tuple[Step, float]]) -> None:
+    """Write each name beside its point, on the side where the axes leave room, and apart from close neighbours."""
+    middle = 0.55 * max(x for _, x in points)
+    for place, (step, x) in enumerate(sorted(points, key=lambda point: point[0].perplexity)):
+        left = x > middle
+        offset = (-8 if left else 8, 6 if place % 2 == 0 else -11)
+        style = {"ha": "right" if left else "left", "fontsize": 8.5, "color": INK}
+        panel.annotate(step.name, (x, step.perplexity), offset, textcoords="offset points", **style)
+
+
+def on_front(step: Step, x: float, points: Sequence[tuple[Step, float]], more_is_better: bool) -> bool:
+    """Whether no other point is at least as good in both measures and better in one."""
+    sign = -1 if more_is_better else 1
+    return not any(
+        sign * other_x <= sign * x
+        and other.perplexity <= step.perplexity
+        and (sign * other_x < sign * x or other.perplexity < step.perplexity)
+        for other, other_x in points
+    )
+
+
+def latency(names: Sequence[str], speeds: Sequence[dict]) -> Chart | None:
+    """Time per generated token (p50 to p95) of each model, and the decode rate of every interleaved round."""
+    if not all(known(speed.get("decode_tokens_per_second")) for speed in speeds):
+        return None
+
+    def draw(figure: Figure) -> None:
+        times, rounds = figure.subplots(1, 2, width_ratios=(1.3, 1))
+        colours = [MUTED, ACCENT, WARM]
+        for row, speed in enumerate(speeds):
+            p50, p95 = speed["per_token_ms"]["p50"], speed["per_token_ms"]["p95"]
+            times.plot([p50, p95], [row, row], color=colours[row], linewidth=5, alpha=0.3, solid_capstyle="butt")
+            times.plot(p50, row, "o", color=colours[row], markersize=6)
+            label = f"{wording.milliseconds(p50)}, p95 {wording.milliseconds(p95)}"
+            times.annotate(label, (p50, row), (0, 9), textcoords="offset points", fontsize=8.5, color=INK)
+        times.set_yticks(range(len(names)), names)
+        times.set_ylim(len(names) - 0.5, -0.7)
+        times.set_xlim(0, 1.35 * max(speed["per_token_ms"]["p95"] for speed in speeds))
+        times.set_title("Milliseconds per generated token, p50 to p95")
+        columns = [speed["rounds"]["decode_tokens_per_second"] for speed in speeds]
+        for series in zip(*columns, strict=False):
+            rounds.plot(range(len(series)), series, color=RULE, linewidth=1.0, zorder=1)
+        for column, series in enumerate(columns):
+            rounds.plot([column] * len(series), series, "o", color=colours[column], markersize=4, alpha=0.8)
+        rounds.grid(True, axis="y")
+        rounds.grid(False, axis="x")
+        rounds.set_xticks(range(len(names)), names)
+        rounds.tick_params(axis="x", labelcolor=INK)
+        rounds.tick_params(axis="y", labelcolor=MUTED)
+        rounds.set_xlim(-0.5, len(names) - 0.5)
+        rounds.set_ylim(0, 1.15 * max(max(series) for series in columns))
+        rounds.set_title("Tokens per second, every round")
+
+    caption = "Time per generated token and decode rate of each interleaved round"
+    return Chart("latency", caption, draw, 8.4, 1.9 + 0.2 * len(names))
+
+
+def layer_grid(layers: Sequence[dict]) -> Chart | None:
+    """Bits, sparsity and error of every treated layer: a row for each block, a column for each of its matrices."""
+    treated = [layer for layer in layers if not layer["skipped"]]
+    panels = [
+        (title, {layer["name"]: value for layer in treated if known(value := read(layer))}, form)
+        for title, read, form in (
+            ("Bits per weight", lambda layer: layer["achieved"].get("bits"), lambda v: wording.number(v, 3)),
+            ("Sparsity", lambda layer: layer["achieved"].get("sparsity"), lambda v: wording.percent(v, 0)),
+            ("Relative squared error", lambda layer: layer["error"], lambda v: wording.number(v, 2)),
+        )
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    panels = [panel for panel in panels if len(set(panel[1].values())) > 1] or panels[:1]  # one value says it in a word
+    if not panels:
+        return None
+    cells = {layer["name"]: grid_place(layer["name"]) for layer in treated}
+    rows = sorted(
+        {row for row, _ in cells.values()}, key=lambda row: (not row.isdigit(), int(row) if row.isdigit() else 0, row)
+    )
+    columns = list(dict.fromkeys(column for _, column in cells.values()))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, (title, values, form) in zip(axes, panels, strict=True):
+            high = max(values.values())
+            for name, value in values.items():
+                row, column = rows.index(cells[name][0]), columns.index(cells[name][1])
+                strength = value / high if high > 0 else 0.0
+                axis.bar(column, 0.92, 0.94, row - 0.46, color=ACCENT, alpha=0.06 + 0.5 * max(0.0, strength))
+                if len(rows) <= 24:
+                    axis.text(column, row, form(value), ha="center", va="center", fontsize=7.5, color=INK)
+            axis.set_title(title)
+            axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+            axis.set_yticks(range(len(rows)), [f"block {row}" if row.isdigit() else row for row in rows])
+            axis.set_ylim(len(rows) - 0.5, -0.5)
+            axis.set_xlim(-0.5, len(columns) - 0.5)
+            axis.grid(False)
+            axis.spines["bottom"].set_visible(False)
+            axis.tick_params(axis="x", length=0, labelcolor=INK)
+
+    height = 1.3 + min(0.27, 7 / len(rows)) * len(rows)
+    return Chart("layers", "Bits, sparsity and error of every treated layer", draw, 8.4, height)
+
+
+def grid_place(name: str) -> tuple[str, str]:
+    """Row and column in the layer grid: blocks.3.attention.q -> ("3", "q"); other modules have a row of their own."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(?:attention\.|feedforward\.)?(.+)", name)
+    return (match[1], match[2]) if match else (name, "weight")

@@ -1,0 +1,233 @@
+"""One page over many model folders: every step's perplexity, size and speed, the Pareto front, what is dominated.
+
+    write_overview(folders, directory)        what `espalier report DIR... --out DIR` and a pipeline write
+
+It reads what the stages measured, measures nothing itself, and says where figures are not comparable.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from app.evaluation import charts, tables, wording
+from app.evaluation.charts import Step
+from app.evaluation.report import baseline_rows, baseline_values, draw, now, protocol, render, step, write_json
+from app.evaluation.wording import known
+from models.errors import UserError
+from models.files import read_json
+
+FORMAT, FORMAT_VERSION = "espalier-overview", 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the page: its name there, its figures, and the report that they come from."""
+
+    name: str
+    block: dict
+    report: dict
+    verdict: Sequence[dict] = ()
+    title: str = ""
+
+    @property
+    def point(self) -> Step:
+        """The model as a point on a chart."""
+        return step(self.block, self.name)
+
+
+def read_report(folder: Path) -> dict:
+    """A folder's report.json. Raises UserError where there is none, or one of another format."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; name folders that a stage has written")
+    report = read_json(folder / "report.json")
+    if report.get("format") != "espalier-report":
+        raise UserError(f"{folder / 'report.json'} is not a report of a stage or a comparison; name such a folder")
+    return report
+
+
+def collect(folders: Sequence[Path]) -> list[Entry]:
+    """The models of the page, each once: a report's model before is added where no other report ends with it."""
+    if not folders:
+        raise UserError("there is no folder to report on; name at least one that a stage has written")
+    reports = [(Path(folder), read_report(Path(folder))) for folder in folders]
+    results = {identity(report["after"]) for _, report in reports}
+    entries: list[Entry] = []
+    for folder, report in reports:
+        before = identity(report["before"])
+        if before not in results and before not in {identity(entry.block) for entry in entries}:
+            entries.append(Entry(free_name(report["before"]["name"], entries), report["before"], report))
+        name = free_name(folder.resolve().name, entries)
+        entries.append(Entry(name, report["after"], report, report["verdict"], report["title"]))
+    return entries
+
+
+def identity(block: dict) -> str:
+    """What makes two blocks the same model: the hash of the weights, or the name where nothing was stored."""
+    return block.get("weights_sha256") or block["name"]
+
+
+def free_name(name: str, entries: Sequence[Entry]) -> str:
+    """The name, numbered where the page has it already."""
+    taken, candidate, number = {entry.name for entry in entries}, name, 1
+    while candidate in taken:
+        number += 1
+        candidate = f"{name} ({number})"
+    return candidate
+
+
+def warnings(entries: Sequence[Entry]) -> list[str]:
+    """Where the figures of the page must not be held against each other, in sentences."""
+    found = []
+    for key, what in (
+        ("data", "the text or the tokenizer"),
+        ("tokens", "the number of tokens"),
+        ("context", "the context length"),
+        ("stride", "the stride"),
+    ):
+        if len({entry.report["measurement"].get(key) for entry in entries}) > 1:
+            found.append(f"The perplexities are not comparable: {what} differs between the reports.")
+    machines = {
+        (entry.block["speed"]["device"], entry.block["speed"]["threads"]) for entry in entries if "speed" in entry.block
+    }
+    if len(machines) > 1:
+        found.append("The speeds are not comparable: they were measured on different machines or thread counts.")
+    elif len({entry.report["time"] for entry in entries}) > 1 and machines:
+        found.append(
+            "Each report timed its two models in turns in one process. Between reports the machine may have changed "
+            "its pace: trust the speed change of a step more than the difference of two rates from two reports."
+        )
+    return found
+
+
+def fronts(entries: Sequence[Entry]) -> dict[str, list[str]]:
+    """Which Pareto fronts each model is on (size, speed), or by whom it is dominated in size: name -> words."""
+    points = [entry.point for entry in entries if known(entry.block["quality"]["perplexity"])]
+    sizes = [(point, point.stored_bytes) for point in points if known(point.stored_bytes)]
+    speeds = [(point, point.decode_rate) for point in points if known(point.decode_rate)]
+    found: dict[str, list[str]] = {entry.name: [] for entry in entries}
+    for label, measured, more in (("size", sizes, False), ("speed", speeds, True)):
+        for point, x in measured:
+            if charts.on_front(point, x, measured, more):
+                found[point.name].append(label)
+    return found
+
+
+def dominated(entries: Sequence[Entry]) -> list[str]:
+    """A sentence for each model that another one beats or equals in size, speed and perplexity at once."""
+    sentences = []
+    for entry in entries:
+        better = [other.name for other in entries if other is not entry and beats(other.point, entry.point)]
+        if better:
+            names = " and ".join(better) if len(better) < 3 else f"{better[0]} and {len(better) - 1} others"
+            sentences.append(f"{entry.name} is dominated by {names}: no larger, no slower, and no worse in perplexity.")
+    return sentences
+
+
+def beats(one: Step, other: Step) -> bool:
+    """Whether `one` is at least as good as `other` in every figure that both have, and better in one."""
+    if not known(one.perplexity) or not known(other.perplexity):
+        return known(one.perplexity) and not known(other.perplexity)
+    pairs = [(one.perplexity, other.perplexity), (one.stored_bytes, other.stored_bytes)]
+    if known(one.decode_rate) and known(other.decode_rate):
+        pairs.append((-one.decode_rate, -other.decode_rate))
+    pairs = [(a, b) for a, b in pairs if known(a) and known(b)]
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def overview(entries: Sequence[Entry]) -> dict:
+    """The content of the page's report.json: each model's block, its fronts, what is dominated, the warnings."""
+    on = fronts(entries)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "time": now(),
+        "models": [
+            {**entry.block, "name": entry.name, "title": entry.title, "fronts": on[entry.name]} for entry in entries
+        ],
+        "dominated": dominated(entries),
+        "warnings": warnings(entries),
+        "baselines": entries[0].report.get("baselines", {}),
+    }
+
+
+def write_overview(folders: Sequence[Path], directory: Path, title: str = "Models side by side") -> dict:
+    """Write report.json, report.md, report.html and plots/ over the folders; return what report.json holds.
+
+    Args:
+        folders: folders with a report.json, in the order of the page (a pipeline's: the order of its stages).
+        directory: an existing directory, usually from `models.folder.writing`.
+
+    Raises UserError for a folder without a report of a stage.
+    """
+    entries = collect(folders)
+    content = overview(entries)
+    write_json(directory / "report.json", content)
+    points = [entry.point for entry in entries if known(entry.block["quality"]["perplexity"])]
+    report = entries[0].report
+    drawings = [charts.perplexities(points, baseline_values(report)), charts.trade_offs(points)] if points else []
+    drawings = [drawing for drawing in drawings if drawing is not None]
+    draw(drawings, directory / "plots")
+    page = {
+        "title": title,
+        "kicker": "Espalier report",
+        "time": content["time"].replace("T", " ").replace("+00:00", " UTC"),
+        "headline": headline(entries),
+        "models": rows(entries, content),
+        "dominated": content["dominated"],
+        "warnings": content["warnings"],
+        "charts": [{"name": chart.name, "caption": chart.caption, "svg": Markup(chart.svg())} for chart in drawings],
+        "baselines": baseline_rows({"baselines": content["baselines"]}),
+        "steps": [entry for entry in entries if entry.verdict],
+        "protocol": protocol(report),
+    }
+    render("many.html", directory / "report.html", page)
+    render("many.md", directory / "report.md", page)
+    return content
+
+
+def headline(entries: Sequence[Entry]) -> str:
+    """The last model against the first, in a sentence."""
+    first, last = entries[0].point, entries[-1].point
+    if len(entries) == 1 or not known(first.perplexity) or not known(last.perplexity):
+        return f"{len(entries)} model{'s' if len(entries) > 1 else ''}"
+    parts = [f"perplexity {wording.number(first.perplexity)} → {wording.number(last.perplexity)}"]
+    if known(first.stored_bytes) and known(last.stored_bytes):
+        parts.append(f"{wording.size(first.stored_bytes)} → {wording.size(last.stored_bytes)}")
+    if known(first.decode_rate) and known(last.decode_rate):
+        parts.append(f"{wording.rate(first.decode_rate)} → {wording.rate(last.decode_rate)}")
+    return f"From {entries[0].name} to {entries[-1].name}: {', '.join(parts)}"
+
+
+def rows(entries: Sequence[Entry], content: dict) -> list[dict]:
+    """The table of the page: figures of each model, against the first one, and its fronts."""
+    first = entries[0].point
+    found = []
+    for entry, model in zip(entries, content["models"], strict=True):
+        point, size = entry.point, entry.block["size"]
+        smaller = known(point.stored_bytes) and known(first.stored_bytes)
+        found.append(
+            {
+                "name": entry.name,
+                "title": entry.title,
+                "perplexity": tables.with_interval(entry.block["quality"], "perplexity"),
+                "bits_per_byte": wording.number(entry.block["quality"].get("bits_per_byte")),
+                "stored": wording.size(point.stored_bytes),
+                "smaller": wording.times(first.stored_bytes / point.stored_bytes) if smaller else wording.MISSING,
+                "memory": wording.size(size["memory_bytes"]),
+                "parameters": wording.count(size["parameters"]),
+                "decode": wording.rate(point.decode_rate),
+                "step": step_change(entry),
+                "fronts": " and ".join(model["fronts"]) or wording.MISSING,
+            }
+        )
+    return found
+
+
+def step_change(entry: Entry) -> str:
+    """How the decode speed moved in the entry's own step, measured in one process."""
+    change = entry.report["change"].get("speed", {}).get("decode_tokens_per_second") if entry.verdict else None
+    if not change:
+        return wording.MISSING
+    return wording.times(change["ratio"]) if change["beyond_noise"] else "within noise"

@@ -1,0 +1,326 @@
+"""How well a model predicts held-out text: negative log-likelihood, and how far one model has moved from another.
+
+    evaluate_quality(model, blocks)           -> Quality               one model
+    evaluate_qualities([a, b], blocks)        -> [Quality, Quality], Divergence     the same batches, one pass
+    paired(before, after)                     -> Interval              nats per token, 95 %
+
+The whole split is read once. Every token with a target is predicted exactly once, from the tokens before it in its own
+document that fall in the same block (so the context is 1 to T tokens; its mean is reported). Nothing overlaps: the
+stride is the block length. Log-probabilities are taken in fp32 and summed in fp64, whatever the model computes in.
+
+B rows in a batch, T tokens in a block, V vocabulary, D width, N predicted tokens of a chunk.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from app.evaluation.intervals import Interval, cluster_mean
+from app.evaluation.size import device_of
+from models.errors import UserError
+
+IGNORED = -100
+LOGITS_AT_ONCE = 2**25  # fp32 values of one model's logits held at a time: 128 MiB
+FEWEST_DOCUMENTS = 20  # with fewer documents than this, blocks are the clusters
+
+Progress = Callable[[int, int], None]
+
+
+class Part(Sequence):
+    """Some blocks of a split, by their indices; `tokens` stays the number of predictions in the whole split."""
+
+    def __init__(self, blocks: Sequence[dict[str, Tensor]], indices: Sequence[int]) -> None:
+        self.blocks = blocks
+        self.indices = [int(index) for index in indices]
+        self.tokens = getattr(blocks, "tokens", None)
+        self.bytes_per_token = getattr(blocks, "bytes_per_token", None)
+        self.fingerprint = getattr(blocks, "fingerprint", None)
+
+    @classmethod
+    def first(cls, blocks: Sequence[dict[str, Tensor]], count: int) -> "Part":
+        """The first `count` blocks, or all where there are fewer."""
+        return cls(blocks, range(min(count, len(blocks))))
+
+    @classmethod
+    def spread(cls, blocks: Sequence[dict[str, Tensor]], count: int) -> "Part":
+        """At most `count` blocks, evenly spaced over the split."""
+        return cls(blocks, np.linspace(0, len(blocks) - 1, min(count, len(blocks))).round())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.blocks[self.indices[index]]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Sums over the predicted tokens of each (block, document) pair, S of them: the smallest unit kept in memory."""
+
+    block: np.ndarray  # (S,) int64
+    document: np.ndarray  # (S,) int64; -1 where the split does not keep documents apart
+    tokens: np.ndarray  # (S,) int64
+
+    @property
+    def by_document(self) -> bool:
+        """Whether documents, rather than blocks, are the clusters of the intervals."""
+        return bool((self.document >= 0).all()) and len(np.unique(self.document)) >= FEWEST_DOCUMENTS
+
+    def clusters(self) -> np.ndarray:
+        """Cluster number of each segment, (S,)."""
+        return np.unique(self.document if self.by_document else self.block, return_inverse=True)[1]
+
+    def mean(self, sums: np.ndarray) -> Interval:
+        """Mean per token of a quantity whose sums over the segments are `sums` (S,), with its interval."""
+        cluster = self.clusters()
+        return cluster_mean(np.bincount(cluster, sums), np.bincount(cluster, self.tokens))
+
+    def describe(self) -> str:
+        """How the intervals were taken, in words."""
+        unit = "document" if self.by_document else "block"
+        count = len(np.unique(self.clusters()))
+        return f"95% t interval, linearised ratio estimator, {count} {unit}s as clusters"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one model made of a split. `nll` (S,) float64: summed negative log-likelihood of each segment in nats."""
+
+    segments: Segments
+    nll: np.ndarray
+    bytes_per_token: float | None  # UTF-8 bytes of text behind a predicted token
+    context: int  # T, the longest context
+    mean_context: float
+
+    @property
+    def loss(self) -> Interval:
+        """Nats per token."""
+        return self.segments.mean(self.nll)
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens."""
+        return int(self.segments.tokens.sum())
+
+    @property
+    def per_block(self) -> tuple[np.ndarray, np.ndarray]:
+        """Summed NLL and predicted tokens of each block, both (blocks,)."""
+        return np.bincount(self.segments.block, self.nll), np.bincount(self.segments.block, self.segments.tokens)
+
+    def figures(self) -> dict:
+        """The `quality` block of DESIGN 2.3: loss in nats per token, perplexity, bits per byte, and their intervals."""
+        loss = self.loss
+        scales = {"loss": loss, "perplexity": loss.map(exp)}
+        if self.bytes_per_token:
+            scales["bits_per_byte"] = loss.map(lambda nats: nats / math.log(2) / self.bytes_per_token)
+        figures: dict = {name: interval.value for name, interval in scales.items()}
+        figures["tokens"] = self.tokens
+        figures["interval"] = {name: [interval.low, interval.high] for name, interval in scales.items()}
+        figures["interval"]["method"] = self.segments.describe()
+        return figures
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far `after` moved from `before` on the same tokens; sums over the segments, both (S,) float64."""
+
+    segments: Segments
+    kl: np.ndarray  # KL(before || after), nats
+    agreements: np.ndarray  # tokens whose most likely successor is the same in both
+
+    @property
+    def kl_divergence(self) -> Interval:
+        """KL(before || after) in nats per token."""
+        return self.segments.mean(self.kl)
+
+    @property
+    def agreement(self) -> Interval:
+        """Share of positions where both models rank the same next token first."""
+        return self.segments.mean(self.agreements).map(lambda share: min(1.0, share))
+
+
+def exp(nats: float) -> float:
+    """`math.exp`, infinite where that would overflow."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def paired(before: Quality, after: Quality) -> Interval:
+    """Difference of the two losses (after - before) in nats per token, with its paired 95 % interval.
+
+    Raises UserError where the two were not measured on the same tokens.
+    """
+    same = before.segments.tokens.shape == after.segments.tokens.shape and all(
+        np.array_equal(getattr(before.segments, part), getattr(after.segments, part))
+        for part in ("block", "document", "tokens")
+    )
+    if not same:
+        raise UserError(
+            f"the two models were not evaluated on the same tokens ({before.tokens} before, {after.tokens} after): "
+            "a paired difference needs one data source, one tokenizer and one sequence length"
+        )
+    return before.segments.mean(after.nll - before.nll)
+
+
+def rows_at_once(vocabulary: int, length: int) -> int:
+    """Rows of a batch, such that the hidden states stay small and small models still fill the cores."""
+    return max(1, min(32, 8192 // length, 2 * LOGITS_AT_ONCE // (vocabulary * length)))
+
+
+def batches(blocks: Sequence[dict[str, Tensor]], size: int) -> Iterable[dict[str, Tensor]]:
+    """The blocks in order, `size` of them stacked at a time; each tensor (T,) becomes (B, T)."""
+    for start in range(0, len(blocks), size):
+        yield default_collate([blocks[index] for index in range(start, min(start + size, len(blocks)))])
+
+
+def final_hidden(model: nn.Module, tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """What the head sees, (B, T, D): the forward pass up to the final norm, so that logits can be made in chunks."""
+    x, context = model.embed(tokens, documents=documents)  # (B, T, D)
+    for block in model.blocks:
+        x = block(x, context)
+    return model.norm(x)
+
+
+class Ledger:
+    """Collects sums per (block, document) segment while the batches go by."""
+
+    def __init__(self, quantities: int) -> None:
+        self.block: list[np.ndarray] = []
+        self.document: list[np.ndarray] = []
+        self.tokens: list[np.ndarray] = []
+        self.sums: list[list[np.ndarray]] = [[] for _ in range(quantities)]
+        self.context = 0
+        self.context_sum = 0
+
+    def open(self, batch: dict[str, Tensor], first_block: int) -> tuple[Tensor, Tensor]:
+        """Number the segments of a batch. Returns (segment of each token (B, T) counted from 0, valid (B, T) bool)."""
+        tokens, targets, documents = batch["tokens"], batch["targets"], batch.get("documents")
+        rows, length = tokens.shape
+        valid = targets != IGNORED  # (B, T)
+        if documents is None:
+            documents = torch.zeros_like(tokens)
+        change = torch.ones_like(documents, dtype=torch.bool)
+        change[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        place = torch.arange(length).expand(rows, length)
+        start = torch.where(change, place, 0).cummax(1).values  # (B, T): where the token's document begins in the row
+        self.context = max(self.context, length)
+        self.context_sum += int((place - start + 1)[valid].sum())
+        document = documents if "documents" in batch else torch.full_like(tokens, -1)
+        block = first_block + torch.arange(rows)[:, None].expand(rows, length)
+        segment = change.flatten().cumsum(0).view(rows, length) - 1  # (B, T)
+        counts = torch.bincount(segment[valid], minlength=int(segment[-1, -1]) + 1)
+        self.block.append(block[change].numpy())
+        self.document.append(document[change].numpy())
+        self.tokens.append(counts.numpy())
+        for sums in self.sums:
+            sums.append(np.zeros(len(counts)))
+        return segment, valid
+
+    def add(self, quantity: int, segment: Tensor, values: Tensor) -> None:
+        """Add `values` (N,) to the segments (N,) that they belong to, in float64."""
+        sums = self.sums[quantity][-1]
+        sums += np.bincount(segment.numpy(), values.double().cpu().numpy(), minlength=len(sums))
+
+    def close(self) -> tuple[Segments, list[np.ndarray]]:
+        """The segments that hold a predicted token, and their sums."""
+        tokens = np.concatenate(self.tokens)
+        held = tokens > 0
+        segments = Segments(np.concatenate(self.block)[held], np.concatenate(self.document)[held], tokens[held])
+        return segments, [np.concatenate(sums)[held] for sums in self.sums]
+
+
+@torch.no_grad()
+def evaluate_qualities(
+    models: Sequence[nn.Module],
+    blocks: Sequence[dict[str, Tensor]],
+    *,
+    batch_size: int | None = None,
+    progress: Progress = no_progress,
+) -> tuple[list[Quality], Divergence | None]:
+    """Evaluate the models on the same batches in one pass over the whole split.
+
+    Args:
+        models: Transformers of one vocabulary, each in the dtype and on the device that it runs in.
+        blocks: `TokenBlocks`, or any sequence of {"tokens" (T,), "targets" (T,), "documents" (T,)}; `documents` number
+            the documents of the whole split and are left out where tokens see across them.
+        batch_size: rows at a time; chosen from the vocabulary and the block length when None.
+        progress: called with (blocks done, blocks in all).
+
+    Returns the Quality of each model and, where there are two, the Divergence of the second from the first.
+    Raises UserError when the split holds no token to predict or the vocabularies differ.
+    """
+    if not len(blocks):
+        raise UserError("the evaluation split is empty: there is no token to predict")
+    vocabularies = {model.config.vocab_size for model in models}
+    if len(vocabularies) > 1:
+        raise UserError(f"models of different vocabularies ({sorted(vocabularies)}) cannot be compared token by token")
+    vocabulary = vocabularies.pop()
+    size = batch_size or rows_at_once(vocabulary, len(blocks[0]["tokens"]))
+    count = len(models)
+    ledger = Ledger(count + 2)
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    done = 0
+    for batch in batches(blocks, size):
+        segment, valid = ledger.open(batch, done)
+        hidden = [
+            final_hidden(model, batch["tokens"].to(device_of(model)), on(batch.get("documents"), device_of(model)))
+            for model in models
+        ]  # each (B, T, D)
+        rows, columns = valid.nonzero(as_tuple=True)  # (N of the batch,)
+        for part in torch.arange(len(rows)).split(max(1, LOGITS_AT_ONCE // vocabulary)):
+            row, column = rows[part], columns[part]
+            logs = [log_probabilities(model, h[row, column]) for model, h in zip(models, hidden, strict=True)]  # (N, V)
+            where, target = segment[row, column], batch["targets"][row, column]
+            for index, log in enumerate(logs):
+                ledger.add(index, where, -log.gather(1, target[:, None].to(log.device)).squeeze(1))
+            if count == 2:
+                before, after = logs[0], logs[1].to(logs[0].device)
+                ledger.add(count, where, (before.exp() * (before - after)).sum(1))
+                ledger.add(count + 1, where, before.argmax(1) == after.argmax(1))
+        done += len(valid)
+        progress(done, len(blocks))
+    for model, was_training in zip(models, training, strict=True):
+        model.train(was_training)
+    return settle(ledger, count, getattr(blocks, "bytes_per_token", None))
+
+
+def on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """The tensor on that device, or None."""
+    return None if tensor is None else tensor.to(device)
+
+
+def log_probabilities(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Log-probabilities (N, V) in fp32 from hidden states (N, D)."""
+    return model.project(hidden).float().log_softmax(-1)
+
+
+def settle(ledger: Ledger, count: int, bytes_per_token: float | None) -> tuple[list[Quality], Divergence | None]:
+    """Turn what the ledger holds into a Quality for each of `count` models and, for two, their Divergence."""
+    segments, sums = ledger.close()
+    tokens = int(segments.tokens.sum())
+    if not tokens:
+        raise UserError("the evaluation split holds no token to predict: every target is ignored")
+    mean_context = ledger.context_sum / tokens
+    qualities = [Quality(segments, nll, bytes_per_token, ledger.context, mean_context) for nll in sums[:count]]
+    return qualities, Divergence(segments, sums[count], sums[count + 1]) if count == 2 else None
+
+
+def evaluate_quality(
+    model: nn.Module,
+    blocks: Sequence[dict[str, Tensor]],
+    *,
+    batch_size: int | None = None,
+    progress: Progress = no_progress,
+) -> Quality:
+    """`evaluate_qualities` for one model."""
+    return evaluate_qualities([model], blocks, batch_size=batch_size, progress=progress)[0][0]

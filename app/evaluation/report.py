@@ -1,0 +1,256 @@
+"""The report of one stage or comparison: report.json, report.md, report.html, plots/, tensorboard/.
+
+    write_report(directory, figures, records, about)      into a model folder (from `models.folder.writing`) or another
+
+`figures` are what `figures.evaluate_pair` returns, `records` the stage's layer records, `about` what the page says of
+where it comes from. The HTML page stands alone: no script, no font, no picture from outside.
+"""
+
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from app.evaluation import charts, tables, wording
+from app.evaluation.charts import Chart, Step
+from app.evaluation.environment import environment
+from app.evaluation.events import write_events
+from app.evaluation.figures import clean
+from app.evaluation.verdict import judge
+from app.evaluation.wording import known
+from compress.records import LayerRecord
+
+FORMAT, FORMAT_VERSION = "espalier-report", 1
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def now() -> str:
+    """This moment in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class About:
+    """Where a report comes from.
+
+    Args:
+        title: the page's heading, for example "GPTQ, 4 bits, groups of 64".
+        stage: quantize, prune, distill, compare.
+        recipe: the resolved recipe of the stage, as it would be written in YAML.
+        history: the stages so far, oldest first: {"stage", "title" or "name", "time", "seed", ...} each.
+        data: what is to be said of the text: source, split, fingerprint.
+        seed: of everything drawn at random.
+        seconds: that the stage took, evaluation not counted.
+        device: where the figures were measured.
+        time: when, ISO 8601.
+    """
+
+    title: str
+    stage: str
+    recipe: dict = field(default_factory=dict)
+    history: Sequence[dict] = ()
+    data: dict = field(default_factory=dict)
+    seed: int | None = None
+    seconds: float | None = None
+    device: str = "cpu"
+    time: str = field(default_factory=now)
+
+
+def build_report(figures: dict, records: Sequence[LayerRecord], about: About) -> dict:
+    """The content of report.json: figures, the verdict in words, layers, recipe, history, data, environment."""
+    layers = [record.to_dict() for record in records]
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": "comparison",
+        "title": about.title,
+        "stage": about.stage,
+        "time": about.time,
+        **figures,
+        "verdict": [sentence.to_dict() for sentence in judge(figures, layers)],
+        "layers": layers,
+        "recipe": about.recipe,
+        "history": list(about.history),
+        "data": about.data,
+        "seed": about.seed,
+        "seconds": about.seconds,
+        "environment": environment(about.device),
+    }
+    return clean(content)
+
+
+def write_report(directory: Path, figures: dict, records: Sequence[LayerRecord], about: About) -> dict:
+    """Write the report into an existing directory, and return what report.json holds."""
+    report = build_report(figures, records, about)
+    write_json(directory / "report.json", report)
+    drawings = stage_charts(report)
+    draw(drawings, directory / "plots")
+    write_events(directory / "tensorboard", report, directory / "plots")
+    page = stage_page(report, drawings)
+    render("stage.html", directory / "report.html", page)
+    render("stage.md", directory / "report.md", page)
+    return report
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON for people and machines: indented, UTF-8, and never NaN."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def draw(drawings: Sequence[Chart], directory: Path) -> None:
+    """Write the charts as PNG files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for drawing in drawings:
+        drawing.png(directory)
+
+
+@cache
+def templates(html: bool) -> Environment:
+    """The template environment; names that a page lacks are an error, and HTML is escaped."""
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def render(template: str, path: Path, page: dict) -> None:
+    """Fill a template and write it."""
+    html = template.endswith(".html")
+    path.write_text(templates(html).get_template(template).render(page), encoding="utf-8")
+
+
+def step(block: dict, name: str | None = None) -> Step:
+    """A model's block as a point on a chart."""
+    quality = block["quality"]
+    bounds = quality["interval"]["perplexity"]
+    rate = block.get("speed", {}).get("decode_tokens_per_second")
+    return Step(name or block["name"], quality["perplexity"], tuple(bounds), block["size"]["stored_bytes"], rate)
+
+
+def baseline_values(report: dict) -> dict[str, float]:
+    """The perplexities to hold a model against."""
+    found = {name: block["perplexity"] for name, block in report.get("baselines", {}).items()}
+    return {name: value for name, value in found.items() if known(value)}
+
+
+def stage_charts(report: dict) -> list[Chart]:
+    """The charts of one comparison; those without data are left out."""
+    before, after = report["before"], report["after"]
+    blocks = [before, *report.get("references", {}).values(), after]
+    points = [step(block) for block in blocks if known(block["quality"]["perplexity"])]
+    found = [charts.perplexities(points, baseline_values(report))] if points else []
+    if len(points) > 1:
+        found.append(charts.trade_offs(points))
+    if "speed" in before and "speed" in after:
+        found.append(charts.latency([before["name"], after["name"]], [before["speed"], after["speed"]]))
+    found.append(charts.layer_grid(report["layers"]))
+    return [chart for chart in found if chart is not None]
+
+
+def stage_page(report: dict, drawings: Sequence[Chart]) -> dict:
+    """What the templates of a comparison are filled with: every figure as text, in the order of the page."""
+    headline, *sentences = report["verdict"]
+    return {
+        "title": report["title"],
+        "kicker": f"Espalier report · {report['stage']}",
+        "before": report["before"]["name"],
+        "after": report["after"]["name"],
+        "time": report["time"].replace("T", " ").replace("+00:00", " UTC"),
+        "headline": headline,
+        "sentences": sentences,
+        "heroes": tables.heroes(report),
+        "groups": tables.comparison(report),
+        "charts": [{"name": chart.name, "caption": chart.caption, "svg": Markup(chart.svg())} for chart in drawings],
+        "baselines": baseline_rows(report),
+        "layers": tables.layer_table(report["layers"]) if report["layers"] else None,
+        "skipped": sum(layer["skipped"] for layer in report["layers"]),
+        "protocol": protocol(report),
+        "facts": facts(report),
+        "recipe": yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True) if report["recipe"] else "",
+        "history": history_rows(report["history"]),
+    }
+
+
+def baseline_rows(report: dict) -> list[dict]:
+    """Reference models and baselines, each with its perplexity and what it is."""
+    rows = [
+        {"name": name, "perplexity": tables.with_interval(block["quality"], "perplexity"), "source": "reference model"}
+        for name, block in report.get("references", {}).items()
+    ]
+    for name, block in report.get("baselines", {}).items():
+        source = f"{block['source']}; {block['tokens']:,} tokens"
+        rows.append({"name": name, "perplexity": tables.with_interval(block, "perplexity"), "source": source})
+    return rows
+
+
+def protocol(report: dict) -> list[tuple[str, str]]:
+    """How the figures were measured, as (term, description)."""
+    how = report["measurement"]
+    whole = how["tokens_in_split"] or how["tokens"]
+    share = f"{wording.percent(how['tokens'] / whole)} of the split ({how['blocks']} blocks)"
+    split = "the whole split" if how["tokens"] == whole else share
+    rows = [
+        (
+            "Perplexity",
+            f"exp(total NLL / predicted tokens) over {split}: {how['tokens']:,} tokens, each predicted once",
+        ),
+        (
+            "Context",
+            f"up to {how['context']} tokens, {wording.number(how['mean_context'], 3)} on average; "
+            f"documents {how['documents']}",
+        ),
+        ("Stride", f"{how['stride']} tokens: blocks do not overlap"),
+        ("Normalisation", how["normalisation"]),
+        ("Intervals", f"{how['intervals']}; the change is paired, on the same tokens in the same process"),
+    ]
+    speed = report["after"].get("speed")
+    if speed:
+        rounds = len(speed["rounds"]["decode_tokens_per_second"])
+        text = (
+            f"greedy generation at batch {speed['batch_size']}: a prompt of {speed['prompt_tokens']} tokens, then "
+            f"{speed['new_tokens']} new ones; medians of {rounds} rounds in which the models take turns; the change is "
+            "the median of the rounds' ratios with its 95% interval between order statistics"
+        )
+        rows.append(("Speed", text))
+        rows.append(("Peak memory", "the weights as held, plus the most that a round added to the memory in use"))
+        formats = dict.fromkeys(report[side]["speed"]["dtype"] for side in ("before", "after"))
+        rows.append(("Machine", f"{speed['device']}, {speed['threads']} threads, {' → '.join(formats)}"))
+    return rows
+
+
+def facts(report: dict) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Data and environment, as titled lists of (term, description)."""
+    data = [(key, wording.plain(value)) for key, value in report["data"].items()]
+    if report["measurement"]["data"]:
+        data.append(("fingerprint", str(report["measurement"]["data"])))
+    for side in ("before", "after"):
+        if "weights_sha256" in report[side]:
+            data.append((f"weights {side}, SHA-256", report[side]["weights_sha256"]))
+    machine = [(key, str(value)) for key, value in report["environment"].items()]
+    for key in ("seed", "seconds"):
+        if report[key] is not None:
+            machine.append((key, wording.number(report[key], 6)))
+    return [(title, rows) for title, rows in (("Data and weights", data), ("Environment", machine)) if rows]
+
+
+def history_rows(history: Sequence[dict]) -> list[dict]:
+    """The stages so far: what, when, with which seed."""
+    return [
+        {
+            "stage": str(entry.get("stage", "")),
+            "title": str(entry.get("title") or entry.get("name") or ""),
+            "time": str(entry.get("time", "")).replace("T", " ").replace("+00:00", " UTC"),
+            "seed": wording.plain(entry["seed"]) if "seed" in entry else wording.MISSING,
+        }
+        for entry in history
+    ]

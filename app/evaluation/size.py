@@ -1,0 +1,164 @@
+"""How large a model is: in weights, on disk, in memory; and the same layer by layer.
+
+parameters            weights of the architecture as it stands (a packed tensor counts the weights it stands for)
+active_parameters     those that take part in one token
+nonzero_parameters    those that are not zero once unpacked
+stored_bytes          what the file system says of the weight files; without a folder, what its tensors would take
+memory_bytes          the weights as they are held when the model runs (repacked for a kernel where it wants that)
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress.quantization.kernels import kernel_for
+from models.files import weight_files
+from models.forms import form_of
+from models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One module that holds weights.
+
+    `bits`: stored bits per weight, scales and bias included. `bytes`: in memory. `flops`: forward, for one token; 0 for
+    an embedding unless it is also the head.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    form: str
+    bits: float
+    sparsity: float
+    parameters: int
+    bytes: int
+    flops: int
+    kernel: str
+
+    def to_dict(self) -> dict:
+        """As JSON values."""
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that hold weights themselves, with their names; a packed module stands for all that is inside it."""
+    packed: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if packed and name.startswith(packed):
+            continue
+        if form_of(module) is not None:
+            packed += (f"{name}.",)
+            yield name, module
+        elif any(True for _ in module.parameters(recurse=False)):
+            yield name, module
+
+
+def dense_tensors(module: nn.Module) -> list[Tensor]:
+    """The weights of one module, unpacked: its weight first, then what else it holds."""
+    if form_of(module) is None:
+        return list(module.parameters(recurse=False))
+    bias = getattr(module, "bias", None)
+    return [module.dequantize(), *([bias] if isinstance(bias, Tensor) else [])]
+
+
+def stored_tensors(module: nn.Module) -> list[Tensor]:
+    """What the module writes to disk."""
+    return list(module.state_dict().values())
+
+
+def nbytes(tensors: list[Tensor]) -> int:
+    """Bytes of these tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Bytes that the module's weights take in memory."""
+    return module.memory_bytes() if form_of(module) is not None else nbytes(list(module.parameters(recurse=False)))
+
+
+@torch.no_grad()
+def layer_sizes(model: Transformer) -> list[LayerSize]:
+    """The table of `espalier inspect`: every module that holds weights, in the order of the model."""
+    rows = []
+    for name, module in holders(model):
+        tensors = dense_tensors(module)
+        weight, total = tensors[0], sum(tensor.numel() for tensor in tensors)
+        nonzero = sum(int(torch.count_nonzero(tensor)) for tensor in tensors)
+        held = held_bytes(module)  # first: reading the state dict brings the stored layout back
+        rows.append(
+            LayerSize(
+                name=name,
+                shape=tuple(weight.shape),
+                form=form_of(module) or str(weight.dtype).removeprefix("torch."),
+                bits=8 * nbytes(stored_tensors(module)) / total,
+                sparsity=1 - nonzero / total,
+                parameters=total,
+                bytes=held,
+                flops=flops(model, module, weight),
+                kernel=kernel_for(module, device_of(model), dtype=dtype_of(model)).name if multiplies(module) else "",
+            )
+        )
+    return rows
+
+
+def flops(model: Transformer, module: nn.Module, weight: Tensor) -> int:
+    """Forward FLOPs of one module for one token: two for each weight of a matrix product."""
+    if module is model.embedding:
+        return 2 * weight.numel() if model.head is None else 0
+    return 2 * weight.numel() if isinstance(module, nn.Linear) or form_of(module) is not None else 0
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether the module is a matrix that a product or a lookup goes through."""
+    return isinstance(module, nn.Linear | nn.Embedding) or form_of(module) is not None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that holds the model's first parameter."""
+    return next(model.parameters()).device
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that the model computes in: that of its first parameter."""
+    return next(model.parameters()).dtype
+
+
+def kernels(model: Transformer) -> list[dict]:
+    """What the matrices run through at batch 1: [{"kernel", "modules", "reason"}]; the reason why none is packed."""
+    found: dict[tuple[str, str], int] = {}
+    for _, module in holders(model):
+        if multiplies(module):
+            choice = kernel_for(module, device_of(model), dtype=dtype_of(model))
+            found[choice.name, choice.reason] = found.get((choice.name, choice.reason), 0) + 1
+    return [{"kernel": name, "modules": count, "reason": reason} for (name, reason), count in found.items()]
+
+
+@torch.no_grad()
+def size_figures(model: Transformer, folder: str | Path | None = None) -> dict:
+    """The `size` block of DESIGN 2.3.
+
+    Args:
+        model: the model as it runs.
+        folder: that it was loaded from or saved to. Without one `stored_bytes` is the sum over the state dict.
+    """
+    modules = list(holders(model))
+    tensors = [tensor for _, module in modules for tensor in dense_tensors(module)]
+    total = sum(tensor.numel() for tensor in tensors)
+    counts = model.count_parameters()
+    return {
+        "parameters": total,
+        "active_parameters": total - (counts["total"] - counts["active"]),
+        "nonzero_parameters": sum(int(torch.count_nonzero(tensor)) for tensor in tensors),
+        "stored_bytes": stored_bytes(model, folder),
+        "memory_bytes": sum(held_bytes(module) for _, module in modules),
+    }
+
+
+def stored_bytes(model: nn.Module, folder: str | Path | None) -> int:
+    """Bytes of the weight files in the folder, or, without a folder, of the tensors that would be written."""
+    if folder is not None:
+        return sum(path.stat().st_size for path in weight_files(Path(folder)))
+    return nbytes(list(model.state_dict().values()))

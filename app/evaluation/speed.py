@@ -1,0 +1,178 @@
+"""How fast models run, measured so that a difference can be believed.
+
+All models of a comparison are in one process and take turns, round after round (A B, B A, A B, ...), so that a machine
+that warms up, throttles or is shared takes them all along. A round generates greedily from one prompt at batch 1.
+A figure is the median over the rounds; a change is the median of the ratios of the rounds with a 95 % interval, and is
+beyond the noise only where that interval leaves out 1.
+"""
+
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from app.evaluation.environment import device_name
+from app.evaluation.intervals import ratio_of_rounds
+from app.evaluation.quality import Progress, no_progress
+from app.evaluation.size import device_of, dtype_of, held_bytes, holders, kernels
+from models.generation import stream
+from models.transformer import Transformer
+
+THROUGHPUTS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+
+
+@dataclass(frozen=True)
+class SpeedProtocol:
+    """What a round does.
+
+    Args:
+        prompt_tokens: length of the prompt; at most half the model's context is used.
+        new_tokens: tokens generated after it; at most what the context leaves.
+        rounds: timed rounds of each model.
+        warmup: rounds of each model before the first timed one.
+    """
+
+    prompt_tokens: int = 128
+    new_tokens: int = 48
+    rounds: int = 10
+    warmup: int = 2
+
+    def fitted(self, context: int) -> "SpeedProtocol":
+        """The same protocol within a context of so many tokens."""
+        prompt = max(1, min(self.prompt_tokens, context // 2))
+        return SpeedProtocol(prompt, max(2, min(self.new_tokens, context - prompt)), self.rounds, self.warmup)
+
+
+STANDARD = SpeedProtocol()
+
+
+@dataclass(frozen=True)
+class Round:
+    """One greedy generation: seconds to the first token (the prompt is read), then seconds for each further one."""
+
+    first: float
+    further: tuple[float, ...]
+
+
+def run_round(model: Transformer, prompt: list[int], new_tokens: int) -> Round:
+    """Generate and time; the token's value is read back each step, which waits for the device."""
+    times = [time.perf_counter()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in stream(model, [prompt], max_new_tokens=new_tokens):
+            times.append(time.perf_counter())
+    steps = np.diff(times).tolist()
+    return Round(steps[0], tuple(steps[1:]))
+
+
+def peak_rise(model: Transformer, prompt: list[int], new_tokens: int) -> int | None:
+    """Bytes by which one round lifts the memory in use above its level just before; None where it cannot be seen.
+
+    CUDA: the allocator's own peak. CPU: the peak resident set, which Linux lets a process reset in /proc/self.
+    """
+    device = device_of(model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        level = torch.cuda.memory_allocated(device)
+        run_round(model, prompt, new_tokens)
+        return torch.cuda.max_memory_allocated(device) - level
+    try:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        level = resident("VmRSS")
+        run_round(model, prompt, new_tokens)
+        return max(0, resident("VmHWM") - level)
+    except OSError:
+        return None
+
+
+def resident(field: str) -> int:
+    """A memory figure of this process in bytes, from /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure_speeds(
+    models: Sequence[Transformer],
+    prompt: Sequence[int],
+    *,
+    protocol: SpeedProtocol | None = None,
+    progress: Progress = no_progress,
+) -> list[dict]:
+    """The `speed` block of DESIGN 2.3 for each model, measured in interleaved rounds.
+
+    Args:
+        models: each on its device and in the dtype it runs in; they share a vocabulary.
+        prompt: token ids to begin with; repeated where the protocol asks for more.
+        protocol: `STANDARD` within the shortest context of the models when None.
+        progress: called with (rounds done, rounds in all).
+
+    `peak_memory_bytes` is `memory_bytes` of the weights plus the most that a round added to the memory in use.
+    """
+    protocol = (protocol or STANDARD).fitted(min(model.config.context for model in models))
+    prompt = (list(prompt) * (1 + protocol.prompt_tokens // max(1, len(prompt))))[: protocol.prompt_tokens]
+    rounds: list[list[Round]] = [[] for _ in models]
+    total = (protocol.warmup + protocol.rounds) * len(models)
+    done = 0
+    for number in range(protocol.warmup + protocol.rounds):
+        order = range(len(models)) if number % 2 == 0 else reversed(range(len(models)))
+        for index in order:
+            timed = run_round(models[index], prompt, protocol.new_tokens)
+            if number >= protocol.warmup:
+                rounds[index].append(timed)
+            done += 1
+            progress(done, total)
+    return [summary(model, prompt, protocol, timed) for model, timed in zip(models, rounds, strict=True)]
+
+
+def summary(model: Transformer, prompt: list[int], protocol: SpeedProtocol, rounds: list[Round]) -> dict:
+    """One model's figures from its rounds."""
+    further = np.array([step for one in rounds for step in one.further]) * 1000  # milliseconds
+    series = {
+        "prefill_tokens_per_second": [len(prompt) / one.first for one in rounds],
+        "decode_tokens_per_second": [len(one.further) / sum(one.further) for one in rounds],
+    }
+    rise = peak_rise(model, prompt, protocol.new_tokens)
+    weights = sum(held_bytes(module) for _, module in holders(model))
+    device = device_of(model)
+    return {
+        **{name: statistics.median(values) for name, values in series.items()},
+        "first_token_ms": 1000 * statistics.median(one.first for one in rounds),
+        "per_token_ms": {"p50": float(np.percentile(further, 50)), "p95": float(np.percentile(further, 95))},
+        "peak_memory_bytes": None if rise is None else weights + rise,
+        "flops_per_token": model.flops_per_token(protocol.prompt_tokens + protocol.new_tokens),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
+        "kernels": kernels(model),
+        "prompt_tokens": protocol.prompt_tokens,
+        "new_tokens": protocol.new_tokens,
+        "batch_size": 1,
+        "rounds": series,
+    }
+
+
+def change_of_speed(before: dict, after: dict) -> dict:
+    """Ratios after/before: of throughputs round by round with their interval, of the other figures plainly."""
+    change: dict = {}
+    for name in THROUGHPUTS:
+        ratio = ratio_of_rounds(before["rounds"][name], after["rounds"][name])
+        change[name] = {
+            "ratio": ratio.value,
+            "interval": [ratio.low, ratio.high],
+            "beyond_noise": ratio.low > 1 or ratio.high < 1,
+        }
+    for name in ("first_token_ms", "peak_memory_bytes", "flops_per_token"):
+        if before.get(name) and after.get(name):
+            change[name] = {"ratio": after[name] / before[name]}
+    change["per_token_ms"] = {
+        quantile: {"ratio": after["per_token_ms"][quantile] / before["per_token_ms"][quantile]}
+        for quantile in ("p50", "p95")
+    }
+    return change

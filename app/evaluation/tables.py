@@ -1,0 +1,255 @@
+"""The rows of a report's tables, as text: one source for the Markdown and the HTML page."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from app.evaluation import wording
+from app.evaluation.wording import MISSING, known
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure before and after. `tone`: good, bad or neutral, by the direction that is better for this figure."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+    interval: str = ""
+    tone: str = "neutral"
+
+
+@dataclass(frozen=True)
+class Hero:
+    """One of the four figures that matter: a caption, the figure now, what it was, how it moved."""
+
+    caption: str
+    figure: str
+    unit: str
+    was: str
+    move: str
+    tone: str
+
+
+def tone(ratio, lower_is_better: bool, decided: bool = True) -> str:
+    """good, bad or neutral for a ratio after/before; neutral where noise decides."""
+    if not known(ratio) or not decided or abs(ratio - 1) < 1e-9:
+        return "neutral"
+    return "good" if (ratio < 1) == lower_is_better else "bad"
+
+
+def comparison(figures: dict) -> list[tuple[str, list[Row]]]:
+    """The before-and-after table in groups: quality, size, speed, and tasks where there are any."""
+    groups = [("Quality", quality_rows(figures)), ("Size", size_rows(figures)), ("Speed", speed_rows(figures))]
+    groups.append(("Tasks", task_rows(figures)))
+    return [(name, rows) for name, rows in groups if rows]
+
+
+def with_interval(block: dict, name: str) -> str:
+    """A quality figure with its own interval in brackets."""
+    bounds = block.get("interval", {}).get(name)
+    text = wording.number(block.get(name))
+    return text if wording.interval(bounds) == MISSING else f"{text} [{wording.interval(bounds)}]"
+
+
+def quality_rows(figures: dict) -> list[Row]:
+    """Loss, perplexity, bits per byte, divergence and agreement."""
+    before, after = figures["before"].get("quality", {}), figures["after"].get("quality", {})
+    change = figures["change"].get("quality", {})
+    intervals = change.get("interval", {})
+    rows = []
+    for name, label in (
+        ("perplexity", "Perplexity"),
+        ("loss", "Loss, nats per token"),
+        ("bits_per_byte", "Bits per byte"),
+    ):
+        if not known(after.get(name)) and not known(before.get(name)):
+            continue
+        difference = change.get(name)
+        ratio = after[name] / before[name] if known(before.get(name)) and known(after.get(name)) else None
+        moved = f"{plus(difference)}" if known(difference) else MISSING
+        if name == "perplexity" and known(change.get("perplexity_ratio")):
+            moved = f"{plus(difference)} ({wording.change_percent(change['perplexity_ratio'])})"
+        mood = tone(ratio, True, change.get("beyond_noise", False))
+        bounds = wording.interval(intervals.get(name), plus)
+        rows.append(Row(label, with_interval(before, name), with_interval(after, name), moved, bounds, mood))
+    if known(change.get("kl_divergence")):
+        bounds = wording.interval(intervals["kl_divergence"], lambda value: wording.number(value, 3))
+        rows.append(Row("KL from the model before, nats", "", wording.number(change["kl_divergence"], 3), "", bounds))
+        bounds = wording.interval(intervals["agreement"], wording.percent)
+        rows.append(Row("Same next token", "", wording.percent(change["agreement"]), "", bounds))
+    return rows
+
+
+def plus(value) -> str:
+    """A difference with its sign."""
+    text = wording.number(value, 3)
+    return text if text in (MISSING, "0") or value < 0 else f"+{text}"
+
+
+def size_rows(figures: dict) -> list[Row]:
+    """Parameters and bytes."""
+    before, after = figures["before"].get("size", {}), figures["after"].get("size", {})
+    changes = figures["change"].get("size", {})
+    labels: list[tuple[str, str, Callable]] = [
+        ("stored_bytes", "Weights file", wording.size),
+        ("memory_bytes", "Weights in memory", wording.size),
+        ("parameters", "Parameters", wording.count),
+        ("nonzero_parameters", "Parameters that are not zero", wording.count),
+        ("active_parameters", "Parameters active for a token", wording.count),
+    ]
+    rows = []
+    for name, label, form in labels:
+        if not known(before.get(name)) or not known(after.get(name)):
+            continue
+        if name == "active_parameters" and all(b["active_parameters"] == b["parameters"] for b in (before, after)):
+            continue
+        ratio = changes.get(name, {}).get("ratio")
+        moved = "same" if before[name] == after[name] else wording.change_percent(ratio)
+        rows.append(Row(label, form(before[name]), form(after[name]), moved, "", tone(ratio, True)))
+    return rows
+
+
+def speed_rows(figures: dict) -> list[Row]:
+    """Throughputs, latencies, memory, arithmetic."""
+    before, after = figures["before"].get("speed"), figures["after"].get("speed")
+    changes = figures["change"].get("speed", {})
+    if not before or not after:
+        return []
+    rows = []
+    for name, label in (("decode_tokens_per_second", "Decoding"), ("prefill_tokens_per_second", "Reading the prompt")):
+        one = changes.get(name, {})
+        decided = one.get("beyond_noise", False)
+        moved = f"{wording.change_percent(one.get('ratio'))}{'' if decided else ', within noise'}"
+        bounds = wording.interval(one.get("interval"), wording.change_percent)
+        mood = tone(one.get("ratio"), False, decided)
+        rows.append(Row(label, wording.rate(before[name]), wording.rate(after[name]), moved, bounds, mood))
+    plain: list[tuple[str, str, Callable]] = [
+        ("first_token_ms", "Time to first token", wording.milliseconds),
+        ("peak_memory_bytes", "Peak memory", wording.size),
+        ("flops_per_token", "Arithmetic per token", wording.flops),
+    ]
+    for name, label, form in plain:
+        if not known(before.get(name)) or not known(after.get(name)):
+            continue
+        ratio = changes.get(name, {}).get("ratio")
+        moved = "same" if before[name] == after[name] else wording.change_percent(ratio)
+        rows.append(Row(label, form(before[name]), form(after[name]), moved))
+    for quantile, label in (("p50", "Time per token, median"), ("p95", "Time per token, 95th percentile")):
+        values = [wording.milliseconds(block["per_token_ms"][quantile]) for block in (before, after)]
+        ratio = changes.get("per_token_ms", {}).get(quantile, {}).get("ratio")
+        rows.append(Row(label, *values, wording.change_percent(ratio)))
+    return rows
+
+
+def task_rows(figures: dict) -> list[Row]:
+    """Each metric of each task, with its standard error."""
+    before, after = figures["before"].get("tasks", {}), figures["after"].get("tasks", {})
+    rows = []
+    for task in after:
+        for metric, value in after[task].items():
+            was = before.get(task, {}).get(metric)
+            if metric == "stderr" or not known(was) or not known(value):
+                continue
+            values = [wording.number(number) for number in (was, value)]
+            rows.append(Row(f"{task}, {metric}", *values, plus(value - was)))
+    return rows
+
+
+def heroes(figures: dict) -> list[Hero]:
+    """Perplexity, stored size, decode speed and agreement: the strip at the top of the page."""
+    before, after, change = figures["before"], figures["after"], figures["change"]
+    found = []
+    quality, moved = after.get("quality", {}), change.get("quality", {})
+    if known(quality.get("perplexity")):
+        bounds = moved.get("interval", {}).get("perplexity_ratio")
+        interval = wording.interval(bounds, wording.change_percent)
+        move = wording.change_percent(moved.get("perplexity_ratio"))
+        move = f"{move} ({interval})" if interval != MISSING else move
+        mood = tone(moved.get("perplexity_ratio"), True, moved.get("beyond_noise", False))
+        was = wording.number(before["quality"].get("perplexity"))
+        found.append(Hero("Perplexity", wording.number(quality["perplexity"]), "", was, move, mood))
+    size, ratio = after.get("size", {}), change.get("size", {}).get("stored_bytes", {}).get("ratio")
+    if known(ratio):
+        figure, unit = wording.size(size["stored_bytes"]).split(" ")
+        move = f"{wording.times(1 / ratio)} smaller" if ratio < 0.99 else wording.change_percent(ratio)
+        move = "same size" if ratio == 1 else move
+        mood = tone(ratio, True)
+        found.append(Hero("Stored size", figure, unit, wording.size(before["size"]["stored_bytes"]), move, mood))
+    speed = change.get("speed", {}).get("decode_tokens_per_second")
+    if speed:
+        rate = [wording.rate(block["speed"]["decode_tokens_per_second"]) for block in (before, after)]
+        move = f"{wording.times(speed['ratio'])} as fast" if speed["beyond_noise"] else "within noise"
+        mood = tone(speed["ratio"], False, speed["beyond_noise"])
+        found.append(Hero("Decoding", *rate[1].split(" "), rate[0], move, mood))
+    if known(moved.get("agreement")):
+        kl = f"KL {wording.number(moved['kl_divergence'], 3)} nats per token"
+        figure = wording.percent(moved["agreement"])
+        found.append(Hero("Same next token", figure.rstrip("%"), "%", "the model before", kl, "neutral"))
+    return found
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """Layer records as text.
+
+    `common`: what was asked of every layer alike. `pairs`: quantities with a column for what was asked and one for what
+    came out. `rows`: name, shape, pairs [(asked, achieved)], also (what else came out), error, seconds, note, skipped.
+    """
+
+    common: str
+    pairs: list[str]
+    also: bool
+    error: str
+    rows: list[dict]
+
+
+FRACTIONS = ("sparsity", "ratio")
+
+
+def quantity(name: str, value) -> str:
+    """A requested or achieved value: shares as percentages, the rest as it is."""
+    return wording.percent(value) if name in FRACTIONS and known(value) else wording.plain(value)
+
+
+def layer_table(layers: Sequence[dict]) -> LayerTable:
+    """Requested and achieved side by side for each layer, the error, the time, and the reason or note."""
+    asked = list(dict.fromkeys(name for layer in layers for name in layer["requested"]))
+    came = list(dict.fromkeys(name for layer in layers for name in layer["achieved"] if name != "error_of"))
+    pairs = [name for name in asked if name in came]
+    single = [name for name in asked if name not in came]
+    common = [
+        name
+        for name in single
+        if all(layer["requested"].get(name) == layers[0]["requested"].get(name) for layer in layers)
+    ]
+    pairs += [name for name in single if name not in common]
+    kinds = sorted({layer["achieved"]["error_of"] for layer in layers if layer["achieved"].get("error_of")})
+    rows = []
+    for layer in layers:
+        also = {name: value for name, value in layer["achieved"].items() if name not in (*pairs, "error_of")}
+        error = wording.number(layer["error"], 3)
+        several = len(kinds) > 1 and layer["achieved"].get("error_of")
+        rows.append(
+            {
+                "name": layer["name"],
+                "shape": wording.shape(layer["shape"]),
+                "pairs": [
+                    tuple(
+                        quantity(name, layer[part][name]) if name in layer[part] else MISSING
+                        for part in ("requested", "achieved")
+                    )
+                    for name in pairs
+                ],
+                "also": ", ".join(f"{name.replace('_', ' ')} {quantity(name, value)}" for name, value in also.items()),
+                "error": f"{error} ({several})" if several else error,
+                "seconds": wording.duration(layer["seconds"]),
+                "note": layer["note"],
+                "skipped": layer["skipped"],
+            }
+        )
+    described = ", ".join(f"{name.replace('_', ' ')} {quantity(name, layers[0]['requested'][name])}" for name in common)
+    title = f"Relative squared error{f' of {kinds[0]}' if len(kinds) == 1 else ''}"
+    return LayerTable(
+        described, [name.replace("_", " ") for name in pairs], any(row["also"] for row in rows), title, rows
+    )

@@ -1,0 +1,200 @@
+"""What a stage did, in plain sentences that a reviewer can check against the table beside them.
+
+    judge(figures, layers) -> list[Sentence]
+
+The first sentence is the headline. Nothing is rounded in the model's favour: a speed that differs by less than the
+noise is "no faster", a file that shrank by less than 1 % is "not smaller".
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from app.evaluation import wording
+from app.evaluation.wording import known
+
+SMALLER = 0.99  # a file above this share of the old one is not called smaller
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One finding. `topic`: headline, size, speed, quality, layers; `tone`: good, neutral, bad."""
+
+    topic: str
+    tone: str
+    text: str
+
+    def to_dict(self) -> dict:
+        """As it stands in report.json."""
+        return asdict(self)
+
+
+def judge(figures: dict, layers: Sequence[dict] = ()) -> list[Sentence]:
+    """The sentences for one before-and-after comparison: headline, size, speed, quality, layers, in this order.
+
+    Args:
+        figures: {"before", "after", "change", "baselines"} as `figures.compare_models` returns them.
+        layers: layer records of the stage, as dictionaries.
+    """
+    found = [*judge_size(figures), *judge_speed(figures), *judge_quality(figures), *judge_layers(layers)]
+    return [headline(figures), *found]
+
+
+def size_ratio(figures: dict) -> float | None:
+    """Stored bytes after / before."""
+    return figures["change"].get("size", {}).get("stored_bytes", {}).get("ratio")
+
+
+def direction(figures: dict, name: str) -> str:
+    """faster, slower, same or unknown: which way a throughput moved, beyond the noise of the rounds."""
+    change = figures["change"].get("speed", {}).get(name)
+    if not change or not known(change.get("ratio")):
+        return "unknown"
+    if not change["beyond_noise"]:
+        return "same"
+    return "faster" if change["ratio"] > 1 else "slower"
+
+
+def headline(figures: dict) -> Sentence:
+    """Smaller, faster, both or neither, in three or four words."""
+    ratio, speed = size_ratio(figures), direction(figures, "decode_tokens_per_second")
+    smaller = known(ratio) and ratio < SMALLER
+    if speed == "unknown":
+        text = "Smaller; speed not measured" if smaller else "Not smaller; speed not measured"
+        return Sentence("headline", "good" if smaller else "neutral", text)
+    if smaller and speed == "faster":
+        return Sentence("headline", "good", "Smaller and faster")
+    if smaller:
+        return Sentence("headline", "neutral", "Smaller but slower" if speed == "slower" else "Smaller but not faster")
+    if speed == "faster":
+        return Sentence("headline", "neutral", "Faster but not smaller")
+    return Sentence("headline", "bad", "Slower and not smaller" if speed == "slower" else "Neither smaller nor faster")
+
+
+def judge_size(figures: dict) -> list[Sentence]:
+    """The file, dense zeros, and weights that grow again when they are loaded."""
+    before, after, ratio = figures["before"].get("size", {}), figures["after"].get("size", {}), size_ratio(figures)
+    if not known(ratio):
+        return [Sentence("size", "neutral", "The size of the stored weights was not measured.")]
+    was, now = wording.size(before["stored_bytes"]), wording.size(after["stored_bytes"])
+    sentences = []
+    if ratio < SMALLER:
+        text = f"The weights file is {wording.times(1 / ratio)} smaller: {now} instead of {was}."
+        sentences.append(Sentence("size", "good", text))
+    elif ratio <= 2 - SMALLER:
+        sentences.append(Sentence("size", "bad", f"The weights file is not smaller: {now} now, {was} before."))
+    else:
+        sentences.append(Sentence("size", "bad", f"The weights file is larger: {now} now, {was} before."))
+    zeros = 1 - after["nonzero_parameters"] / after["parameters"] if after.get("parameters") else 0.0
+    zeros_before = 1 - before["nonzero_parameters"] / before["parameters"] if before.get("parameters") else 0.0
+    if zeros > zeros_before + 0.01 and ratio >= SMALLER:
+        text = (
+            f"{wording.percent(zeros)} of the weights are zero, yet they are stored as dense zeros: "
+            "a compressed tensor stored as dense zeros is not smaller."
+        )
+        sentences.append(Sentence("size", "bad", text))
+    held = figures["change"]["size"].get("memory_bytes", {}).get("ratio")
+    if known(held) and ratio < SMALLER <= held:
+        text = (
+            f"Only the file is smaller: when the model runs, its weights are held in "
+            f"{wording.size(after['memory_bytes'])}, against {wording.size(before['memory_bytes'])} before."
+        )
+        sentences.append(Sentence("size", "bad", text))
+    return sentences
+
+
+def judge_speed(figures: dict) -> list[Sentence]:
+    """Decoding and prefill, each against the noise of the interleaved rounds."""
+    changes = figures["change"].get("speed", {})
+    if not changes:
+        return [Sentence("speed", "neutral", "Speed was not measured.")]
+    sentences = []
+    for name, what in (("decode_tokens_per_second", "Decoding"), ("prefill_tokens_per_second", "Reading the prompt")):
+        way = direction(figures, name)
+        if way == "unknown":
+            continue
+        ratio, bounds = changes[name]["ratio"], changes[name]["interval"]
+        was, now = wording.rate(figures["before"]["speed"][name]), wording.rate(figures["after"]["speed"][name])
+        spread = f"95% interval of the ratio {wording.interval(bounds, lambda x: f'{x:.2f}')}"
+        if way == "same":
+            text = f"{what} is no faster: {now} against {was}; the difference is within the noise ({spread})."
+            sentences.append(Sentence("speed", "neutral", text))
+        elif way == "faster":
+            text = f"{what} is {wording.times(ratio)} as fast: {now} against {was} ({spread})."
+            sentences.append(Sentence("speed", "good", text))
+        else:
+            text = f"{what} is slower, {wording.times(ratio)} the speed: {now} against {was} ({spread})."
+            sentences.append(Sentence("speed", "bad", text))
+    return sentences + judge_kernels(figures["after"].get("speed", {}))
+
+
+def judge_kernels(speed: dict) -> list[Sentence]:
+    """Packed layers that no packed kernel runs: smaller, but unpacked for every product."""
+    sentences = []
+    for found in speed.get("kernels", []):
+        if found["kernel"].startswith("dequantize"):
+            what = "1 packed layer is" if found["modules"] == 1 else f"{found['modules']} packed layers are"
+            text = f"{what} unpacked for every product, which saves bytes but no time: {found['reason']}."
+            sentences.append(Sentence("speed", "neutral", text))
+    return sentences
+
+
+def judge_quality(figures: dict) -> list[Sentence]:
+    """Perplexity against its paired interval, divergence, and the unigram line below which a model is broken."""
+    before, after = figures["before"].get("quality", {}), figures["after"].get("quality", {})
+    change = figures["change"].get("quality", {})
+    if not known(after.get("perplexity")):
+        return [Sentence("quality", "bad", "The perplexity is not finite: the model is broken.")]
+    sentences = []
+    ratio, bounds = change.get("perplexity_ratio"), change.get("interval", {}).get("perplexity_ratio")
+    if not known(ratio):
+        reason = change.get("reason", "the two were not measured on the same tokens")
+        sentences.append(Sentence("quality", "neutral", f"The perplexities cannot be compared: {reason}."))
+    elif not bounds or not all(known(bound) for bound in bounds):
+        text = f"Quality: perplexity changed by {wording.change_percent(ratio)}; the text is too short for an interval."
+        sentences.append(Sentence("quality", "neutral", text))
+    else:
+        spread = f"95% interval {wording.interval(bounds, wording.change_percent)}"
+        values = f"from {wording.number(before['perplexity'])} to {wording.number(after['perplexity'])}"
+        if bounds[0] <= 1 <= bounds[1]:
+            moved = wording.change_percent(ratio)
+            text = f"Quality: perplexity moved by {moved}, {values} ({spread}): within noise, no difference was found."
+            sentences.append(Sentence("quality", "good", text))
+        else:
+            verb = "rose" if ratio > 1 else "fell"
+            moved = wording.change_percent(ratio).lstrip(f"+{wording.MINUS}")
+            text = f"Quality: perplexity {verb} by {moved}, {values} ({spread}): beyond noise."
+            sentences.append(Sentence("quality", "bad" if ratio > 1 else "good", text))
+    if known(change.get("kl_divergence")):
+        moved, same = wording.number(change["kl_divergence"], 3), wording.percent(change["agreement"])
+        text = (
+            f"The next-token distribution moved by {moved} nats per token (KL from the model before); "
+            f"both rank the same token first in {same} of the positions."
+        )
+        sentences.append(Sentence("quality", "neutral", text))
+    line = figures.get("baselines", {}).get("unigram", {}).get("perplexity")
+    if known(line) and after["perplexity"] >= line:
+        text = (
+            f"The perplexity is no better than that of token frequencies alone ({wording.number(line)}): "
+            "this is no longer a language model."
+        )
+        sentences.append(Sentence("quality", "bad", text))
+    return sentences
+
+
+def judge_layers(layers: Sequence[dict]) -> list[Sentence]:
+    """How many layers were skipped, and how many carry a note (a fallback taken)."""
+    if not layers:
+        return []
+    skipped = [layer for layer in layers if layer["skipped"]]
+    noted = [layer for layer in layers if layer.get("note") and not layer["skipped"]]
+    sentences = []
+    if skipped:
+        verb = "was" if len(skipped) == 1 else "were"
+        text = f"{len(skipped)} of {len(layers)} layers {verb} skipped; each is listed with its reason."
+        sentences.append(Sentence("layers", "neutral", text))
+    else:
+        sentences.append(Sentence("layers", "good", f"All {len(layers)} layers were treated; none was skipped."))
+    if noted:
+        text = f"{len(noted)} of {len(layers)} layers carry a note: a fallback, or something to know about the result."
+        sentences.append(Sentence("layers", "neutral", text))
+    return sentences
