@@ -85,6 +85,10 @@ class ModelConfig:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.layers:
             raise UserError("an architecture needs at least one layer")
+        if self.norm.position == "post" and any(layer.order == "parallel" for layer in self.layers):
+            raise UserError(
+                "norm position post normalises after each sub-layer, and a parallel layer has no such place"
+            )
         object.__setattr__(self, "layers", tuple(self._resolved(layer) for layer in self.layers))
 
     def _resolved(self, layer: LayerConfig) -> LayerConfig:
@@ -93,6 +97,9 @@ class ModelConfig:
         attention = layer.attention.resolve(self.width)
         if attention.position is not None and attention.position.level != "attention":
             raise UserError(f"position {attention.position.kind!r} acts on the embeddings: give it to the model")
+        position = attention.position or self.position
+        if position.level == "attention":
+            position.check(attention.head_width)
         return replace(layer, attention=attention)
 
     def residual_branches(self) -> int:

@@ -14,6 +14,9 @@ class NoPosition:
 
     level = "attention"
 
+    def check(self, head_width: int) -> None:
+        """Heads of any width will do."""
+
     def build(self, *, width: int, head_width: int, context: int) -> nn.Module:
         return _None()
 

@@ -71,11 +71,14 @@ class Rope:
         if not 0 < self.fraction <= 1:
             raise UserError(f"fraction must be above 0 and at most 1, got {self.fraction}")
 
-    def build(self, *, width: int, head_width: int, context: int) -> nn.Module:
+    def check(self, head_width: int) -> None:
+        """Raise UserError if heads of this width cannot be rotated."""
         rotated = int(head_width * self.fraction)
         if rotated < 2 or rotated % 2:
             raise UserError(f"rope rotates channels in pairs: {rotated} of {head_width} channels cannot be paired")
-        return RotaryPositions(self, rotated)
+
+    def build(self, *, width: int, head_width: int, context: int) -> nn.Module:
+        return RotaryPositions(self, int(head_width * self.fraction))
 
 
 class RotaryPositions(nn.Module):

@@ -1,0 +1,308 @@
+"""What must hold for every decoder that the registries can build.
+
+A mechanism is covered by being registered: the cases are drawn from the registries so that every two values of two axes
+meet in some case (all-pairs covering), as far as a config accepts the pairing.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from models.attention import ATTENTIONS
+from models.block import ORDERS
+from models.config import HEADS, ModelConfig
+from models.errors import UserError
+from models.feedforward import ACTIVATIONS, FEEDFORWARDS
+from models.generation import generate
+from models.norms import NORM_POSITIONS, NORMS
+from models.positions import POSITIONS
+from models.positions.rope import ROPE_SCALINGS
+from models.transformer import Transformer
+
+VOCAB, WIDTH, CONTEXT = 40, 16, 24
+# what the fields that a spec must be given are here, by their names
+EXAMPLES = {
+    "heads": 4,
+    "width": 24,
+    "factor": 2.0,
+    "low_frequency_factor": 1.0,
+    "high_frequency_factor": 4.0,
+    "original_context": 8,
+}
+
+
+def example(registry, kind, **more):
+    """The smallest spec of a kind: its required fields filled in, all others left as they are."""
+    none = dataclasses.MISSING
+    fields = dataclasses.fields(registry[kind])
+    required = [field.name for field in fields if field.default is none and field.default_factory is none]
+    return {"kind": kind, **{name: EXAMPLES[name] for name in required}, **more}
+
+
+def has(registry, kind, name):
+    return name in registry[kind].__dataclass_fields__
+
+
+AXES = {
+    "attention": [
+        *(example(ATTENTIONS, kind) for kind in ATTENTIONS),
+        *(example(ATTENTIONS, kind, kv_heads=2) for kind in ATTENTIONS if has(ATTENTIONS, kind, "kv_heads")),
+        example(ATTENTIONS, "full", kv_heads=1, head_width=6, bias=True, out_bias=True),
+    ],
+    "position": [
+        *(example(POSITIONS, kind) for kind in POSITIONS),
+        *(example(POSITIONS, "rope", scaling=example(ROPE_SCALINGS, kind)) for kind in ROPE_SCALINGS),
+        example(POSITIONS, "rope", fraction=0.5),
+    ],
+    "norm": [example(NORMS, kind, position=position) for kind in NORMS for position in NORM_POSITIONS],
+    "order": [*ORDERS, "sandwich(1)", "ssff"],
+    "feedforward": [
+        *(example(FEEDFORWARDS, kind) for kind in FEEDFORWARDS),
+        *(example(FEEDFORWARDS, "swiglu", activation=activation, bias=True) for activation in ACTIVATIONS),
+    ],
+    "head": HEADS,
+}
+
+
+def read(case):
+    return ModelConfig.from_dict({"vocab_size": VOCAB, "width": WIDTH, "context": CONTEXT, "depth": 2, **case})
+
+
+def accepted(case):
+    try:
+        read(case)
+    except UserError:
+        return False
+    return True
+
+
+def covering(axes):
+    """Cases in which every two values of two axes meet: greedily, each case around one pair that has not met yet."""
+    sizes = [range(len(values)) for values in axes.values()]
+    pairs = itertools.combinations(range(len(sizes)), 2)
+    unmet = {((i, a), (j, b)) for i, j in pairs for a, b in itertools.product(sizes[i], sizes[j])}
+
+    def case(chosen):  # what is not chosen yet is the first of its axis
+        return {name: values[chosen.get(axis, 0)] for axis, (name, values) in enumerate(axes.items())}
+
+    def news(chosen, axis, value):
+        return sum(tuple(sorted([(axis, value), other])) in unmet for other in chosen.items())
+
+    cases = []
+    while unmet:
+        seed = min(unmet)
+        unmet.remove(seed)
+        chosen = dict(seed)
+        if not accepted(case(chosen)):
+            continue
+        for axis in set(range(len(sizes))) - chosen.keys():
+            fitting = [value for value in sizes[axis] if accepted(case(chosen | {axis: value}))]
+            chosen[axis] = max(fitting, key=functools.partial(news, chosen, axis))
+        cases.append(case(chosen))
+        unmet -= set(itertools.combinations(sorted(chosen.items()), 2))
+    return cases
+
+
+def label(case):
+    def words(value):
+        return "-".join(map(words, value.values())) if isinstance(value, dict) else str(value)
+
+    return " ".join(words(value) for value in case.values())
+
+
+CASES = covering(AXES)
+
+
+def few(cases):
+    """A few of the cases, for what takes seconds: every mechanism, order and norm position is in one of them."""
+    picked, seen = [], set()
+    for case in cases:
+        new = {(axis, label({axis: value})) for axis, value in case.items() if axis in ("attention", "norm", "order")}
+        new |= {(axis, case[axis]["kind"]) for axis in ("position", "feedforward")}
+        if case["feedforward"].get("activation") == "relu":
+            continue  # a finite difference may cross its kink
+        if not new <= seen:
+            picked.append(case)
+            seen |= new
+    return picked
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=label)
+some_cases = pytest.mark.parametrize("case", few(CASES), ids=label)
+
+
+def build(case, dtype=torch.float32):
+    """A model whose weights are large enough that every token matters to every later one."""
+    torch.manual_seed(0)
+    model = Transformer(read(case)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_((1 if "norm" in name and "weight" in name else 0) + 0.3 * torch.randn(parameter.shape))
+    return model.to(dtype)
+
+
+def random_tokens(*shape):
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, tokens, **arguments):
+    with torch.no_grad():
+        return model(tokens, **arguments).logits
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+
+def test_every_registered_mechanism_is_in_a_case():
+    for axis, registry in (
+        ("attention", ATTENTIONS),
+        ("position", POSITIONS),
+        ("norm", NORMS),
+        ("feedforward", FEEDFORWARDS),
+    ):
+        assert {case[axis]["kind"] for case in CASES} == set(registry)
+    for axis, values in AXES.items():
+        assert all(any(case[axis] == value for case in CASES) for value in values)
+
+
+def test_every_accepted_pair_of_values_meets():
+    for (one, first), (other, second) in itertools.combinations(AXES.items(), 2):
+        for a, b in itertools.product(first, second):
+            together = {axis: values[0] for axis, values in AXES.items()} | {one: a, other: b}
+            assert not accepted(together) or any(case[one] == a and case[other] == b for case in CASES)
+
+
+@every_case
+def test_no_token_sees_a_later_one(case):
+    model, tokens = build(case), random_tokens(2, 12)
+    before = logits(model, tokens)
+    for t in (1, 6, 11):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % VOCAB
+        after = logits(model, changed)
+        assert torch.equal(after[:, :t], before[:, :t])  # to the bit
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+@every_case
+def test_the_last_token_sees_the_first(case):
+    model, tokens = build(case), random_tokens(1, 6)
+    changed = tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % VOCAB
+    assert (logits(model, changed)[:, -1] - logits(model, tokens)[:, -1]).abs().max() > 1e-4
+
+
+@every_case
+@pytest.mark.parametrize("chunks", [[1] * 11, [5, 1, 1, 3, 1]], ids=str)
+def test_cached_decoding_equals_the_whole_forward(case, chunks):
+    model, tokens = build(case), random_tokens(2, 11)
+    cache = model.new_cache(2, 11)
+    pieces = [logits(model, piece, cache=cache) for piece in tokens.split(chunks, dim=1)]
+    close(torch.cat(pieces, dim=1), logits(model, tokens))
+
+
+@every_case
+def test_a_packed_document_is_as_it_would_be_alone(case):
+    model, tokens = build(case), random_tokens(2, 13)
+    documents = torch.tensor([[0] * 4 + [1] * 8 + [2], [7] * 1 + [8] * 6 + [9] * 6])
+    packed = logits(model, tokens, documents=documents)
+    for row in range(2):
+        for document in documents[row].unique():
+            where = documents[row] == document
+            close(packed[row, where], logits(model, tokens[row : row + 1, where])[0])
+
+
+@every_case
+def test_padding_changes_nothing(case):
+    model, tokens = build(case), random_tokens(3, 9)
+    documents = torch.zeros(3, 9, dtype=torch.int64)
+    documents[1, :4] = documents[2, 6:] = -1
+    padded = logits(model, tokens, documents=documents)
+    assert padded.isfinite().all()
+    for row in range(3):
+        where = documents[row] == 0
+        close(padded[row, where], logits(model, tokens[row : row + 1, where])[0])
+
+
+@every_case
+def test_a_ragged_batch_generates_what_each_prompt_does_alone(case):
+    model = build(case)
+    prompts = [random_tokens(length).tolist() for length in (7, 1, 4)]
+    together = generate(model, prompts, max_new_tokens=6)
+    assert together == [generate(model, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+
+
+@every_case
+def test_every_parameter_matters(case):
+    model, tokens = build(case), random_tokens(2, 8)
+    model(tokens).logits.square().mean().backward()
+    idle = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert idle == [name for name in idle if name.endswith("attention.k.bias")]  # the softmax cancels it without RoPE
+
+
+@some_cases
+def test_gradients_are_those_of_finite_differences(case):
+    """In fp64, of all parameters at once along random directions (the fast mode of gradcheck)."""
+    model, tokens = build(case, torch.float64), random_tokens(1, 4)
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def run(*parameters):
+        return functional_call(model, dict(zip(names, parameters, strict=True)), (tokens,)).logits
+
+    assert torch.autograd.gradcheck(run, values, fast_mode=True)
+
+
+@every_case
+def test_config_and_weights_survive_the_round_trip(case):
+    model, tokens = build(case), random_tokens(2, 8)
+    config = ModelConfig.from_dict(json.loads(json.dumps(model.config.to_dict())))
+    assert config == model.config
+    with torch.device("meta"):
+        other = Transformer(config)
+    other.load_state_dict(model.state_dict(), strict=True, assign=True)
+    assert torch.equal(logits(other.eval(), tokens), logits(model, tokens))
+
+
+@every_case
+def test_initialising_from_the_meta_device_gives_the_same_model(case):
+    config = read(case)
+    torch.manual_seed(5)
+    direct = Transformer(config).state_dict()
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    torch.manual_seed(5)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(torch.equal(tensor, direct[name]) for name, tensor in model.state_dict().items())
+
+
+@some_cases
+def test_compiled_blocks_equal_eager_ones(case):
+    """Forward and gradients, in one unbroken graph; `aot_eager` traces and differentiates as the default does."""
+    model, tokens = build(case), random_tokens(2, 8)
+    expected = model(tokens, targets=tokens.roll(-1, 1)).loss
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    loss = model(tokens, targets=tokens.roll(-1, 1)).loss
+    close(loss, expected)
+    for compiled, eager in zip(torch.autograd.grad(loss, list(model.parameters())), gradients, strict=True):
+        close(compiled, eager)
+
+
+def test_a_block_compiled_to_machine_code_equals_the_eager_one():
+    model, tokens = build(CASES[0]), random_tokens(2, 8)
+    expected = logits(model, tokens)
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+    close(logits(model, tokens), expected)
