@@ -18,15 +18,16 @@ def signed(text: str) -> str:
 
 
 def number(value, digits: int = 4) -> str:
-    """A figure with `digits` significant digits and thousands separators; in exponent notation below 1e-4 only."""
+    """A whole number in full, another with `digits` significant digits; in exponent notation below 1e-4 only."""
     if not known(value):
         return MISSING
-    if value == 0 or (isinstance(value, int) and abs(value) < 10**digits):
-        return signed(f"{value:,}") if isinstance(value, int) else "0"
-    magnitude = math.floor(math.log10(abs(value)))
+    if value == 0 or isinstance(value, int):
+        return signed(f"{int(value):,}")
+    rounded = float(f"{value:.{digits - 1}e}")
+    magnitude = math.floor(math.log10(abs(rounded)))
     if magnitude < -4:
         return signed(f"{value:.{digits - 1}e}")
-    return signed(f"{round(value, digits - 1 - magnitude):,.{max(0, digits - 1 - magnitude)}f}")
+    return signed(f"{rounded:,.{max(0, digits - 1 - magnitude)}f}")
 
 
 def scaled(value, units: Sequence[str], digits: int = 3) -> str:
@@ -114,7 +115,7 @@ def plain(value) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return signed(f"{value:.4g}") if abs(value) < 1e4 else number(value)
     if isinstance(value, int):
-        return number(value, 5)
+        return number(value)
     if isinstance(value, (list, tuple)):
         return ", ".join(plain(item) for item in value) or "none"
     return str(value)
