@@ -35,7 +35,7 @@ from compress.statistics import Hessian, Statistic, StatisticType
 from models.errors import UserError
 
 BLOCK = 128
-DAMPING_GROWTH, DAMPING_TRIES = 10.0, 4
+DAMPING_GROWTH, MOST_DAMPING = 10.0, 10.0
 
 
 class Factor(NamedTuple):
@@ -143,7 +143,7 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Factor | None
     if order is not None:
         hessian = hessian[order][:, order]
     mean = diagonal.mean()
-    for _ in range(DAMPING_TRIES):
+    while damping <= MOST_DAMPING:
         damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed and bool(lower.isfinite().all()):

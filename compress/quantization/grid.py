@@ -118,7 +118,7 @@ def dequantize(
     groups = scales.shape[1]
     weight = codes.to(working)
     whole = width % groups == 0 and width // groups == format.group(width)
-    split = weight.view(rows, groups, -1) if whole else weight  # (N, G, g), or (N, K)
+    split = weight.view(rows, groups, width // groups) if whole else weight  # (N, G, g), or (N, K)
     if zeros is None:
         split -= 2.0 ** (format.bits - 1)
     else:

@@ -34,7 +34,8 @@ class Kernel(Protocol):
 
     name: str
     device: str
-    largest_batch: int
+    largest_batch: int  # rows of x above which restoring the dense weights and multiplying with them is faster
+    picks: bool  # whether it can give single rows back, as the look-up of an embedding needs
 
     def refuses(self, format: IntFormat, rows: int, width: int) -> str:
         """Why it cannot run weights of this form and shape; empty when it can."""
@@ -79,8 +80,8 @@ def _scales_back(values: Tensor, format: IntFormat, width: int) -> Tensor:
     return values[:, :: format.group_size // kernel_group(format, width)] if groups > 1 else values[:, :1]
 
 
-def _int4_grid(codes: Tensor, scales: Tensor, zeros: Tensor | None, format: IntFormat) -> tuple[Tensor, Tensor, int]:
-    """Codes (N, K'), `scales and offsets` (K' / g, N, 2) bf16 and g: rows as they are, columns padded to groups."""
+def _int4_grid(codes: Tensor, scales: Tensor, zeros: Tensor | None, format: IntFormat) -> tuple[Tensor, Tensor]:
+    """Codes (N, K'), `scales and offsets` (K' / g, N, 2) bf16: rows as they are, columns padded to groups."""
     rows, width = codes.shape
     g = kernel_group(format, width)
     scales = _scales_of(scales.expand(rows, -1), format, width, g)  # (N, K' / g)
@@ -93,7 +94,7 @@ def _int4_grid(codes: Tensor, scales: Tensor, zeros: Tensor | None, format: IntF
     else:
         codes = codes + shift
     codes = F.pad(codes, (0, -width % g), value=CENTRE)
-    return codes, torch.stack([scales, offsets], dim=-1).transpose(0, 1).contiguous(), g
+    return codes, torch.stack([scales, offsets], dim=-1).transpose(0, 1).contiguous()
 
 
 def _shift(zeros: Tensor | None, format: IntFormat, width: int) -> Tensor | int | None:
@@ -111,6 +112,15 @@ def _unshift(codes: Tensor, zeros: Tensor | None, format: IntFormat) -> Tensor:
     return codes if shift is None else (codes.short() - shift).to(torch.uint8)
 
 
+def _no_int4(format: IntFormat, width: int) -> str:
+    """Why a 4-bit kernel cannot run this form; empty when it can."""
+    if format.bits > 4:
+        return f"{format.bits}-bit codes do not fit the 4-bit kernel"
+    if kernel_group(format, width) is None:
+        return f"the 4-bit kernel takes groups of a multiple of 32, not of {format.group_size}"
+    return "" if format.scale_dtype == "bfloat16" else f"the kernels need bfloat16 scales, not {format.scale_dtype}"
+
+
 @dataclass(frozen=True)
 class Int4Cpu:
     """2-, 3- and 4-bit codes as 4-bit ones on the CPU, columns padded to groups and rows to 64."""
@@ -118,18 +128,14 @@ class Int4Cpu:
     name: str = "aten::_weight_int4pack_mm_for_cpu"
     device: str = "cpu"
     largest_batch: int = 128
+    picks: bool = True
 
     def refuses(self, format: IntFormat, rows: int, width: int) -> str:
-        if format.bits > 4:
-            return f"{format.bits}-bit codes do not fit the 4-bit kernel"
-        if kernel_group(format, width) is None:
-            return f"the 4-bit kernel takes groups that are multiples of 32, not of {format.group_size}"
-        if format.scale_dtype != "bfloat16":
-            return f"the kernels need bfloat16 scales, and these are {format.scale_dtype}"
-        return "" if _cpu_layout() else "this processor's layout of the 4-bit kernel is not known"
+        unknown = "" if _cpu_layout() else "this processor's layout of the 4-bit kernel is not known"
+        return _no_int4(format, width) or unknown
 
     def repack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, format: IntFormat) -> Held:
-        codes, grid, _ = _int4_grid(codes, scales, zeros, format)
+        codes, grid = _int4_grid(codes, scales, zeros, format)
         more = -codes.shape[0] % 64
         codes = F.pad(codes, (0, 0, 0, more), value=CENTRE)  # (N', K')
         grid = F.pad(grid, (0, 0, 0, more)).contiguous()  # (K' / g, N', 2)
@@ -140,7 +146,8 @@ class Int4Cpu:
     ) -> tuple[Tensor, Tensor]:
         rows, width = shape
         codes = _cpu_unpack(held.packed, *_cpu_layout())[:rows, :width]
-        return _unshift(codes, zeros, format), _scales_back(held.grid[:, :rows, 0].T, format, width)
+        scales = held.grid[:, :rows, 0].contiguous().T  # (N, K' / g), which lies as the codes do
+        return _unshift(codes, zeros, format), _scales_back(scales, format, width)
 
     def pick(
         self, held: Held, zeros: Tensor | None, format: IntFormat, width: int, index: Tensor
@@ -166,11 +173,15 @@ def _cpu_unpack(packed: Tensor, block: int, halves: bool) -> Tensor:
     """Codes (N', K') uint8 of the CPU kernel's bytes: tiles of `block` rows, column by column, two rows to a byte.
 
     A byte holds rows j and j + block / 2 of its tile (`halves`), or rows 2 j and 2 j + 1, the first in its low bits.
+    The result lies column by column, as the bytes do: that order costs a fifth of the other.
     """
     rows, width = packed.shape[0], packed.shape[1] * 2
-    tiles = packed.view(rows // block, width, block // 2)
-    nibbles = torch.stack([tiles & 15, tiles >> 4], dim=2 if halves else 3)
-    return nibbles.view(rows // block, width, block).transpose(1, 2).reshape(rows, width)
+    tiles = packed.view(rows // block, width, block // 2).transpose(0, 1)  # (K', tiles, block / 2)
+    codes = packed.new_empty(width, rows // block, *((2, block // 2) if halves else (block // 2, 2)))
+    low, high = codes.unbind(2 if halves else 3)
+    low.copy_(tiles & 15)
+    high.copy_(tiles >> 4)
+    return codes.view(width, rows).T
 
 
 @cache
@@ -192,6 +203,7 @@ class Int8:
     name: str = "aten::_weight_int8pack_mm"
     device: str = "cpu"
     largest_batch: int = 64
+    picks: bool = True
 
     def refuses(self, format: IntFormat, rows: int, width: int) -> str:
         if format.bits != 8:
@@ -224,7 +236,57 @@ class Int8:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), held.packed, held.grid)
 
 
-TABLE: tuple[Kernel, ...] = (Int4Cpu(), Int8())
+@dataclass(frozen=True)
+class Int4Cuda:
+    """2-, 3- and 4-bit codes as 4-bit ones on CUDA (compute capability 8.0 on), columns padded to groups, rows to 8.
+
+    How a GPU's layout orders the codes is left to the kernel: `restore` multiplies with the identity, whose products
+    (code - 8) * 1 + 8 are exact in bf16. That costs as much as K rows of x, and it gives no single rows back.
+    """
+
+    name: str = "aten::_weight_int4pack_mm"
+    device: str = "cuda"
+    largest_batch: int = 4096
+    picks: bool = False
+
+    def refuses(self, format: IntFormat, rows: int, width: int) -> str:
+        if reason := _no_int4(format, width):
+            return reason
+        old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+        return "the 4-bit kernel needs compute capability 8.0" if old else ""
+
+    def repack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, format: IntFormat) -> Held:
+        codes, grid = _int4_grid(codes, scales, zeros, format)
+        more = -codes.shape[0] % 8
+        codes = F.pad(codes, (0, 0, 0, more), value=CENTRE).to(torch.uint8)  # (N', K')
+        grid = F.pad(grid, (0, 0, 0, more)).contiguous()  # (K' / g, N', 2)
+        tiles = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
+        pairs = (codes[:, ::2] << 4) | codes[:, 1::2]  # (N', K' / 2)
+        return Held(torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles), grid)
+
+    def restore(
+        self, held: Held, zeros: Tensor | None, format: IntFormat, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        rows, width = shape
+        plain = torch.ones_like(held.grid)
+        plain[..., 1] = CENTRE
+        identity = torch.eye(width, dtype=torch.bfloat16, device=held.grid.device)
+        codes = self.multiply(identity, Held(held.packed, plain), rows).to(torch.uint8).T  # (N, K)
+        return _unshift(codes, zeros, format), _scales_back(held.grid[:, :rows, 0].contiguous().T, format, width)
+
+    def pick(
+        self, held: Held, zeros: Tensor | None, format: IntFormat, width: int, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("this layout gives no single rows back; `picks` says so")
+
+    def multiply(self, x: Tensor, held: Held, rows: int) -> Tensor:
+        _, tiles, _, words = held.packed.shape  # (N' / 8, K' / (32 words), 32, words) int32
+        padded = tiles * words * 32
+        x = F.pad(x, (0, padded - x.shape[1])).contiguous()
+        return torch.ops.aten._weight_int4pack_mm(x, held.packed, padded // held.grid.shape[0], held.grid)[:, :rows]
+
+
+TABLE: tuple[Kernel, ...] = (Int4Cpu(), Int8(), Int4Cuda(), Int8(device="cuda"))
 
 
 class Choice(NamedTuple):
@@ -236,9 +298,18 @@ class Choice(NamedTuple):
 
 
 def choose(
-    format: IntFormat, shape: tuple[int, int], device: str, batch: int, dtype: torch.dtype = torch.bfloat16
+    format: IntFormat,
+    shape: tuple[int, int],
+    device: str,
+    batch: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    lookup: bool = False,
 ) -> Choice:
-    """The first kernel of the table that runs weights (N, K) of this form on this device for `batch` rows of x."""
+    """The first kernel of the table that runs weights (N, K) of this form on this device for `batch` rows of x.
+
+    `lookup`: the weights are an embedding's, whose rows are also read one by one.
+    """
     reasons = []
     for kernel in TABLE:
         if kernel.device != device:
@@ -246,6 +317,8 @@ def choose(
         reason = kernel.refuses(format, *shape)
         if not reason and dtype != torch.bfloat16:
             reason = f"the kernels compute in bfloat16, and the input is {str(dtype).removeprefix('torch.')}"
+        if not reason and lookup and not kernel.picks:
+            reason = "its layout gives no single rows back, which an embedding needs"
         if not reason and batch > kernel.largest_batch:
             reason = f"above {kernel.largest_batch} rows at once the dense product is faster"
         if not reason:
@@ -258,6 +331,6 @@ def kernel_for(
     module: nn.Module, device: str | torch.device = "cpu", batch: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> Choice:
     """What `module` runs through on `device` for `batch` tokens at once; a dense module runs through `aten::linear`."""
-    if not hasattr(module, "format"):
+    if not hasattr(module, "choice"):
         return Choice(None, "aten::linear", "dense weights")
-    return choose(module.format, module.shape, torch.device(device).type, batch, dtype)
+    return module.choice(torch.device(device).type, batch, dtype)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.quantization.grid import IntFormat, Quantized, dequantize
-from compress.quantization.kernels import Held, Kernel, choose
+from compress.quantization.kernels import Choice, Held, Kernel, choose
 from compress.quantization.storage import pack, packed_bytes, unpack
 from models.errors import UserError
 
@@ -31,11 +31,14 @@ class PackedInt(nn.Module):
     (N or 1, packed_bytes(G)) uint8.
     """
 
+    lookup = False  # whether single rows are read too
+
     def __init__(self, rows: int, width: int, format: IntFormat, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.shape, self.format, self.dtype = (rows, width), format, dtype
         self.kernel: Kernel | None = None
         self.held: Held | None = None
+        self._best: dict[tuple[str, torch.dtype], Kernel | None] = {}
         scales = format.scales_shape(rows, width)
         self.register_buffer("codes", torch.empty(rows, packed_bytes(width, format.bits), dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(scales, dtype=format.dtype))
@@ -77,6 +80,10 @@ class PackedInt(nn.Module):
         zeros = 0 if self.format.symmetric else scales[0] * packed_bytes(scales[1], self.format.bits)
         return rows * packed_bytes(width, self.format.bits) + scales[0] * scales[1] * self.format.dtype.itemsize + zeros
 
+    def choice(self, device: str, batch: int, dtype: torch.dtype) -> Choice:
+        """Through which kernel `batch` rows of x in `dtype` run on a device type."""
+        return choose(self.format, self.shape, device, batch, dtype, lookup=self.lookup)
+
     def multiply(self, x: Tensor) -> Tensor:
         """x (..., K) times the transposed weights: (..., N) in the dtype of x, or of autocast."""
         device = x.device.type
@@ -85,13 +92,26 @@ class PackedInt(nn.Module):
         batch = x.shape[:-1].numel()
         kernel = None
         if not (torch.is_grad_enabled() and x.requires_grad):
-            kernel = choose(self.format, self.shape, device, batch, x.dtype).kernel
-        if kernel is not None and kernel is not self.kernel and not torch.compiler.is_compiling():
+            kernel = self._kernel(device, batch, x.dtype)
+        if kernel is not None and kernel is not self.kernel:
             self._repack(kernel)
-        if kernel is None or kernel is not self.kernel:
+        if kernel is None:
             return F.linear(x, self._dense(x.dtype))
         y = kernel.multiply(x.reshape(batch, self.shape[1]), self.held, self.shape[0])  # (B, N)
         return y.view(*x.shape[:-1], self.shape[0])
+
+    def _kernel(self, device: str, batch: int, dtype: torch.dtype) -> Kernel | None:
+        """`choice(...).kernel`; the part that does not depend on the batch is looked up once.
+
+        A graph that is being compiled takes the layout that is held: run once before compiling.
+        """
+        if torch.compiler.is_compiling():
+            kernel = self.kernel if dtype == torch.bfloat16 else None
+        elif (device, dtype) in self._best:
+            kernel = self._best[device, dtype]
+        else:
+            kernel = self._best[device, dtype] = self.choice(device, 1, dtype).kernel
+        return kernel if kernel is not None and batch <= kernel.largest_batch else None
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         """`dequantize()` rounded to `dtype`, without going through fp32 where that makes no difference."""
@@ -184,6 +204,8 @@ class PackedIntLinear(PackedInt):
 
 class PackedIntEmbedding(PackedInt):
     """`nn.Embedding` of packed integers: tokens (...) -> (..., K); `project` makes it the head of a tied model."""
+
+    lookup = True
 
     def __init__(self, rows: int, width: int, format: IntFormat, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(rows, width, format, dtype)

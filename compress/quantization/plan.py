@@ -128,5 +128,7 @@ def _unoffered(model: nn.Module) -> list[LayerRecord]:
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
         if parameter.dim() >= 2 and owner not in offered:
-            records.append(LayerRecord.skip(name, parameter.shape, "a table that no matrix product reads"))
+            records.append(
+                LayerRecord.skip(name.removesuffix(".weight"), parameter.shape, "a table that no product reads")
+            )
     return records

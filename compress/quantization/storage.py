@@ -45,10 +45,10 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
         return packed
     count, size = _word(bits)
     rows = packed.shape[0]
-    word = packed.view(rows, -1, size)  # (N, words, bytes)
+    word = packed.view(rows, packed.shape[1] // size, size)  # (N, words, bytes)
     if size > 1:
         word = sum(word[..., i].int() << (8 * i) for i in range(size))[..., None]  # (N, words, 1)
     codes = torch.empty(rows, word.shape[1], count, dtype=torch.uint8, device=packed.device)
     for i in range(count):
         codes[..., i] = (word[..., 0] >> (bits * i)) & (2**bits - 1)
-    return codes.view(rows, -1)[:, :width]
+    return codes.flatten(1)[:, :width]
