@@ -154,7 +154,7 @@ class Distill(Stage[options.Distill]):
     def keep(self, state: Path, target: Path) -> None:
         """The curves."""
         if (state / LOGS).is_dir():
-            shutil.copytree(state / LOGS, target / LOGS)
+            shutil.copytree(state / LOGS, target / LOGS, dirs_exist_ok=True)
 
 
 def fewer_layers(config: ModelConfig, count: int) -> ModelConfig:
