@@ -281,7 +281,8 @@ def layer_grid(layers: Sequence[dict]) -> Chart | None:
             axis.tick_params(axis="x", length=0, labelcolor=INK)
 
     height = 1.3 + min(0.27, 7 / len(rows)) * len(rows)
-    return Chart("layers", "Bits, sparsity and error of every treated layer", draw, 8.4, height)
+    shown = " and ".join(title.lower() for title, _, _ in panels).capitalize()
+    return Chart("layers", f"{shown} of every treated layer, darker where larger", draw, 8.4, height)
 
 
 def grid_place(name: str) -> tuple[str, str]:

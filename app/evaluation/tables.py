@@ -106,7 +106,8 @@ def size_rows(figures: dict) -> list[Row]:
             continue
         ratio = changes.get(name, {}).get("ratio")
         moved = "same" if before[name] == after[name] else wording.change_percent(ratio)
-        rows.append(Row(label, form(before[name]), form(after[name]), moved, "", tone(ratio, True)))
+        mood = tone(ratio, True) if name in ("stored_bytes", "memory_bytes") else "neutral"
+        rows.append(Row(label, form(before[name]), form(after[name]), moved, "", mood))
     return rows
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from evaluation_cases import comparison
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.evaluation import wording
 from app.evaluation.charts import Step, on_front
@@ -140,10 +141,9 @@ def test_pictures_are_written(written):
 
 
 def test_tensorboard_holds_the_same_figures(written):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     (file,) = (written / "tensorboard").iterdir()
     assert file.name == "events.out.tfevents.0.report"  # no host name
-    events = accumulator.EventAccumulator(str(written / "tensorboard"))
+    events = EventAccumulator(str(written / "tensorboard"))
     events.Reload()
     report = json.loads((written / "report.json").read_text())
     values = [event.value for event in events.Scalars("quality/perplexity")]
