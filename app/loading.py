@@ -9,17 +9,15 @@ from typing import Any, Literal
 
 import torch
 
-from app.callbacks.record import FORMAT_VERSION
-from app.callbacks.record import KEY as RECORD
 from app.data.tokenizer import Tokenizer, load_tokenizer
 from app.history import read_history
-from app.strategies import checkpoint_io
 from models import families, folder
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARDED = "meta.pt"  # a file of every sharded checkpoint
 Kind = Literal["folder", "checkpoint", "hugging face"]
 
 
@@ -103,7 +101,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"there is no model at {path}")
-    if path.is_file() or (path / checkpoint_io.METADATA).exists():
+    if path.is_file() or (path / SHARDED).exists():
         return _load_checkpoint(path, device, dtype)
     if not (path / folder.CONFIG).exists():
         raise UserError(f"{path} is no model folder: it has no {folder.CONFIG}")
@@ -115,8 +113,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
 
 
 def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | None) -> Loaded:
+    from app.callbacks.record import FORMAT_VERSION, KEY  # imports Lightning, which takes seconds; folders need none
+
     content = read_checkpoint(path)
-    record = content.get(RECORD) or {}
+    record = content.get(KEY) or {}
     if record and record.get("format_version") != FORMAT_VERSION:
         version = record.get("format_version")
         raise UserError(f"{path} has format version {version!r}; this installation reads version {FORMAT_VERSION}")
@@ -144,6 +144,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is corrupt, truncated, no checkpoint, or holds objects that would have to be unpickled.
     """
+    from app.strategies import checkpoint_io  # imports Lightning
+
     try:
         content = checkpoint_io.read_checkpoint(path)
     except pickle.UnpicklingError:

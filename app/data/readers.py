@@ -6,6 +6,7 @@ cut by `cut_text`, so that one file gives three splits that work.
 
 import codecs
 import glob
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ def _datasets(size: int) -> Any:
     """Return the library, with progress bars when there are many bytes to read."""
     import datasets  # a second of imports that the default corpus does without
 
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it raises as well
     (datasets.enable_progress_bars if size >= LARGE else datasets.disable_progress_bars)()
     return datasets
 
