@@ -6,7 +6,7 @@
 1 - alpha.) Both terms are means over the tokens that have a target. T^2 keeps the size of the gradient when T changes.
 
 `logit_terms_reference` is the definition over whole logits. `logit_terms` gives the same from hidden states and head
-weights; at no time does it hold more than `chunk` rows of logits, so a vocabulary of 128k does not explode.
+weights; at no time does it hold more than a few megabytes of logits, so a vocabulary of 128k does not explode.
 
 Shapes: N tokens, V vocabulary, D the student's width, E the teacher's width.
 """
@@ -18,12 +18,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from compress.distillation.losses import LOSSES
 from models.errors import UserError
-from models.losses import IGNORED
-
-CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MiB of fp32
+from models.losses import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, IGNORED
 
 
 @LOSSES.register("logit")
@@ -95,28 +94,30 @@ class _ChunkedTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, teacher_hidden, teacher_project, labels, temperature, alpha, beta):
-        count = max(len(labels), 1)
-        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        count, learns = max(len(labels), 1), any(ctx.needs_input_grad[:2])
+        rows = max(1, chunk_bytes(hidden.device) // (4 * weight.shape[0]))
         sums = torch.zeros(3, device=hidden.device, dtype=_accumulator(weight.dtype))  # CE, KL, agreements
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=sums.dtype)
-        for start in range(0, len(labels), chunk):
-            part = slice(start, start + chunk)
-            rows = hidden[part]  # (n, D)
-            logits = F.linear(rows, weight).to(sums.dtype)  # (n, V)
+        grad_hidden = torch.empty_like(hidden) if learns else None
+        grad_weight = torch.zeros_like(weight, dtype=sums.dtype) if learns else None
+        for start in range(0, len(labels), rows):
+            part = slice(start, start + rows)
+            logits = F.linear(hidden[part], weight).to(sums.dtype)  # (n, V)
             teacher_logits = teacher_project(teacher_hidden[part]).to(sums.dtype)  # (n, V)
             slopes, terms = _chunk(logits, teacher_logits, labels[part], temperature, alpha / count, beta / count)
-            slopes = slopes.to(rows.dtype)
-            grad_hidden[part] = slopes @ weight.to(rows.dtype)  # (n, D)
-            grad_weight += slopes.T @ rows  # (V, D)
             sums += terms
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            if learns:
+                slopes = slopes.to(hidden.dtype)
+                grad_hidden[part] = slopes @ weight.to(hidden.dtype)  # (n, D)
+                grad_weight += slopes.T @ hidden[part]  # (V, D)
+        if learns:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         cross_entropy, divergence, agreement = (sums / count).unbind()
         total = alpha * cross_entropy + beta * divergence
         ctx.mark_non_differentiable(cross_entropy, divergence, agreement)
         return total, cross_entropy, divergence, agreement
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total, *_):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None, None, None
@@ -124,18 +125,23 @@ class _ChunkedTerms(torch.autograd.Function):
 
 def _chunk(logits, teacher_logits, labels, temperature, alpha, beta):
     """Slopes d total / d logits (n, V) and the sums of the three terms over the rows; alpha and beta are per token."""
-    agreements = (logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).sum()
-    log_probabilities = F.log_softmax(logits, dim=-1)  # (n, V)
-    cross_entropy = -log_probabilities.gather(1, labels[:, None]).sum()
-    slopes = log_probabilities.exp_().mul_(alpha)  # softmax - one-hot, weighted
-    slopes.scatter_add_(1, labels[:, None], torch.full_like(labels[:, None], -alpha, dtype=slopes.dtype))
+    labels = labels[:, None]  # (n, 1)
+    best, teacher_best = logits.amax(dim=-1, keepdim=True), teacher_logits.amax(dim=-1, keepdim=True)  # (n, 1)
+    agreements = ((logits == best) & (teacher_logits == teacher_best)).any(dim=-1).sum()
+    slopes = F.log_softmax(logits, dim=-1)  # (n, V)
+    cross_entropy = -slopes.gather(1, labels).sum()
+    slopes.exp_().scatter_add_(1, labels, slopes.new_full(labels.shape, -1.0)).mul_(alpha)  # softmax - one-hot
     student_log = F.log_softmax(logits / temperature, dim=-1)  # (n, V)
     teacher_log = F.log_softmax(teacher_logits / temperature, dim=-1)  # (n, V)
-    teacher_probabilities = teacher_log.exp()  # (n, V)
-    divergence = (teacher_probabilities * (teacher_log - student_log)).sum() * temperature**2
-    # d (T^2 KL) / d logits = T (p_s^T - p_t^T)
-    slopes.add_(student_log.exp_().sub_(teacher_probabilities), alpha=beta * temperature)
+    teacher = teacher_log.exp()  # (n, V)
+    divergence = torch.linalg.vecdot(teacher, teacher_log.sub_(student_log)).sum() * temperature**2
+    slopes.add_(student_log.exp_().sub_(teacher), alpha=beta * temperature)  # d (T^2 KL) / d logits = T (p_s - p_t)
     return slopes, torch.stack([cross_entropy, divergence, agreements.to(slopes.dtype)])
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes of the fp32 logits held at once, of each model: on CPU small enough for the cache."""
+    return CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -122,7 +122,7 @@ def sparsify(
         include: which of `embedding` and `head` are pruned as well.
         store, progress, device, autocast: see `compress.calibration.walk`.
 
-    Returns a record for every linear map, those left alone with their reason. The mask is the zeros of the weights:
+    Returns a record for every matrix, those left alone with their reason. The mask is the zeros of the weights:
     `compress.pruning.masks.masks_of` recovers it.
 
     Raises:
@@ -130,7 +130,19 @@ def sparsify(
             model, missing calibration data.
     """
     method = Sparsify(CRITERIA.parse(criterion, "method"), pattern, include)
-    return walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
+    records = walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
+    return records + tables(model)
+
+
+def tables(model: nn.Module) -> list[LayerRecord]:
+    """Records for the matrices that are no linear map and so are never pruned, such as learned positions."""
+    offered = {name for part in parts_of(model) for name in part.linears}
+    reason = "a table that is looked up, no linear map"
+    return [
+        LayerRecord.skip(name.removesuffix(".weight"), tuple(parameter.shape), reason)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and name.rpartition(".")[0] not in offered
+    ]
 
 
 def refuse_packed(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from compress.pruning.allocation import ALLOCATIONS, Allocation
 from compress.pruning.importance import IMPORTANCES, Importance
 from compress.pruning.patterns import smallest
 from compress.pruning.plan import Cut, Keep, has_heads, has_neurons, plan, read_ratios, resolve_heads
-from compress.pruning.sparsify import refuse_packed
+from compress.pruning.sparsify import refuse_packed, tables
 from compress.records import LayerRecord
 from compress.statistics import Moments, StatisticType
 from compress.store import Store
@@ -261,7 +261,7 @@ def prune_structured(
         compensation: which output biases take over the mean of what was removed: `none`, `existing`, or `add`ed ones.
         store, progress, device, autocast: see `compress.calibration.walk`.
 
-    Returns a record for every linear map, with the ratio asked for and achieved, and the cache bytes per token.
+    Returns a record for every matrix, with the ratio asked for and achieved, and the cache bytes per token.
 
     Raises:
         UserError: an unknown target or criterion, a ratio that leaves nothing or removes nothing, a quantized model,
@@ -269,4 +269,5 @@ def prune_structured(
     """
     cut = Cut(read_ratios(targets, ratio), ALLOCATIONS.parse(allocation, "allocation"), round_to, compensation)
     method = StructuredPruning(cut, IMPORTANCES.parse(criterion, "criterion"))
-    return walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
+    records = walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
+    return records + tables(model)

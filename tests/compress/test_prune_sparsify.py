@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from compress.pruning.masks import count_violations, masks_of
 from compress.pruning.patterns import NOfM, Unstructured
 from compress.pruning.sparsify import sparsify
+from compress.pruning.structured import prune_structured
 from compress.store import FolderStore
 from models.config import ModelConfig
 from models.errors import UserError
@@ -104,6 +105,19 @@ def test_two_of_four_is_exact_everywhere_and_ends_stay_dense():
         assert record.requested["sparsity"] == 0.5
         assert record.achieved["sparsity"] == 0.5
         assert 0 < record.error < 0.5
+
+
+def test_every_matrix_is_listed_positions_too():
+    model = tiny(position="learned")
+    for records in (
+        sparsify(model, "magnitude", Unstructured(0.5)),
+        prune_structured(model, ["neurons"], 0.5, "magnitude"),
+    ):
+        named = {f"{record.name}.weight" for record in records}
+        assert named == {name for name, parameter in model.named_parameters() if parameter.dim() == 2}
+        positions = next(record for record in records if record.name.startswith("positions"))
+        assert positions.skipped
+        assert "looked up" in positions.note
 
 
 def test_head_and_embedding_are_pruned_when_asked():

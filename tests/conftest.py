@@ -1,0 +1,99 @@
+"""One small model, really trained on real text, for every test that asserts an order among methods."""
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from app.data.blocks import TokenBlocks, token_blocks
+from app.data.corpus import MemoryCorpus, python_corpus
+from app.data.tokenizer import load_tokenizer, train_tokenizer
+from app.evaluation.quality import Part
+from models import folder
+from models.config import ModelConfig
+from models.transformer import Transformer
+
+LENGTH, ROWS, STEPS, HIGHEST_RATE = 128, 16, 320, 3e-3
+ARCHITECTURE = {
+    "vocab_size": 1024,
+    "width": 128,
+    "depth": 4,
+    "context": LENGTH,
+    "attention": {"kind": "full", "heads": 4, "kv_heads": 2},
+    "feedforward": {"kind": "swiglu", "width": 352},
+}
+
+
+class Trained(NamedTuple):
+    """What tests of an order share; `model` is theirs to copy, not to change."""
+
+    model: Transformer
+    train: TokenBlocks
+    calibration: list[dict[str, Any]]  # 4 batches of 16 x 128 tokens of the training text
+    held_out: Part  # 200 blocks of 128 tokens, evenly spaced over the test text
+
+    def fit(self, model: nn.Module, steps: int, rate: float, loss_of: Callable, attach: Callable | None = None) -> None:
+        """Train any model on the training text, see `train_steps`."""
+        train_steps(model, self.train, steps, rate, loss_of, attach)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A decoder of 0.9M parameters after 320 steps on a third of the standard library's source code."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers of one run share it: the first one trains, the others wait
+        root = root.parent
+    place = root / "trained"
+    with (root / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            _train(place, root / "cache")
+    tokenizer, corpus = load_tokenizer(place), _corpus()
+    blocks = {
+        split: token_blocks(corpus, tokenizer, split, LENGTH, cache_dir=root / "cache") for split in ("train", "test")
+    }
+    calibration = token_blocks(corpus, tokenizer, "train", LENGTH, samples=64, seed=1, cache_dir=root / "cache")
+    held_out = Part.spread(blocks["test"], 200)
+    return Trained(folder.load(place), blocks["train"], list(calibration.batches(ROWS)), held_out)
+
+
+def _corpus() -> MemoryCorpus:
+    return MemoryCorpus("a third of python", python_corpus().texts[::3])
+
+
+def _train(place: Path, cache: Path) -> None:
+    corpus = _corpus()
+    tokenizer = train_tokenizer((document.text for document in corpus.documents("train")), ARCHITECTURE["vocab_size"])
+    blocks = token_blocks(corpus, tokenizer, "train", LENGTH, cache_dir=cache)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig.from_dict(ARCHITECTURE))
+    train_steps(model, blocks, STEPS, HIGHEST_RATE, lambda batch: model(**batch).loss)
+    with folder.writing(place) as target:
+        folder.save_model(model, target)
+        tokenizer.save(target)
+
+
+def train_steps(model, blocks, steps, rate, loss_of, attach=None) -> None:
+    """AdamW over `steps` batches in a seeded order; the rate rises over 20 steps and falls to a twentieth at the end.
+
+    loss_of: batch -> scalar. attach: called with the optimizer before the first step.
+    """
+    order = torch.randperm(len(blocks) - 1, generator=torch.Generator().manual_seed(0))  # the last block is padded
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    if attach is not None:
+        attach(optimizer)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 20) * (1.0 - 0.95 * step / steps)
+        start = step * ROWS % (len(order) - ROWS)
+        batch = blocks.batch(order[start : start + ROWS].tolist())
+        loss = loss_of({name: batch[name] for name in ("tokens", "targets", "documents")})
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
