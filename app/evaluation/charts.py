@@ -111,14 +111,17 @@ def plain_log_axis(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def perplexities(steps: Sequence[Step], baselines: dict[str, float]) -> Chart:
-    """Perplexity of each step: close up with 95 % intervals, and beside it against the baselines on a log scale."""
+def perplexities(steps: Sequence[Step], baselines: dict[str, float], results: int) -> Chart:
+    """Perplexity of each step: close up with 95 % intervals, and beside it against the baselines on a log scale.
+
+    The last `results` steps are drawn in the accent colour; those before them are what they are held against.
+    """
 
     def draw(figure: Figure) -> None:
         close, far = figure.subplots(1, 2, sharey=True, width_ratios=(1.7, 1))
         rows = range(len(steps))
         for row, step in zip(rows, steps, strict=True):
-            colour = MUTED if row == 0 else ACCENT
+            colour = ACCENT if row >= len(steps) - results else MUTED
             if all(known(end) for end in step.interval):
                 close.plot(step.interval, [row, row], color=colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
             close.plot(step.perplexity, row, "o", color=colour, markersize=6)
@@ -242,24 +245,22 @@ def latency(names: Sequence[str], speeds: Sequence[dict]) -> Chart | None:
 
 def layer_grid(layers: Sequence[dict]) -> Chart | None:
     """Bits, sparsity and error of every treated layer: a row for each block, a column for each of its matrices."""
-    treated = [layer for layer in layers if not layer["skipped"]]
+    cells = {layer["name"]: place for layer in layers if (place := grid_place(layer["name"]))}
+    treated = [layer for layer in layers if layer["name"] in cells and not layer["skipped"]]
     panels = [
         (title, {layer["name"]: value for layer in treated if known(value := read(layer))}, form)
         for title, read, form in (
             ("Bits per weight", lambda layer: layer["achieved"].get("bits"), lambda v: wording.number(v, 3)),
             ("Sparsity", lambda layer: layer["achieved"].get("sparsity"), lambda v: wording.percent(v, 0)),
-            ("Relative squared error", lambda layer: layer["error"], lambda v: wording.number(v, 2)),
+            ("Relative squared error, %", lambda layer: layer["error"], lambda v: wording.number(100 * v, 2)),
         )
     ]
     panels = [panel for panel in panels if panel[1]]
     panels = [panel for panel in panels if len(set(panel[1].values())) > 1] or panels[:1]  # one value says it in a word
     if not panels:
         return None
-    cells = {layer["name"]: grid_place(layer["name"]) for layer in treated}
-    rows = sorted(
-        {row for row, _ in cells.values()}, key=lambda row: (not row.isdigit(), int(row) if row.isdigit() else 0, row)
-    )
-    columns = list(dict.fromkeys(column for _, column in cells.values()))
+    rows = sorted({cells[layer["name"]][0] for layer in treated})
+    columns = list(dict.fromkeys(cells[layer["name"]][1] for layer in treated))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -270,10 +271,10 @@ def layer_grid(layers: Sequence[dict]) -> Chart | None:
                 strength = value / high if high > 0 else 0.0
                 axis.bar(column, 0.92, 0.94, row - 0.46, color=ACCENT, alpha=0.06 + 0.5 * max(0.0, strength))
                 if len(rows) <= 24:
-                    axis.text(column, row, form(value), ha="center", va="center", fontsize=7.5, color=INK)
+                    axis.text(column, row, form(value), ha="center", va="center", fontsize=6.8, color=INK)
             axis.set_title(title)
             axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
-            axis.set_yticks(range(len(rows)), [f"block {row}" if row.isdigit() else row for row in rows])
+            axis.set_yticks(range(len(rows)), [f"block {row}" for row in rows])
             axis.set_ylim(len(rows) - 0.5, -0.5)
             axis.set_xlim(-0.5, len(columns) - 0.5)
             axis.grid(False)
@@ -281,11 +282,11 @@ def layer_grid(layers: Sequence[dict]) -> Chart | None:
             axis.tick_params(axis="x", length=0, labelcolor=INK)
 
     height = 1.3 + min(0.27, 7 / len(rows)) * len(rows)
-    shown = " and ".join(title.lower() for title, _, _ in panels).capitalize()
-    return Chart("layers", f"{shown} of every treated layer, darker where larger", draw, 8.4, height)
+    shown = " and ".join(title.partition(",")[0].lower() for title, _, _ in panels).capitalize()
+    return Chart("layers", f"{shown} of every treated matrix of the blocks, darker where larger", draw, 8.4, height)
 
 
-def grid_place(name: str) -> tuple[str, str]:
-    """Row and column in the layer grid: blocks.3.attention.q -> ("3", "q"); other modules have a row of their own."""
+def grid_place(name: str) -> tuple[int, str] | None:
+    """Row and column in the layer grid: blocks.3.attention.q -> (3, "q"). None for a module outside the blocks."""
     match = re.fullmatch(r"blocks\.(\d+)\.(?:attention\.|feedforward\.)?(.+)", name)
-    return (match[1], match[2]) if match else (name, "weight")
+    return (int(match[1]), match[2]) if match else None

@@ -93,11 +93,20 @@ def warnings(entries: Sequence[Entry]) -> list[str]:
     }
     if len(machines) > 1:
         found.append("The speeds are not comparable: they were measured on different machines or thread counts.")
-    elif len({entry.report["time"] for entry in entries}) > 1 and machines:
+    return found
+
+
+def notes(entries: Sequence[Entry]) -> list[str]:
+    """What to know about figures that are comparable, in sentences."""
+    found = []
+    if len({entry.report["time"] for entry in entries if "speed" in entry.block}) > 1:
         found.append(
-            "Each report timed its two models in turns in one process. Between reports the machine may have changed "
-            "its pace: trust the speed change of a step more than the difference of two rates from two reports."
+            "Each report timed its two models in turns in one process. Between reports the machine may have changed its "
+            "pace: trust the speed change of a step more than the difference of two rates from two reports."
         )
+    formats = sorted({entry.block["speed"]["dtype"] for entry in entries if "speed" in entry.block})
+    if len(formats) > 1:
+        found.append(f"The models were timed in different number formats: {' and '.join(formats)}.")
     return found
 
 
@@ -148,6 +157,7 @@ def overview(entries: Sequence[Entry]) -> dict:
         ],
         "dominated": dominated(entries),
         "warnings": warnings(entries),
+        "notes": notes(entries),
         "baselines": entries[0].report.get("baselines", {}),
     }
 
@@ -166,7 +176,11 @@ def write_overview(folders: Sequence[Path], directory: Path, title: str = "Model
     write_json(directory / "report.json", content)
     points = [entry.point for entry in entries if known(entry.block["quality"]["perplexity"])]
     report = entries[0].report
-    drawings = [charts.perplexities(points, baseline_values(report)), charts.trade_offs(points)] if points else []
+    drawings = (
+        [charts.perplexities(points, baseline_values(report), results=len(points) - 1), charts.trade_offs(points)]
+        if points
+        else []
+    )
     drawings = [drawing for drawing in drawings if drawing is not None]
     draw(drawings, directory / "plots")
     page = {
@@ -177,6 +191,7 @@ def write_overview(folders: Sequence[Path], directory: Path, title: str = "Model
         "models": rows(entries, content),
         "dominated": content["dominated"],
         "warnings": content["warnings"],
+        "notes": content["notes"],
         "charts": [{"name": chart.name, "caption": chart.caption, "svg": Markup(chart.svg())} for chart in drawings],
         "baselines": baseline_rows({"baselines": content["baselines"]}),
         "steps": [entry for entry in entries if entry.verdict],
@@ -194,9 +209,9 @@ def headline(entries: Sequence[Entry]) -> str:
         return f"{len(entries)} model{'s' if len(entries) > 1 else ''}"
     parts = [f"perplexity {wording.number(first.perplexity)} → {wording.number(last.perplexity)}"]
     if known(first.stored_bytes) and known(last.stored_bytes):
-        parts.append(f"{wording.size(first.stored_bytes)} → {wording.size(last.stored_bytes)}")
+        parts.append(f"stored {wording.size(first.stored_bytes)} → {wording.size(last.stored_bytes)}")
     if known(first.decode_rate) and known(last.decode_rate):
-        parts.append(f"{wording.rate(first.decode_rate)} → {wording.rate(last.decode_rate)}")
+        parts.append(f"decoding {wording.rate(first.decode_rate)} → {wording.rate(last.decode_rate)}")
     return f"From {entries[0].name} to {entries[-1].name}: {', '.join(parts)}"
 
 
@@ -206,7 +221,7 @@ def rows(entries: Sequence[Entry], content: dict) -> list[dict]:
     found = []
     for entry, model in zip(entries, content["models"], strict=True):
         point, size = entry.point, entry.block["size"]
-        smaller = known(point.stored_bytes) and known(first.stored_bytes)
+        smaller = entry is not entries[0] and known(point.stored_bytes) and known(first.stored_bytes)
         found.append(
             {
                 "name": entry.name,

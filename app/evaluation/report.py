@@ -146,9 +146,9 @@ def baseline_values(report: dict) -> dict[str, float]:
 def stage_charts(report: dict) -> list[Chart]:
     """The charts of one comparison; those without data are left out."""
     before, after = report["before"], report["after"]
-    blocks = [before, *report.get("references", {}).values(), after]
+    blocks = [*report.get("references", {}).values(), before, after]
     points = [step(block) for block in blocks if known(block["quality"]["perplexity"])]
-    found = [charts.perplexities(points, baseline_values(report))] if points else []
+    found = [charts.perplexities(points, baseline_values(report), results=1)] if points else []
     if len(points) > 1:
         found.append(charts.trade_offs(points))
     if "speed" in before and "speed" in after:

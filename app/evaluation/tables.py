@@ -1,5 +1,6 @@
 """The rows of a report's tables, as text: one source for the Markdown and the HTML page."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -194,11 +195,12 @@ def heroes(figures: dict) -> list[Hero]:
 class LayerTable:
     """Layer records as text.
 
-    `common`: what was asked of every layer alike. `pairs`: quantities with a column for what was asked and one for what
-    came out. `rows`: name, shape, pairs [(asked, achieved)], also (what else came out), error, seconds, note, skipped.
+    `asked`: (which layers, what else was asked of them). `pairs`: quantities with a column for what was asked and one
+    for what came out. `rows`: name, shape, pairs [(asked, achieved)], also (what else came out), error, seconds, note,
+    skipped.
     """
 
-    common: str
+    asked: list[tuple[str, str]]
     pairs: list[str]
     also: bool
     error: str
@@ -215,22 +217,15 @@ def quantity(name: str, value) -> str:
 
 def layer_table(layers: Sequence[dict]) -> LayerTable:
     """Requested and achieved side by side for each layer, the error, the time, and the reason or note."""
-    asked = list(dict.fromkeys(name for layer in layers for name in layer["requested"]))
-    came = list(dict.fromkeys(name for layer in layers for name in layer["achieved"] if name != "error_of"))
-    pairs = [name for name in asked if name in came]
-    single = [name for name in asked if name not in came]
-    common = [
-        name
-        for name in single
-        if all(layer["requested"].get(name) == layers[0]["requested"].get(name) for layer in layers)
-    ]
-    pairs += [name for name in single if name not in common]
-    kinds = sorted({layer["achieved"]["error_of"] for layer in layers if layer["achieved"].get("error_of")})
+    came = {name for layer in layers for name in layer["achieved"]}
+    pairs = list(dict.fromkeys(name for layer in layers for name in layer["requested"] if name in came))
+    kinds = Counter(layer["achieved"]["error_of"] for layer in layers if layer["achieved"].get("error_of"))
+    usual = kinds.most_common(1)[0][0] if kinds else ""
     rows = []
     for layer in layers:
         also = {name: value for name, value in layer["achieved"].items() if name not in (*pairs, "error_of")}
         error = wording.number(layer["error"], 3)
-        several = len(kinds) > 1 and layer["achieved"].get("error_of")
+        kind = layer["achieved"].get("error_of", usual)
         rows.append(
             {
                 "name": layer["name"],
@@ -243,14 +238,26 @@ def layer_table(layers: Sequence[dict]) -> LayerTable:
                     for name in pairs
                 ],
                 "also": ", ".join(f"{name.replace('_', ' ')} {quantity(name, value)}" for name, value in also.items()),
-                "error": f"{error} ({several})" if several else error,
+                "error": error if kind == usual else f"{error} (of {kind})",
                 "seconds": wording.duration(layer["seconds"]),
                 "note": layer["note"],
                 "skipped": layer["skipped"],
             }
         )
-    described = ", ".join(f"{name.replace('_', ' ')} {quantity(name, layers[0]['requested'][name])}" for name in common)
-    title = f"Relative squared error{f' of {kinds[0]}' if len(kinds) == 1 else ''}"
-    return LayerTable(
-        described, [name.replace("_", " ") for name in pairs], any(row["also"] for row in rows), title, rows
-    )
+    title = "Relative squared error" + (f" of {usual}" if usual else "")
+    headings = [name.replace("_", " ") for name in pairs]
+    return LayerTable(asked_of(layers, pairs), headings, any(row["also"] for row in rows), title, rows)
+
+
+def asked_of(layers: Sequence[dict], shown: Sequence[str]) -> list[tuple[str, str]]:
+    """What was asked for beside the quantities `shown`, once for all the layers that it was asked of."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        what = {name: value for name, value in layer["requested"].items() if name not in shown}
+        text = ", ".join(f"{name.replace('_', ' ')} {quantity(name, value)}" for name, value in what.items())
+        if text:
+            groups.setdefault(text, []).append(layer["name"])
+    return [
+        (names[0] if len(names) == 1 else "every layer" if len(names) == len(layers) else f"{len(names)} layers", text)
+        for text, names in groups.items()
+    ]
