@@ -26,9 +26,14 @@ def isa_cap(cpuinfo: str) -> str | None:
     return "AVX512_CORE_FP16" if "avx512_fp16" in flags else "AVX512_CORE_BF16"
 
 
+def read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> str:
+    """What Linux says about the processor; empty on other systems."""
+    return path.read_text() if path.is_file() else ""
+
+
 def guard_onednn(environment: MutableMapping[str, str] = os.environ, path: Path = Path("/proc/cpuinfo")) -> None:
     """Set the cap unless the person has set one. Takes effect as long as no matrix product has run in this process."""
-    if "ONEDNN_MAX_CPU_ISA" in environment or "DNNL_MAX_CPU_ISA" in environment or not path.is_file():
+    if "ONEDNN_MAX_CPU_ISA" in environment or "DNNL_MAX_CPU_ISA" in environment:
         return
-    if cap := isa_cap(path.read_text()):
+    if cap := isa_cap(read_cpuinfo(path)):
         environment["ONEDNN_MAX_CPU_ISA"] = cap

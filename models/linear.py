@@ -1,8 +1,9 @@
 """The linear map and the token embedding of every module in the core."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.products import linear
 
 
 class Linear(nn.Linear):
@@ -17,6 +18,9 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
 
 class Embedding(nn.Embedding):
     """Token embedding (V, D) that can also serve as the output projection of a tied model."""
@@ -29,7 +33,7 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=self.std)
 
     def project(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
 
 def residual_std(std: float, branches: int) -> float:

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from models.products import product
+
 IGNORED = -100
 # Bytes of one chunk's logits. On CPU small enough to stay in the cache, large enough for the matrix product.
 CPU_CHUNK_BYTES = 8 * 2**20
@@ -115,7 +117,7 @@ class _Chunk(NamedTuple):
     part: slice  # of the N tokens
     hidden: Tensor  # (C, D)
     target: Tensor  # (C,), 0 where there is none
-    error: Tensor  # (C, V) P - Y in the dtype of the products
+    error: Tensor  # (C, V) P - Y
     scales: tuple[Tensor, Tensor]  # (C,) what multiplies a token's gradient, for each term; 0 where there is no target
 
 
@@ -125,7 +127,7 @@ def _walk(
     """Both means, and for each term asked for the gradients of its sum that are `wanted` (of hidden, of weight)."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    chunks = max(1, -(-tokens * vocabulary * hidden.element_size() // chunk_bytes))
+    chunks = max(1, -(-tokens * vocabulary * exact.itemsize // chunk_bytes))
     rows = max(1, -(-tokens // chunks))
     terms = [
         _Gradients(
@@ -135,14 +137,13 @@ def _walk(
         for _ in range(1 + z_loss if any(wanted) else 0)
     ]
     nll, squared = hidden.new_zeros((), dtype=exact), hidden.new_zeros((), dtype=exact)
-    logits = hidden.new_empty(rows, vocabulary)  # (C, V), used again by every chunk
-    probabilities = torch.empty_like(logits, dtype=exact)
+    buffers = [hidden.new_empty(rows, vocabulary, dtype=exact) for _ in range(2)]  # (C, V), used again by every chunk
     for begin in range(0, tokens, rows):
         part = slice(begin, min(begin + rows, tokens))
         count = part.stop - begin
         kept = targets[part] != IGNORED  # (C,)
         target = targets[part].masked_fill(~kept, 0)
-        log, chunk_nll, error = _softmax_error(hidden[part], weight, target, logits[:count], probabilities[:count])
+        log, chunk_nll, error = _softmax_error(hidden[part], weight, target, *(buffer[:count] for buffer in buffers))
         nll += torch.where(kept, chunk_nll, 0.0).sum()
         squared += torch.where(kept, log.square(), 0.0).sum()
         scales = (kept.to(hidden.dtype), torch.where(kept, 2 * log, 0.0).to(hidden.dtype))
@@ -154,30 +155,26 @@ def _walk(
 def _softmax_error(
     hidden: Tensor, weight: Tensor, target: Tensor, logits: Tensor, probabilities: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logsumexp (C,), NLL (C,) and P - Y (C, V) of one chunk; fills both buffers (C, V), one of which is P - Y."""
-    torch.mm(hidden, weight.t(), out=logits)
-    exact = logits.to(probabilities.dtype)
+    """Logsumexp (C,), NLL (C,) and P - Y (C, V) of one chunk; fills both buffers (C, V), of at least fp32."""
+    product(hidden, weight.t(), out=logits)
     column = target[:, None]  # (C, 1)
-    torch.softmax(exact, -1, out=probabilities)
+    torch.softmax(logits, -1, out=probabilities)
     # The largest probability is 1 / sum(exp(logit - max)): the logsumexp without another pass of exponentials.
-    log = exact.amax(-1) - probabilities.amax(-1).log()  # (C,)
-    nll = log - exact.gather(1, column)[:, 0]  # (C,)
-    probabilities.scatter_add_(1, column, probabilities.new_full(column.shape, -1.0))
-    return log, nll, probabilities if logits.dtype == probabilities.dtype else logits.copy_(probabilities)
+    log = logits.amax(-1) - probabilities.amax(-1).log()  # (C,)
+    nll = log - logits.gather(1, column)[:, 0]  # (C,)
+    return log, nll, probabilities.scatter_add_(1, column, probabilities.new_full(column.shape, -1.0))
 
 
 def _add_gradients(terms: list[_Gradients], chunk: _Chunk, weight: Tensor) -> None:
     """Add one chunk's gradients to those of the NLL (first term) and of the squared logsumexp (second)."""
-    product = chunk.error @ weight if terms and terms[0].hidden is not None else None  # (C, D)
+    error = chunk.error.to(weight.dtype) if terms else chunk.error
+    back = product(error, weight) if terms and terms[0].hidden is not None else None  # (C, D)
     for index, (term, scale) in enumerate(zip(terms, chunk.scales, strict=False)):
         if term.hidden is not None:
-            whole = product + weight[chunk.target] if index else product
+            whole = back + weight[chunk.target] if index else back
             torch.mul(whole, scale[:, None], out=term.hidden[chunk.part])
         if term.weight is not None:
             scaled = chunk.hidden * scale[:, None]  # (C, D)
-            if term.weight.dtype == scaled.dtype:
-                term.weight.addmm_(chunk.error.t(), scaled)
-            else:
-                term.weight.add_(chunk.error.t() @ scaled)
+            product(error.t(), scaled, out=term.weight, accumulate=True)
             if index:
                 term.weight.index_add_(0, chunk.target, scaled.to(term.weight.dtype))

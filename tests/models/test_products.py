@@ -1,0 +1,109 @@
+"""Products in bf16 against products in fp32 of the same numbers, with and without the special route."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import products
+from models.linear import Linear
+from models.products import linear, product
+
+ROUTES = [
+    pytest.param(
+        True,
+        marks=pytest.mark.skipif(not products.AVAILABLE, reason="oneDNN may use everything that this processor has"),
+    ),
+    False,
+]
+
+
+@pytest.fixture(params=ROUTES, ids=["special", "plain"])
+def route(request, monkeypatch):
+    monkeypatch.setattr(products, "AVAILABLE", request.param)
+    return request.param
+
+
+def matrix(*shape, dtype=torch.bfloat16, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("a", [matrix(5, 7), matrix(7, 5).t(), matrix(5, 14)[:, ::2], matrix(5, 9)[:, 1:8]])
+@pytest.mark.parametrize("b", [matrix(7, 6, seed=1), matrix(6, 7, seed=1).t()])
+def test_any_layout(route, a, b):
+    exact = a.float() @ b.float()
+    rounding = 1e-6 if route else 2.0**-8
+    found = product(a, b)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=rounding, atol=1e-5)
+    start = torch.ones(5, 6)
+    torch.testing.assert_close(product(a, b, out=start, accumulate=True), exact + 1, rtol=2 * rounding, atol=1e-2)
+    assert product(a, b, out=start) is start
+    torch.testing.assert_close(start, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_dtypes_are_plain_products(route, dtype):
+    a, b = matrix(5, 7, dtype=dtype), matrix(7, 6, dtype=dtype, seed=1)
+    assert torch.equal(product(a, b), a @ b)
+
+
+def test_empty_products(route):
+    assert product(matrix(0, 3), matrix(3, 4)).shape == (0, 4)
+    assert torch.equal(product(matrix(2, 0), matrix(0, 4)), torch.zeros(2, 4))
+    assert linear(matrix(2, 0, 3), matrix(4, 3)).shape == (2, 0, 4)
+
+
+def values_and_gradients(function, x, weight, bias):
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+    y = function(*leaves)
+    return y, *torch.autograd.grad(y.float().square().sum(), leaves)
+
+
+def test_linear_and_its_gradients(route):
+    given = matrix(2, 9, 16), matrix(12, 16, seed=1), matrix(12, seed=2)
+    exact = values_and_gradients(F.linear, *(tensor.float() for tensor in given))
+    for mine, true in zip(values_and_gradients(linear, *given), exact, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.float() - true).norm() <= 0.01 * true.norm()
+
+
+def test_linear_under_autocast(route):
+    x, weight, bias = matrix(3, 16, dtype=torch.float32), matrix(12, 16, dtype=torch.float32, seed=1), torch.ones(12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = values_and_gradients(linear, x, weight, bias)
+        expected = values_and_gradients(F.linear, x, weight, bias)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert (mine.float() - theirs.float()).norm() <= 0.01 * theirs.float().norm()
+
+
+def test_same_value_with_and_without_gradient(route):
+    x, weight = matrix(3, 16), matrix(12, 16, seed=1)
+    with torch.no_grad():
+        quiet = linear(x, weight)
+    assert torch.equal(quiet, linear(x, weight.requires_grad_()))
+
+
+def test_compiled_equals_eager(route):
+    torch._dynamo.reset()
+    given = matrix(4, 16), matrix(12, 16, seed=1), matrix(12, seed=2)
+    eager = values_and_gradients(linear, *given)
+    compiled = values_and_gradients(torch.compile(linear, backend="aot_eager", fullgraph=True), *given)
+    for mine, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_module_is_an_ordinary_linear_in_fp32(route):
+    layer = Linear(16, 12, bias=True, std=0.02)
+    x = matrix(3, 16, dtype=torch.float32)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_two_threads_of_python_may_multiply_at_once(route):
+    from concurrent.futures import ThreadPoolExecutor
+
+    a, b = matrix(64, 64), matrix(64, 64, seed=1)
+    expected = product(a, b)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: product(a, b), range(20)))
+    assert all(torch.equal(one, expected) for one in found)
