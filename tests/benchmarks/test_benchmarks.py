@@ -1,0 +1,60 @@
+"""The benchmarks run, and time equal work: on shapes so small that the figures mean nothing."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tests.benchmarks import bench_decode, bench_gptq, bench_lightning, bench_training
+from tests.benchmarks.shapes import Shape
+from tests.benchmarks.timing import fastest, rate_row, table, take_turns
+
+TINY = Shape(layers=1, width=32, heads=2, kv_heads=2, feedforward=48, vocabulary=64, context=32)
+
+
+def test_training_covers_both_precisions():
+    rows = bench_training.run(bench_training.Training(TINY, rows=2, length=16, rounds=1, compiled=False))
+    assert {row.case for row in rows if row.ratio} == {"core, bf16", "core, fp32"}
+    assert all(row.value > 0 for row in rows)
+    assert "core, bf16" in table(rows)
+
+
+def test_both_models_start_with_the_same_loss_on_the_same_weights():
+    core, peer = bench_decode.both(TINY, torch.float32)
+    tokens = torch.randint(TINY.vocabulary, (2, 17))
+    mine = core(tokens[:, :-1], targets=tokens[:, 1:]).loss
+    theirs = peer(input_ids=tokens, labels=tokens).loss
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_both_decoders_produce_the_same_tokens():
+    core, peer = bench_decode.both(TINY, torch.float32)
+    prompts = torch.randint(1, TINY.vocabulary, (3, 5))
+    assert bench_decode.ours(core, prompts, 8) == bench_decode.theirs(peer, prompts, 8)
+
+
+def test_trainer_and_bare_loop_are_timed():
+    settings = bench_lightning.Overhead(TINY, rows=2, length=16, steps=2, rounds=1, compiled=False)
+    rows = bench_lightning.run(settings)
+    assert [row.ratio is not None for row in rows] == [False, True, True]
+
+
+def test_gptq_and_kernels_are_timed():
+    rows = bench_gptq.run(
+        bench_gptq.Quantizing(TINY, samples=4, length=16, size=64, batches=(1,), rounds=1, kernel_rounds=1, repeats=1)
+    )
+    assert {row.benchmark for row in rows} == {"gptq", "kernels"}
+
+
+def test_cases_take_turns_in_both_orders():
+    order = []
+    cases = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = take_turns("test", cases, rounds=2, warmup=1)
+    assert "".join(order) == "ab" + "ab" + "ba"
+    assert [len(times) for times in seconds.values()] == [2, 2]
+
+
+def test_rate_and_ratio():
+    seconds = {"slow": [4.0] * 7, "quick": [2.0] * 7}
+    row = rate_row("test", "quick", seconds, 8, "tokens/s", peer=fastest(seconds, ["slow"]))
+    assert (row.value, row.ratio, row.ratio_low, row.ratio_high) == (4.0, 2.0, 2.0, 2.0)
