@@ -30,12 +30,9 @@ VARIANTS = {
     "plain": {},
     "untied": {"head": "untied"},
     "learned": {"position": "learned", "norm": {"kind": "layer", "position": "sandwich"}},
-    "mlp": {
-        "feedforward": {"kind": "mlp", "width": 20},
-        "order": "parallel",
-        "norm": {"kind": "rms", "position": "post"},
-    },
+    "mlp": {"feedforward": {"kind": "mlp", "width": 20}, "norm": {"kind": "rms", "position": "post"}},
     "sub-layers": {"order": "sfsf", "depth": 2},
+    "parallel": {"order": "parallel"},
     "attention only": {"order": "sssf", "depth": 2},
 }
 
