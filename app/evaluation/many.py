@@ -101,8 +101,8 @@ def notes(entries: Sequence[Entry]) -> list[str]:
     found = []
     if len({entry.report["time"] for entry in entries if "speed" in entry.block}) > 1:
         found.append(
-            "Each report timed its two models in turns in one process. Between reports the machine may have changed its "
-            "pace: trust the speed change of a step more than the difference of two rates from two reports."
+            "Each report timed its two models in turns in one process. Between reports the machine may have changed "
+            "its pace: trust the speed change of a step more than the difference of two rates from two reports."
         )
     formats = sorted({entry.block["speed"]["dtype"] for entry in entries if "speed" in entry.block})
     if len(formats) > 1:

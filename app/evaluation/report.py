@@ -222,7 +222,7 @@ def protocol(report: dict) -> list[tuple[str, str]]:
             "the median of the rounds' ratios with its 95% interval between order statistics"
         )
         rows.append(("Speed", text))
-        rows.append(("Peak memory", "the weights as held, plus the most that a round added to the memory in use"))
+        rows.append(("Peak memory", "the weights as held, plus the most that torch's allocator added in a round"))
         formats = dict.fromkeys(report[side]["speed"]["dtype"] for side in ("before", "after"))
         rows.append(("Machine", f"{speed['device']}, {speed['threads']} threads, {' → '.join(formats)}"))
     return rows

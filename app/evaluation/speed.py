@@ -6,16 +6,17 @@ A figure is the median over the rounds; a change is the median of the ratios of 
 beyond the noise only where that interval leaves out 1.
 """
 
-import gc
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate, islice
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from app.evaluation.environment import device_name
 from app.evaluation.intervals import ratio_of_rounds
@@ -71,31 +72,29 @@ def run_round(model: Transformer, prompt: list[int], new_tokens: int) -> Round:
     return Round(steps[0], tuple(steps[1:]))
 
 
-def peak_rise(model: Transformer, prompt: list[int], new_tokens: int) -> int | None:
-    """Bytes by which one round lifts the memory in use above its level just before; None where it cannot be seen.
+def peak_rise(model: Transformer, prompt: list[int], new_tokens: int) -> int:
+    """The most bytes that torch's allocator holds beyond what it held before, while a round begins.
 
-    CUDA: the allocator's own peak. CPU: the peak resident set, which Linux lets a process reset in /proc/self.
+    The cache has its whole size from the first step, so two steps see the peak. CUDA: the allocator's own record; CPU:
+    the allocations and releases that the profiler saw, added up in their order.
     """
     device = device_of(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         level = torch.cuda.memory_allocated(device)
-        run_round(model, prompt, new_tokens)
+        begin(model, prompt, new_tokens)
         return torch.cuda.max_memory_allocated(device) - level
-    try:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-        level = resident("VmRSS")
-        run_round(model, prompt, new_tokens)
-        return max(0, resident("VmHWM") - level)
-    except OSError:
-        return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on stderr that it starts and stops
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        begin(model, prompt, new_tokens)
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(0, *accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
-def resident(field: str) -> int:
-    """A memory figure of this process in bytes, from /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+def begin(model: Transformer, prompt: list[int], new_tokens: int) -> None:
+    """The first two steps of a round."""
+    for _ in islice(stream(model, [prompt], max_new_tokens=new_tokens), 2):
+        pass
 
 
 def measure_speeds(
@@ -113,7 +112,7 @@ def measure_speeds(
         protocol: `STANDARD` within the shortest context of the models when None.
         progress: called with (rounds done, rounds in all).
 
-    `peak_memory_bytes` is `memory_bytes` of the weights plus the most that a round added to the memory in use.
+    `peak_memory_bytes` is `memory_bytes` of the weights plus the most that a round added to it (`peak_rise`).
     """
     protocol = (protocol or STANDARD).fitted(min(model.config.context for model in models))
     prompt = (list(prompt) * (1 + protocol.prompt_tokens // max(1, len(prompt))))[: protocol.prompt_tokens]
@@ -145,7 +144,7 @@ def summary(model: Transformer, prompt: list[int], protocol: SpeedProtocol, roun
         **{name: statistics.median(values) for name, values in series.items()},
         "first_token_ms": 1000 * statistics.median(one.first for one in rounds),
         "per_token_ms": {"p50": float(np.percentile(further, 50)), "p95": float(np.percentile(further, 95))},
-        "peak_memory_bytes": None if rise is None else weights + rise,
+        "peak_memory_bytes": weights + rise,
         "flops_per_token": model.flops_per_token(protocol.prompt_tokens + protocol.new_tokens),
         "device": device_name(device),
         "threads": torch.get_num_threads(),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from evaluation_cases import QUICK, shifted, tiny
+from evaluation_cases import QUICK, VOCABULARY, shifted, tiny
 from torch import nn
 
 from app.evaluation import speed as speed_module
@@ -156,3 +156,13 @@ def test_the_protocol_fits_every_context(context):
     assert fitted.prompt_tokens >= 1
     assert fitted.new_tokens >= 2
     assert fitted.prompt_tokens + fitted.new_tokens <= max(context, 3)
+
+
+def test_peak_memory_holds_the_cache_and_the_activations_of_the_prompt():
+    """A lower bound that is known exactly: keys and values of every layer at full capacity; and no wild excess."""
+    model = tiny(context=4096)
+    cache = 2 * 2 * 8 * (1000 + 24) * 4  # layers, keys and values, width of one kv head, tokens, bytes
+    rise = speed_module.peak_rise(model, [1] * 1000, 24)
+    logits, scores = 4 * VOCABULARY, 4 * 2 * 1000 * 1024
+    assert cache < rise < cache + 4 * scores + logits + 1000 * 16 * 4 * 50
+    assert speed_module.peak_rise(model, [1] * 1000, 24) == rise  # counted, not sampled
