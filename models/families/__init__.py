@@ -50,9 +50,9 @@ def import_folder(
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     values = read_json(inside(folder, CONFIG))
-    model_type = values.get("model_type")
+    model_type = str(values.get("model_type"))
     if model_type not in FAMILIES:
-        hint = did_you_mean(str(model_type), FAMILIES)
+        hint = did_you_mean(model_type, FAMILIES)
         raise UserError(f"{folder / CONFIG}: model_type {model_type!r} is not supported{hint}")
     for key, what in (("quantization_config", "quantized weights"), ("auto_map", "its own code, which is never run")):
         if values.get(key):

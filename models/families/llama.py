@@ -11,7 +11,7 @@ from typing import Any
 from models.attention import Full
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
-from models.families.uniform import common, flag, integer, number
+from models.families.uniform import common, flag, integer, number, word
 from models.feedforward import Swiglu
 from models.norms import Rms
 from models.positions import Rope
@@ -33,12 +33,12 @@ class Llama:
 
     def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
         context = integer(values, "max_position_embeddings", 2048 if self.model_type == "llama" else 131072)
-        window = values.get("sliding_window")
-        if self.model_type == "mistral" and window is not None and window < context:
+        window = integer(values, "sliding_window", context)
+        if self.model_type == "mistral" and window < context:
             raise UserError(f"sliding_window {window} is shorter than max_position_embeddings {context}: not supported")
         width, heads = integer(values, "hidden_size"), integer(values, "num_attention_heads")
         attention_bias, mlp_bias = flag(values, "attention_bias"), flag(values, "mlp_bias")
-        activation = values.get("hidden_act") or "silu"
+        activation = word(values, "hidden_act", "silu")
         if activation not in ACTIVATIONS:
             raise UserError(f"hidden_act {activation!r} is not supported (one of: {', '.join(ACTIVATIONS)})")
         attention = Full(
@@ -116,9 +116,9 @@ class Llama:
                 for leaf in ("weight", "bias") if biases["attention_bias"] else ("weight",):
                     names[f"{ours}.attention.{letter}.{leaf}"] = f"{theirs}.self_attn.{letter}_proj.{leaf}"
             names[f"{ours}.feedforward_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
-            for word in ("gate", "up", "down"):
+            for part in ("gate", "up", "down"):
                 for leaf in ("weight", "bias") if biases["mlp_bias"] else ("weight",):
-                    names[f"{ours}.feedforward.{word}.{leaf}"] = f"{theirs}.mlp.{word}_proj.{leaf}"
+                    names[f"{ours}.feedforward.{part}.{leaf}"] = f"{theirs}.mlp.{part}_proj.{leaf}"
         names["norm.weight"] = "model.norm.weight"
         if config.head == "untied":
             names["head.weight"] = "lm_head.weight"
@@ -127,12 +127,14 @@ class Llama:
 
 def read_rope(values: Mapping[str, Any], context: int) -> Rope:
     """RoPE from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (before it)."""
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_parameters must be keys and values, got {rope!r}")
     base = number(rope, "rope_theta", number(values, "rope_theta", 10000.0))
     share = number(rope, "partial_rotary_factor", number(values, "partial_rotary_factor", 1.0))
     if share != 1.0:
         raise UserError(f"partial_rotary_factor {share} is not part of the Llama format")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = word(rope, "rope_type", word(rope, "type", "default"))
     if kind == "default":
         return Rope(base=base)
     if kind == "linear":

@@ -13,8 +13,11 @@ _FREE = ("bias", "out_bias")
 
 
 def integer(values: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> int:
-    """The whole number at `key`; `default` where it is missing or null."""
-    return _typed(values, key, default, (int,), "a whole number")
+    """The whole number above zero at `key`; `default` where it is missing or null."""
+    value = _typed(values, key, default, (int,), "a whole number above zero")
+    if value < 1:
+        raise UserError(f"{key} must be a whole number above zero, got {value}")
+    return value
 
 
 def number(values: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> float:
@@ -25,6 +28,11 @@ def number(values: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> flo
 def flag(values: Mapping[str, Any], key: str, default: Any = False) -> bool:
     """The truth value at `key`; `default` where it is missing or null."""
     return _typed(values, key, default, (bool,), "true or false")
+
+
+def word(values: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> str:
+    """The text at `key`; `default` where it is missing or null."""
+    return _typed(values, key, default, (str,), "a word")
 
 
 def _typed(values: Mapping[str, Any], key: str, default: Any, types: tuple[type, ...], what: str) -> Any:

@@ -277,12 +277,17 @@ def test_what_the_format_cannot_hold_is_refused_with_the_reason(tmp_path, change
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
         ({"auto_map": {"AutoModel": "x.py"}}, "never run"),
-        ({"hidden_size": "48"}, "hidden_size must be a whole number, got '48'"),
+        ({"hidden_size": "48"}, "hidden_size must be a whole number above zero, got '48'"),
         ({"num_hidden_layers": None}, "num_hidden_layers must be a whole number"),
         ({"num_hidden_layers": 4}, r"lack model\.layers\.3"),
         ({"num_hidden_layers": 2}, r"hold model\.layers\.2"),
         ({"intermediate_size": 81}, r"shape \[80, 48\]; config.json calls for \[81, 48\]"),
         ({"num_key_value_heads": 4}, "kv_heads must divide heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number above zero, got 0"),
+        ({"hidden_act": ["silu"]}, r"hidden_act must be a word, got \['silu'\]"),
+        ({"rope_parameters": "linear"}, "rope_parameters must be keys and values, got 'linear'"),
+        ({"model_type": ["llama"]}, "is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope_theta must be a number, got 'big'"),
     ],
 )
 def test_what_cannot_be_imported_is_refused_with_the_reason(tmp_path, change, message):
