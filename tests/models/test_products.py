@@ -107,3 +107,13 @@ def test_two_threads_of_python_may_multiply_at_once(route):
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: product(a, b), range(20)))
     assert all(torch.equal(one, expected) for one in found)
+
+
+def test_attention_trains_in_the_quicker_dtype_only(route):
+    q = matrix(1, 2, 8, 16)
+    assert products.attention_dtype(q) == torch.bfloat16
+    assert products.attention_dtype(q.float().requires_grad_()) == torch.float32
+    q.requires_grad_()
+    assert products.attention_dtype(q) == (torch.float32 if route else torch.bfloat16)
+    with torch.no_grad():
+        assert products.attention_dtype(q) == torch.bfloat16
