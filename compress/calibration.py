@@ -16,7 +16,7 @@ B batch, T tokens of a row, D model width, N tokens, K input channels of a linea
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -194,7 +194,7 @@ class Chain:
         casting = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
         for i, (x, context) in enumerate(zip(self.inputs, self.contexts, strict=True)):
             begin(i)
-            with casting:
+            with casting, suppress(Enough):
                 y = module(_to(x, self.device), _to(context, self.device))  # (B, T, D)
             if keep:
                 self.inputs[i] = y.to(x)
@@ -210,6 +210,10 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
+class Enough(Exception):
+    """Every statistic has had its share of this batch: the rest of the forward would change nothing."""
+
+
 class Observer:
     """Updates statistics from forward pre-hooks; linear maps that read the very same tensor share one statistic."""
 
@@ -217,27 +221,34 @@ class Observer:
         self.types, self.device = types, device
         self.statistics: dict[str, Statistic] = {}
         self.valid: Tensor | None = None
-        self._seen: dict[tuple[int, StatisticType], tuple[Tensor, Statistic]] = {}
+        self._owners: dict[str, str] = {}  # map -> the one that updates its statistic
+        self._seen: dict[tuple[int, StatisticType], tuple[Tensor, str]] = {}
+        self._calls: list[str] = []
+        self._first: list[str] | None = None  # the calls of the first batch, when they have reached every map
 
     def begin(self, valid: Tensor | None) -> None:
         """A new batch: `valid` (B, T) marks its tokens that are not padding; None means all of them."""
-        self.valid = valid
+        if self._first is None and set(self._calls) == set(self.types):
+            self._first = self._calls
+        self.valid, self._calls = valid, []
         self._seen.clear()
 
     def take(self, name: str, x: Tensor) -> None:
-        """The map `name` reads x (B, T, K), or (N, K) where tokens were picked."""
-        kind = self.types[name]
-        held = self._seen.get((id(x), kind))  # the tensor is held with it, so its id cannot be given away
-        if held is not None and self.statistics.setdefault(name, held[1]) is held[1]:
-            return
-        own = self.statistics.get(name)
-        if own is None:
-            own = self.statistics[name] = kind(x.shape[-1], self.device)
-        elif any(statistic is own for _, statistic in self._seen.values()):
-            raise RuntimeError(f"{name} shares its statistic with a map that now reads another input")
-        self._seen[id(x), kind] = (x, own)
-        whole = self.valid is None or x.shape[:-1] != self.valid.shape
-        own.update(x.flatten(0, -2) if whole else x[self.valid.to(x.device)])  # (N, K)
+        """The map `name` reads x (B, T, K), or (N, K) where tokens were picked. Raises Enough after the last map."""
+        _, owner = self._seen.setdefault((id(x), self.types[name]), (x, name))  # held, so that its id stays its own
+        if self._owners.setdefault(name, owner) == name:
+            if name not in self.statistics:
+                self.statistics[name] = self.types[name](x.shape[-1], self.device)
+            if torch.is_autocast_enabled(x.device.type):  # what the map will compute with
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            whole = self.valid is None or x.shape[:-1] != self.valid.shape
+            self.statistics[name].update(x.flatten(0, -2) if whole else x[self.valid.to(x.device)])  # (N, K)
+        elif self._owners[name] != owner:
+            raise RuntimeError(f"{name} and {self._owners[name]} read one input at first, and two now")
+        self.statistics[name] = self.statistics[self._owners[name]]
+        self._calls.append(name)
+        if self._calls == self._first:
+            raise Enough
 
 
 @contextmanager

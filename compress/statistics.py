@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from models import products
+
 
 @runtime_checkable
 class Statistic(Protocol):
@@ -38,19 +40,26 @@ class Hessian:
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.tokens = 0
-        self.sum = torch.zeros(width, width, device=device)  # (K, K) fp32
+        self.sum = torch.zeros(width, width, device=device)  # (K, K) fp32, its blocks on and above the diagonal
+        self.block = min(256, -(-width // 2))
 
     def update(self, x: Tensor) -> None:
-        x = x.float()  # (N, K)
-        self.sum.addmm_(x.T, x)
         self.tokens += x.shape[0]
+        if x.dtype == torch.bfloat16 and products.AVAILABLE and x.device.type == "cpu":
+            products.product(x.T, x, out=self.sum, accumulate=True)
+            return
+        x = x.float()  # (N, K)
+        for start in range(0, x.shape[1], self.block):
+            end = start + self.block
+            self.sum[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
 
     def finite(self) -> bool:
         return bool(self.sum.diagonal().isfinite().all())
 
     def matrix(self) -> Tensor:
         """E[x x'] (K, K) fp32; zeros before the first token."""
-        return self.sum / max(1, self.tokens)
+        upper = self.sum.triu()
+        return (upper + upper.triu(1).T).div_(max(1, self.tokens))
 
 
 class InputNorm:

@@ -15,13 +15,13 @@ N outputs (or vocabulary), K inputs (or width), G groups a row.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.quantization.grid import IntFormat, Quantized, dequantize
 from compress.quantization.kernels import Choice, Held, Kernel, choose
 from compress.quantization.storage import pack, packed_bytes, unpack
 from models.errors import UserError
+from models.products import linear
 
 
 class PackedInt(nn.Module):
@@ -96,7 +96,7 @@ class PackedInt(nn.Module):
         if kernel is not None and kernel is not self.kernel:
             self._repack(kernel)
         if kernel is None:
-            return F.linear(x, self._dense(x.dtype))
+            return linear(x, self._dense(x.dtype))
         y = kernel.multiply(x.reshape(batch, self.shape[1]), self.held, self.shape[0])  # (B, N)
         return y.view(*x.shape[:-1], self.shape[0])
 
