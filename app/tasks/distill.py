@@ -194,8 +194,8 @@ class Distillation(LanguageModel):
         super()._report(split)
         count, agreement, divergence = self._sum_over_ranks(torch.stack(self._compared).sum(0))  # (3,)
         self._compared = []
-        self.log(f"{split}/agreement", agreement / count.clamp(min=1))
-        self.log(f"{split}/logit", divergence / count.clamp(min=1))
+        self.log(f"{split}/agreement", agreement / count.clamp(min=1), sync_dist=True)
+        self.log(f"{split}/logit", divergence / count.clamp(min=1), sync_dist=True)
 
 
 def is_model(student: str | Mapping[str, Any]) -> bool:
