@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from models.errors import UserError, did_you_mean
 from recipes.stages import options
@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(str(error), 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except SystemExit as leave:  # argparse's --help, and Lightning's own
+    except SystemExit as leave:  # argparse's --help, and Lightning's end of an interrupted run
+        if isinstance(leave.__context__, KeyboardInterrupt):
+            return _complain("interrupted", 130)
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Exception as error:
         if debug:
@@ -93,8 +95,9 @@ def _run(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         build_parser(name, verb.options).print_help()
         return 0
-    if _take(argv, "--trust"):
-        os.environ["ESPALIER_TRUST"] = "1"
+    trusts = any(field.name == "trust" for field in fields(verb.options))
+    if _take(argv, "--trust") and trusts:  # elsewhere nothing names a class, and there is nothing to trust
+        argv.append("--trust")
     chosen = parse_arguments(name, verb.options, argv)
     return _function(verb)(chosen) or 0
 

@@ -109,7 +109,8 @@ class Distill(Stage[options.Distill]):
         student: Any = chosen.student
         initialization = chosen.initialization or "random"
         if student is None:
-            student = fewer_layers(teacher, chosen.student_layers).to_dict()
+            half = (len(teacher.layers) + 1) // 2
+            student = fewer_layers(teacher, half if chosen.student_layers is None else chosen.student_layers).to_dict()
             initialization = chosen.initialization or "layers"
         auto = "bfloat16" if stored == torch.bfloat16 else "float32"
         return Distillation(

@@ -136,7 +136,7 @@ class Distill(Written, Measure):
         "architecture with --student_layers layers",
         None,
     )
-    student_layers: int | None = option("without --student: how many layers the student has", None)
+    student_layers: int | None = option("without --student: how many layers the student has; default: half", None)
     initialization: Spec = option(
         "of a student that is no model yet: layers copies evenly spaced layers of the teacher, random does not; "
         "default: layers without --student, random with an architecture file",
@@ -239,3 +239,6 @@ class Run(Written):
     recipe: str = positional("a pipeline file: recipes/pipeline/NAME.yaml", "RECIPE")
     model: str | None = option("the model the first stage starts from, where the pipeline does not pretrain one", None)
     device: Device = option("where to run: auto takes the GPU when there is one", "auto")
+    trust: bool = option(
+        "allow a pretraining recipe to name classes other than those of Espalier, torch, Lightning", False
+    )

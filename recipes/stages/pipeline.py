@@ -47,7 +47,7 @@ class Step:
     fingerprint: str
 
 
-def read_pipeline(path: Path, out: Path, model: Path | None, device: str) -> list[Step]:
+def read_pipeline(path: Path, out: Path, model: Path | None, device: str, trust: bool = False) -> list[Step]:
     """Return the steps of a pipeline file.
 
     Args:
@@ -55,6 +55,7 @@ def read_pipeline(path: Path, out: Path, model: Path | None, device: str) -> lis
         out: the folder that the stages' folders go into.
         model: what the first stage starts from, unless it pretrains.
         device: for stages that name none.
+        trust: whether a pretraining recipe may name classes other than those of Espalier, torch and Lightning.
 
     Raises:
         UserError: an unknown key or stage, a stage without a model, a name that is used twice or not known.
@@ -67,7 +68,7 @@ def read_pipeline(path: Path, out: Path, model: Path | None, device: str) -> lis
     common = values.get("common") or {}
     every = {field.name for kind in OPTIONS.values() for field in dataclasses.fields(kind)} - {"out", "overwrite"}
     check_keys(common, every, f"{path}: common")
-    reader = _Reader(path, out, {"device": device} | common, model)
+    reader = _Reader(path, out, {"device": device} | common, model, trust)
     for number, stage in enumerate(stages, start=1):
         reader.add(number, stage)
     return reader.steps
@@ -76,8 +77,8 @@ def read_pipeline(path: Path, out: Path, model: Path | None, device: str) -> lis
 class _Reader:
     """Reads one stage after the other, knowing the folders of those before."""
 
-    def __init__(self, path: Path, out: Path, common: Mapping[str, Any], model: Path | None) -> None:
-        self.path, self.out, self.common = path, out, common
+    def __init__(self, path: Path, out: Path, common: Mapping[str, Any], model: Path | None, trust: bool) -> None:
+        self.path, self.out, self.common, self.trust = path, out, common, trust
         self.steps: list[Step] = []
         self.folders: dict[str, Path] = {}
         self.latest = model
@@ -122,7 +123,7 @@ class _Reader:
             raise UserError(f"{where}: pretrain starts from nothing and can only come first")
         argv = ["-c", str(self._recipe(config, where))]
         argv += [f"--{key}={value}" for key, value in {"device": self.common["device"], **values}.items()]
-        return [*argv, f"--out={out}", "--ckpt_path=last"]
+        return [*argv, *(["--trust"] if self.trust else []), f"--out={out}", "--ckpt_path=last"]
 
     def _options(self, verb: str, values: dict[str, Any], out: Path, where: str) -> Any:
         kind = OPTIONS[verb]

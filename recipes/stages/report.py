@@ -8,6 +8,7 @@ from rich.table import Table
 from app.evaluation import wording
 from app.evaluation.many import write_overview
 from models.files import writing
+from models.folder import CONFIG
 from recipes.stages import options, partial
 from recipes.stages.terminal import out_console, say
 
@@ -16,10 +17,24 @@ def main(chosen: options.Report) -> None:
     """Run `espalier report`."""
     out = Path(chosen.out).expanduser().absolute()
     partial.check_output(out, chosen.overwrite)
+    folders = [Path(folder).expanduser() for folder in chosen.folders]
     with writing(out, overwrite=chosen.overwrite) as target:
-        content = write_overview([Path(folder).expanduser() for folder in chosen.folders], target)
+        content = write_overview(measured(folders), target)
     print_overview(content)
     say(f"written to {out}")
+
+
+def measured(folders: list[Path]) -> list[Path]:
+    """Return the folders that hold a report.
+
+    A freshly trained model has none of its own; it is on the page as the model before the first stage that reports.
+    """
+    without = [folder for folder in folders if (folder / CONFIG).exists() and not (folder / "report.json").exists()]
+    if len(without) == len(folders):
+        return folders  # the page refuses them, and says why
+    for folder in without:
+        say(f"{folder} has no report of its own")
+    return [folder for folder in folders if folder not in without]
 
 
 def print_overview(content: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def main(chosen: options.Run) -> int:
     """
     recipe, out = Path(chosen.recipe), Path(chosen.out).expanduser().absolute()
     model = None if chosen.model is None else Path(chosen.model).expanduser().absolute()
-    steps = read_pipeline(recipe, out, model, chosen.device)
+    steps = read_pipeline(recipe, out, model, chosen.device, chosen.trust)
     finished = prepare(steps, out, chosen.overwrite)
     for number, step in enumerate(steps, start=1):
         if number <= finished:

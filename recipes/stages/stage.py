@@ -6,6 +6,7 @@ it is there. Until then OUT.partial holds what an interrupted run goes on from (
 """
 
 import dataclasses
+import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -38,8 +39,9 @@ class StageOptions(Written, Measure):
 
 Options = TypeVar("Options", bound=StageOptions)
 
-# What changes neither the weights nor the figures, and so may differ when an interrupted run goes on.
-_BESIDE_THE_POINT = ("out", "overwrite", "batch_size", "speed_rounds", "model", "teacher", "student")
+# What changes no weights, or is told by the hash of the weights: it may differ when an interrupted run goes on.
+_PATHS = ("model", "teacher", "student", "out")
+_BESIDE_THE_POINT = (*_PATHS, "overwrite", "batch_size", "speed_rounds")
 
 
 class Stage(ABC, Generic[Options]):
@@ -126,8 +128,12 @@ class Stage(ABC, Generic[Options]):
         )
 
     def recipe(self) -> dict[str, Any]:
-        """Return every option with its value."""
-        return dataclasses.asdict(self.options)
+        """Return every option with its value; paths of models as they are seen from beside the output."""
+        values = dataclasses.asdict(self.options)
+        for key in _PATHS:
+            if values.get(key) and Path(values[key]).expanduser().exists():
+                values[key] = os.path.relpath(Path(values[key]).expanduser(), self.out.parent)
+        return values
 
     def _complete(self, fingerprint: str) -> bool:
         """Whether OUT holds this very result: left by a run that was killed just before it had cleaned up."""

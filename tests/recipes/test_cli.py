@@ -71,7 +71,10 @@ def test_unknown_verb_names_the_nearest(capsys):
         (["quantize"], ["--out and MODEL must be given"]),
         (["quantize", "m", "--out", "o", "--bitz", "3"], ["--bitz", "did you mean '--bits'"]),
         (["quantize", "m", "--out", "o", "--bits", "5"], ["bits must be one of 2, 3, 4, 8, not 5"]),
-        (["quantize", "m", "--out", "o", "--group_size", "x"], ["group_size must be a whole number or one of channel, tensor, not x"]),
+        (
+            ["quantize", "m", "--out", "o", "--group_size", "x"],
+            ["group_size must be a whole number or one of channel, tensor, not x"],
+        ),
         (["quantize", "m", "n", "--out", "o"], ["unrecognized", "n"]),
         (["prune", "m", "--out", "o", "--sparsity", "half"], ["sparsity must be a number, not half"]),
         (["generate", "m"], ["--prompt must be given"]),
