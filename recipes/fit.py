@@ -4,7 +4,9 @@ The command line wins over the recipes, and both win over what a checkpoint hold
 """
 
 import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def main(verb: str, argv: list[str]) -> int:
     Raises:
         UserError: the input is wrong.
     """
+    quieten()
     if not trusting(argv):
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=TRUSTED)
     try:
@@ -73,6 +76,15 @@ class Nothing(Exception):
     """There is nothing left to do; the message says why."""
 
 
+def quieten() -> None:
+    """Leave Lightning's hints and notices out, so that what is said is about the run; its warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # the values are sums over all ranks already
+
+
 @rank_zero_only
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
@@ -83,7 +95,7 @@ class FitCLI(LightningCLI):
 
     def __init__(self, args: ArgsType) -> None:
         self.plan = Plan()
-        loops = {name: {"exit_on_error": False} for name in self.subcommands()}
+        loops = {name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False}
         super().__init__(
             LanguageModel,
             TextData,
@@ -106,8 +118,9 @@ class FitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         verb, *argv = args
         self.parser = parser
-        keys = [action.dest for action in self._subcommand_parsers[verb]._actions]
-        self.config = parser.parse_args([verb, *prepare(verb, argv, keys)])
+        keys = {action.dest.removesuffix(".help") for action in self._subcommand_parsers[verb]._actions}
+        leaves = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+        self.config = parser.parse_args([verb, *prepare(verb, argv, leaves)])
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's values win here, silently."""

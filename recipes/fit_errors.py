@@ -1,13 +1,23 @@
 """What jsonargparse and Lightning say about wrong input, as one sentence each."""
 
+import importlib
+import inspect
+import re
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jsonargparse import ArgumentParser  # noqa: F401
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from models.errors import UserError
+from models.errors import UserError, did_you_mean
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "dict": "keys and values",
+}
 
 
 @contextmanager
@@ -22,5 +32,78 @@ def explained(verb: str) -> Iterator[None]:
 
 
 def sentence(message: str) -> str:
-    """Return what is wrong, where, and what would be right, from a complaint that spans lines and shows Python types."""
-    return " ".join(message.split())
+    """Return what is wrong, where, and what would be right.
+
+    Args:
+        message: a complaint of jsonargparse, which spans lines and shows Python types.
+    """
+    message = " ".join(message.split())
+    found = re.match(r'Parser key "([\w.]+)":', message)
+    key = found[1] if found else "a value"
+    for pattern, explain in _EXPLANATIONS:
+        if match := re.search(pattern, message):
+            return explain(key, message, *match.groups())
+    return message
+
+
+def _denied(key: str, message: str, name: str) -> str:
+    return f"{key} names {name}; only Espalier's, torch's and Lightning's own classes may be named without --trust"
+
+
+def _option(key: str, message: str, class_path: str, option: str) -> str:
+    module, _, name = class_path.rpartition(".")
+    options = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    return f"{key}: {name} has no option '{option}'{did_you_mean(option, options)}"
+
+
+def _option_value(key: str, message: str, class_path: str, option: str, kind: str, value: str) -> str:
+    return _value(f"{key}: {option} of {class_path.rpartition('.')[2]}", message, kind, value)
+
+
+def _value(key: str, message: str, kind: str, value: str) -> str:
+    if choices := re.search(r"Literal\[(.*?)\]", kind):
+        return f"{key} must be one of {choices[1]}, not {value}"
+    names = re.findall(r"<class '([\w.]+)'>", kind)
+    return f"{key} must be {' or '.join(KINDS.get(name, name) for name in names) or kind}, not {value}"
+
+
+def _class(key: str, message: str, name: str) -> str:
+    return f"{key}: there is no '{name}'{did_you_mean(name, _choices(message))}"
+
+
+def _specification(key: str, message: str) -> str:
+    return f"{key} must be {{class_path: NAME, init_args: {{...}}}} with one of: {', '.join(_choices(message))}"
+
+
+def _choices(message: str) -> list[str]:
+    """The names of the classes that the argument takes, from the types in the message."""
+    names = set()
+    for path in re.findall(r"<class '([\w.]+\.[\w.]+)'>|list\[([\w.]+)\]", message):
+        module, _, name = (path[0] or path[1]).rpartition(".")
+        base = getattr(importlib.import_module(module), name, None)
+        names |= {kind.__name__ for kind in _below(base)} if inspect.isclass(base) else set()
+    return sorted(names)
+
+
+def _below(base: type) -> set[type]:
+    direct = {kind for kind in base.__subclasses__() if not kind.__name__.startswith("_")}
+    return direct.union(*(_below(kind) for kind in direct))
+
+
+def _required(key: str, message: str, names: str) -> str:
+    missing = [name.partition(".")[2] or name for name in names.split(", ")]
+    return f"{' and '.join(missing)} must be given, in a recipe (-c FILE) or as --{missing[0]}"
+
+
+_EXPLANATIONS = (
+    (r"Importing '([\w.]+)' is not allowed", _denied),
+    (r"Problem with given class_path '([\w.]+)': Option '(\w+)' is not accepted", _option),
+    (
+        r"Problem with given class_path '([\w.]+)': Parser key \"(\w+)\": Expected an? (.+?)\. Got value: (\S+)",
+        _option_value,
+    ),
+    (r"Expected a dot import path string: (\w+)", _class),
+    (r"Not a valid subclass of \w+", _specification),
+    (r"^Parser key \"[\w.]+\": Expected an? (.+?)\. Got value: (.*)$", _value),
+    (r"the following arguments are required: (.*)$", _required),
+)

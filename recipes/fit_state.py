@@ -20,7 +20,11 @@ from models.errors import UserError
 from models.files import read_json
 
 LIMITS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time")
-NOT_OF_THE_RUN = ("ckpt_path", "out", "overwrite", "config", "weights_only", "trainer.enable_progress_bar")
+NOT_OF_THE_RUN = ("ckpt_path", "out", "overwrite", "config", "weights_only")
+MACHINERY = (  # where and how a run is done and watched: it is the same run on another machine
+    *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.enable_progress_bar"),
+    *("trainer.logger", "trainer.profiler", "data.workers", "data.cache_dir", "metrics", "samples", "checkpoint"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def _overwriting(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str
     """Start anew, unless this very command was killed before and is being repeated."""
     started = read_json(run / RECIPE) if (run / RECIPE).exists() else None
     unfinished = started is not None and not (run / COMPLETE).exists()
-    if unfinished and ckpt_path == "last" and not differences(started, recipe):
+    if unfinished and ckpt_path == "last" and not differences(started, recipe, MACHINERY):
         return Plan(resume=find_checkpoint(ckpt_path, run))
     explicit = ckpt_path not in (None, "last", "best")
     return Plan(resume=find_checkpoint(ckpt_path, run) if explicit else None, fresh=True)
@@ -84,7 +88,7 @@ def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | 
     entries = read_history(out)
     if len(entries) != 1 or entries[0].get("stage") != "pretrain":
         raise UserError(f"{out} already holds something else; name another folder or pass --overwrite")
-    changes = differences(entries[0]["recipe"], recipe)
+    changes = differences(entries[0]["recipe"], recipe, leaving_out=MACHINERY)
     steps = entries[0].get("steps")
     if not changes:
         return Plan(done=f"{out} is complete: {steps} steps. There is nothing to do (--overwrite trains anew).")
@@ -139,12 +143,18 @@ def describe_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any] | No
     return record.get("recipe", {}), content.get("hyper_parameters", {}).get("architecture")
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two recipes differ, dotted, with both values; what does not belong to the run is left out."""
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], leaving_out: tuple[str, ...] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two recipes differ, dotted, with both values.
+
+    Args:
+        before, now: resolved recipes.
+        leaving_out: keys that do not matter, with all below them; where a run reads and writes never does.
+    """
     first, second = flatten(before), flatten(now)
-    keys = [
-        key for key in {**first, **second} if key.partition(".")[0] not in NOT_OF_THE_RUN and key not in NOT_OF_THE_RUN
-    ]
+    ignored = (*NOT_OF_THE_RUN, *leaving_out)
+    keys = [key for key in {**first, **second} if not any(f"{key}.".startswith(f"{name}.") for name in ignored)]
     return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
 
 

@@ -20,6 +20,8 @@ class Checkpoints(Checkpoint):
     A new checkpoint has its final name only when it is complete, and older ones go only after that: whenever the run is
     killed, the newest `step-N.ckpt` is whole. This holds for files and for the folders of sharded checkpoints.
 
+    Where a validation falls on the same step, the checkpoint comes after it.
+
     Args:
         every_n_steps: optimizer steps between two checkpoints.
         keep: how many of the newest `step-N.ckpt` stay.
@@ -52,12 +54,18 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0 and not _validates_now(trainer):
             self._save_step(trainer)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.monitor is None or trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        if self.monitor is not None:
+            self._save_best(trainer)
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save_step(trainer)
+
+    def _save_best(self, trainer: Trainer) -> None:
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
             raise UserError(
@@ -97,6 +105,12 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
+
+
+def _validates_now(trainer: Trainer) -> bool:
+    """Whether a validation follows this batch. A checkpoint before it would make a resumed run leave it out."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def checkpoints_in(folder: Path, kind: str = "step") -> list[Path]:

@@ -82,14 +82,27 @@ def _joined(folder: Path) -> dict[str, Any]:
     checkpoint = _load_distributed_checkpoint(folder)
     optimizers = []
     while f"optimizer_{len(optimizers)}" in checkpoint:
-        optimizers.append(_numbered(checkpoint.pop(f"optimizer_{len(optimizers)}")))
+        optimizers.append(numbered(checkpoint.pop(f"optimizer_{len(optimizers)}")))
     if optimizers:
         checkpoint["optimizer_states"] = optimizers
     return checkpoint
 
 
-def _numbered(state: dict[str, Any]) -> dict[str, Any]:
+def numbered(state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state dict by parameter name as one by number, as `Optimizer.load_state_dict` wants it."""
     numbers = {name: i for i, name in enumerate(name for group in state["param_groups"] for name in group["params"])}
-    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": {numbers[name]: values for name, values in state["state"].items()}, "param_groups": groups}
+    return _renamed(state, numbers)
+
+
+def named(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """An optimizer's state dict by number as one by parameter name; `names` in the order of the parameter groups.
+
+    Lightning and torch take the order of `model.named_parameters()` for this, which is another one as soon as
+    parameters are grouped, and then give the moments of one weight to another.
+    """
+    return _renamed(state, dict(enumerate(names)))
+
+
+def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    groups = [{**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[key]: values for key, values in state["state"].items()}, "param_groups": groups}

@@ -9,9 +9,16 @@ import torch
 from lightning.fabric.strategies.model_parallel import _distributed_checkpoint_save
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
 
-from app.strategies.checkpoint_io import METADATA, appearing_whole
+from app.strategies.checkpoint_io import METADATA, appearing_whole, named, numbered, read_checkpoint
 
 
 class FSDP2(ModelParallelStrategy):
@@ -66,6 +73,28 @@ class FSDP2(ModelParallelStrategy):
         finally:
             for module in sharded:
                 module.set_requires_gradient_sync(True, recurse=False)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state: shards by parameter name, or on rank 0 all of it by number."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # from LightningOptimizer
+        whole = not self._save_distributed_checkpoint
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        return numbered(state) if whole and self.global_rank == 0 else state
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load shards, or a file that any other strategy wrote, of which every rank takes its part."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only=True)
+        checkpoint = read_checkpoint(path)
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+            set_optimizer_state_dict(self.model, optimizer, named(state, order), options=options)
+        return checkpoint
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
