@@ -131,7 +131,7 @@ class Stage(ABC, Generic[Options]):
         """Return every option with its value; paths of models as they are seen from beside the output."""
         values = dataclasses.asdict(self.options)
         for key in _PATHS:
-            if values.get(key) and Path(values[key]).expanduser().exists():
+            if values.get(key) and (key == "out" or Path(values[key]).expanduser().exists()):
                 values[key] = os.path.relpath(Path(values[key]).expanduser(), self.out.parent)
         return values
 
@@ -180,7 +180,7 @@ class Stage(ABC, Generic[Options]):
                 title=self.title(),
                 stage=self.verb,
                 recipe=self.recipe(),
-                history=entries,
+                history=[{key: past.get(key) for key in ("stage", "title", "time", "seed")} for past in entries],
                 data=text.describe(),
                 seed=self.options.seed,
                 seconds=seconds,

@@ -1,5 +1,6 @@
 """`espalier run`: stages in a row, resumed after the last finished one."""
 
+import itertools
 import json
 
 import pytest
@@ -151,3 +152,51 @@ def test_output_that_holds_something_else(teacher, refused, tmp_path):
     (out / "precious.txt").write_text("mine")
     refused("run", recipe, "--model", teacher, "--out", out, words=["already holds something", "--overwrite"])
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
+
+
+PRETRAIN = """
+seed_everything: 0
+model:
+  architecture:
+    width: 32
+    depth: 4
+    attention: {kind: full, heads: 4, kv_heads: 2}
+    feedforward: {kind: swiglu, width: 64}
+  optimizer: {class_path: AdamW, init_args: {lr: 5.0e-3}}
+data: {source: synthetic, sequence_length: 64, batch_size: 16, vocab_size: 320}
+trainer: {max_steps: 60, accelerator: cpu, devices: 1, limit_val_batches: 0}
+checkpoint: {monitor: null}
+"""
+
+
+def test_from_nothing_to_a_small_model_with_its_report(espalier, tmp_path):
+    """Pretrain, distil, prune, recover, quantize: everything that `make pipeline` does, on a tiny model."""
+    (tmp_path / "tiny.yaml").write_text(PRETRAIN)
+    distill = {"stage": "distill", "max_steps": 30, "train_batch_size": 16, "warmup_steps": 2, "learning_rate": 3e-3}
+    stages = [
+        {"stage": "pretrain", "name": "teacher", "config": "tiny.yaml"},
+        distill | {"name": "student", "student_layers": 2},
+        {"stage": "prune", "name": "narrow", "method": "structured", "ratio": 0.25, "round_to": 8},
+        distill | {"name": "recovered", "teacher": "@teacher", "student": "@narrow", "max_steps": 15},
+        {"stage": "quantize", "name": "quantized", "group_size": 16, "embedding_bits": 8},
+    ]
+    recipe, out = write(tmp_path / "tiny-pipeline.yaml", stages, speed_rounds=3), tmp_path / "out"
+    status, output = espalier("run", recipe, "--out", out, "--device", "cpu", "--debug")
+    assert status == 0, output.err
+    report = json.loads((out / "report.json").read_text())
+    names = ["01-teacher", "02-student", "03-narrow", "04-recovered", "05-quantized"]
+    assert [model["name"] for model in report["models"]] == names
+    perplexity = {model["name"]: model["quality"]["perplexity"] for model in report["models"]}
+    unigram, untrained = (report["baselines"][name]["perplexity"] for name in ("unigram", "untrained"))
+    assert perplexity["01-teacher"] < unigram < untrained
+    assert perplexity["04-recovered"] < perplexity["03-narrow"]
+    overall = json.loads((out / "overall" / "report.json").read_text())
+    assert overall["change"]["size"]["stored_bytes"]["ratio"] < 0.25
+    assert overall["change"]["speed"]["decode_tokens_per_second"]["ratio"] > 0
+    history = json.loads((out / "model" / "history.json").read_text())["stages"]
+    assert [entry["stage"] for entry in history] == ["pretrain", "distill", "prune", "distill", "quantize"]
+    for before, after in itertools.pairwise(history):
+        assert after["parents"]["model"] == before["weights"]
+    assert str(tmp_path) not in (out / "model" / "report.json").read_text()
+    for name in ("report.html", "report.md", "overall/report.html", "model/README.md"):
+        assert (out / name).stat().st_size > 500
