@@ -19,7 +19,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 need-%:
-	@[ -n "$($*)" ] || { echo "make: name a folder with $*=, for example $*=$(RUNS)/pretrained" >&2; exit 2; }
+	@[ -n "$($*)" ] || { echo "make: name a folder with $*=, for example $*=$(RUNS)/quickstart" >&2; exit 2; }
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; name a Python >= 3.11: make PYTHON=..." >&2; exit 2; }
@@ -30,8 +30,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## create .venv and install Espalier with the versions that were tested
 
-pretrain: $(STAMP)  ## pretrain a model, or go on: RECIPE=recipes/pretrain/quickstart.yaml, OUT=runs/pretrained, DATA=, ARGS=
-	$(ESPALIER) fit -c $(or $(RECIPE),recipes/pretrain/quickstart.yaml) --out $(or $(OUT),$(RUNS)/pretrained) --ckpt_path last $(data) $(ARGS)
+pretrain: $(STAMP)  ## pretrain a model, or go on: RECIPE=recipes/pretrain/quickstart.yaml, OUT=runs/quickstart, DATA=, ARGS=
+	$(ESPALIER) fit -c $(or $(RECIPE),recipes/pretrain/quickstart.yaml) $(if $(OUT),--out $(OUT)) --ckpt_path last $(data) $(ARGS)
 
 quantize: need-MODEL $(STAMP)  ## store weights in fewer bits: MODEL=, RECIPE=recipes/quantize/gptq-4.yaml, OUT=, DATA=, ARGS=
 	$(ESPALIER) quantize $(MODEL) -c $(or $(RECIPE),recipes/quantize/gptq-4.yaml) --out $(or $(OUT),$(RUNS)/quantized) $(data) $(ARGS)
