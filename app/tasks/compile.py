@@ -33,17 +33,18 @@ class CompileBlocks(Compile):
     Args:
         mode: torch.compile's mode.
         dynamic: whether shapes may vary without a new compilation; None lets torch find out.
+        backend: torch.compile's backend; only `inductor` makes code of its own and needs a compiler.
     """
 
-    def __init__(self, mode: Mode = "default", dynamic: bool | None = False) -> None:
-        self.mode, self.dynamic = mode, dynamic
+    def __init__(self, mode: Mode = "default", dynamic: bool | None = False, backend: str = "inductor") -> None:
+        self.mode, self.dynamic, self.backend = mode, dynamic, backend
 
     def apply(self, model: nn.Module) -> None:
-        if not _has_compiler():
+        if self.backend == "inductor" and not _has_compiler():
             rank_zero_warn("There is no C++ compiler here (g++ or clang++), so the blocks run without torch.compile.")
             return
         for block in model.blocks:
-            block.compile(mode=self.mode, dynamic=self.dynamic)
+            block.compile(mode=self.mode, dynamic=self.dynamic, backend=self.backend)
 
     def evaluating(self, device: torch.device) -> AbstractContextManager:
         return torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
