@@ -66,7 +66,12 @@ class Written:
 
 
 @dataclass(kw_only=True)
-class Quantize(Written, Measure):
+class StageOptions(Written, Measure):
+    """What every stage that makes a model smaller can be told."""
+
+
+@dataclass(kw_only=True)
+class Quantize(StageOptions):
     """Store the weights in fewer bits, and report what that cost."""
 
     model: str = positional(MODEL, "MODEL")
@@ -94,7 +99,7 @@ class Quantize(Written, Measure):
 
 
 @dataclass(kw_only=True)
-class Prune(Written, Measure):
+class Prune(StageOptions):
     """Take weights, neurons or heads away, and report what that cost."""
 
     model: str = positional(MODEL, "MODEL")
@@ -127,7 +132,7 @@ class Prune(Written, Measure):
 
 
 @dataclass(kw_only=True)
-class Distill(Written, Measure):
+class Distill(StageOptions):
     """Train a student on what a teacher predicts, and report what that won."""
 
     teacher: str = option(f"the model to learn from: {MODEL}")

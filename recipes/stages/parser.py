@@ -25,7 +25,8 @@ def build_parser(verb: str, options: type, *, partial: bool = False) -> jsonargp
         prog=f"espalier {verb}", description=options.__doc__, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("-c", "--config", action="config", help="recipe (YAML); several merge from left to right")
-    for field in dataclasses.fields(options):
+    own = options.__annotations__  # what this verb alone has comes first in its help, what verbs share after that
+    for field in sorted(dataclasses.fields(options), key=lambda field: field.name not in own):
         if partial:
             parser.add_argument(f"--{field.name}", type=field.type | None, default=None)
         elif "metavar" in field.metadata:

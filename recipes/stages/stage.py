@@ -28,14 +28,9 @@ from models.errors import UserError
 from models.files import read_json, writing
 from models.transformer import Transformer
 from recipes.stages import partial
-from recipes.stages.options import Measure, Written
+from recipes.stages.options import StageOptions
 from recipes.stages.terminal import Bars, print_summary, say
 from recipes.stages.text import Text, speed_protocol
-
-
-class StageOptions(Written, Measure):
-    """What every stage can be told."""
-
 
 Options = TypeVar("Options", bound=StageOptions)
 
