@@ -68,7 +68,7 @@ def test_unknown_verb_names_the_nearest(capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["quantize"], ["--out and MODEL must be given"]),
+        (["quantize"], ["MODEL and --out must be given"]),
         (["quantize", "m", "--out", "o", "--bitz", "3"], ["--bitz", "did you mean '--bits'"]),
         (["quantize", "m", "--out", "o", "--bits", "5"], ["bits must be one of 2, 3, 4, 8, not 5"]),
         (
