@@ -99,8 +99,6 @@ class Distill(Stage[options.Distill]):
         )
         resume = newest_checkpoint(state / CHECKPOINTS)
         self.trainer(state).fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-        if module.initialized.get("blocks"):
-            say(f"the student began with layers {[pair[1] for pair in module.initialized['blocks']]} of the teacher")
         return module.model.to(stored).eval().requires_grad_(False), []
 
     def task(self, teacher: ModelConfig, stored: torch.dtype) -> Distillation:
@@ -112,6 +110,7 @@ class Distill(Stage[options.Distill]):
             half = (len(teacher.layers) + 1) // 2
             student = fewer_layers(teacher, half if chosen.student_layers is None else chosen.student_layers).to_dict()
             initialization = chosen.initialization or "layers"
+            say(f"the student has {len(student['layers'])} of the teacher's {len(teacher.layers)} layers")
         auto = "bfloat16" if stored == torch.bfloat16 else "float32"
         return Distillation(
             teacher=chosen.teacher,

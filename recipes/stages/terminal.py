@@ -20,12 +20,13 @@ from compress.calibration import Progress, parts_of
 
 console = Console(stderr=True, highlight=False)
 LINE_EVERY = 10.0  # seconds between two lines of a log
+LOG_WIDTH = 120  # columns of a table in a log
 
 
 def out_console() -> Console:
     """The console of the command's own output, as wide as a table needs where that is no terminal."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    return console if console.is_terminal else Console(highlight=False, width=LOG_WIDTH)
 
 
 def say(message: str) -> None:
@@ -83,6 +84,8 @@ class Bars:
     def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None:
         """Show that `done` of `total` steps of a phase are finished; `detail` names the latest."""
         now = time.monotonic()
+        if phase not in self._started:
+            self._last_line = now  # the first line when there is a rate to tell
         started = self._started.setdefault(phase, now)
         if console.is_terminal:
             if phase not in self._tasks:
@@ -110,6 +113,6 @@ def print_summary(report: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(row.label, row.before, row.after, row.change, row.interval)
         table.add_section()
-    console.print(table)
+    console.print(table, width=None if console.is_terminal else LOG_WIDTH)
     for sentence in report["verdict"]:
         say(sentence["text"])
