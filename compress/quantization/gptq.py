@@ -12,6 +12,8 @@ N rows (outputs), K columns (inputs).
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -35,6 +37,7 @@ from compress.statistics import Hessian, Statistic, StatisticType
 from models.errors import UserError
 
 BLOCK = 128
+SMALL_BLOCK = 1 << 20  # elements
 DAMPING_GROWTH, MOST_DAMPING = 10.0, 10.0
 
 
@@ -180,21 +183,37 @@ def solve(
     codes = torch.empty_like(columns)
     for start, end in _blocks(width, group, static):
         errors = torch.empty_like(columns[start:end])  # (block, N)
-        for i, g in zip(range(start, end), member[start:end].tolist(), strict=True):
-            if not static and i % group == 0:
-                values = columns[i : i + group] if free is None else columns[i : i + group] * free[i : i + group]
-                grids[0, g], grids[1, g] = fit(values.T, format, clip)
-            s, z = grids[0, g], grids[1, g]  # (N,)
-            code = encode(columns[i], s, z, format)
-            if free is not None:
-                code = torch.where(free[i] > 0, code, z)
-            codes[i] = code
-            error = torch.div(columns[i] - (code - z).mul_(s), upper[i, i], out=errors[i - start])
-            columns[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+        with _few_threads(errors.numel()):
+            for i, g in zip(range(start, end), member[start:end].tolist(), strict=True):
+                if not static and i % group == 0:
+                    values = columns[i : i + group] if free is None else columns[i : i + group] * free[i : i + group]
+                    grids[0, g], grids[1, g] = fit(values.T, format, clip)
+                s, z = grids[0, g], grids[1, g]  # (N,)
+                code = encode(columns[i], s, z, format)
+                if free is not None:
+                    code = torch.where(free[i] > 0, code, z)
+                codes[i] = code
+                error = torch.div(columns[i] - (code - z).mul_(s), upper[i, i], out=errors[i - start])
+                columns[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
         columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     if factor.order is not None:
         codes = codes[factor.order.argsort()]
     return Quantized(*stored(codes.T.contiguous(), grids[0].T, grids[1].T, format), format)
+
+
+@contextmanager
+def _few_threads(elements: int) -> Iterator[None]:
+    """One thread for the thousands of short operations on the columns of a block of `elements`, if that is small.
+
+    Each would be split among the threads and wait for the slowest: on a machine that is busy with other work that wait
+    is many times longer than the operation.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if elements < SMALL_BLOCK else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _blocks(width: int, group: int, static: bool) -> list[tuple[int, int]]:
