@@ -71,7 +71,8 @@ class StructuredPruning:
         if child == "down" and "neurons" in self.cut.ratios:
             return self.importance.neuron_statistic() or mean
         if child == "o" and self.cut.ratios.keys() & {"heads", "groups"}:
-            return self.importance.head_statistic(self.model.get_submodule(parent)) or mean
+            attention = self.model.get_submodule(parent)
+            return self.importance.head_statistic(attention) or mean if isinstance(attention, FullAttention) else None
         return None
 
     def scores(self, part: Part) -> dict[str, Tensor]:
@@ -97,7 +98,7 @@ class StructuredPruning:
                 for name, m in part.linears.items()
             ]
         else:
-            before = {name: _Before(part.model, name) for name in part.linears}
+            before = {name: _Figures(part.model, name) for name in part.linears}
             notes = self._cut(part)
             seconds = (time.perf_counter() - started) / max(1, len(before))
             keep = self.keep[part.index]
@@ -131,7 +132,7 @@ class StructuredPruning:
         had = linear.bias is not None
         if not had and self.cut.compensation == "existing":
             return []
-        surgery.compensate(linear, removed, statistic.mean(), add=True)
+        surgery.compensate(linear, removed, statistic.mean())
         return [] if had else [f"{child}: a bias was added"]
 
     def _adopt(self, part: Part, state: dict[str, Tensor]) -> None:
@@ -159,10 +160,10 @@ class StructuredPruning:
             return {**asked, "targets": sorted(self.cut.ratios)}
         return {**asked, "targets": sorted(self.cut.ratios), "ratio": ratio}
 
-    def _record(self, model: nn.Module, keep: Keep, old: "_Before", notes: list[str], seconds: float) -> LayerRecord:
+    def _record(self, model: nn.Module, keep: Keep, old: "_Figures", notes: list[str], seconds: float) -> LayerRecord:
         ratio = self.cut.expected(old.unit) if old.unit else None
         requested = self._requested(ratio)
-        new = _Before(model, old.name)
+        new = _Figures(model, old.name)
         if ratio is None or (old.unit == "heads" and keep.heads is None and keep.groups is None):
             return LayerRecord.skip(old.name, old.shape, self._reason(old), requested)
         achieved: dict[str, Any] = {"ratio": 1.0 - new.count / old.count, old.unit: [old.count, new.count]}
@@ -177,15 +178,15 @@ class StructuredPruning:
         error = max(0.0, 1.0 - new.energy / old.energy) if old.energy else 0.0
         return LayerRecord(old.name, old.shape, requested, achieved, error, seconds, "; ".join(said))
 
-    def _reason(self, old: "_Before") -> str:
+    def _reason(self, old: "_Figures") -> str:
         targets = ", ".join(sorted(self.cut.ratios))
         if old.unit is None:
             return "no neurons, heads or groups that this method knows"
         return f"not a target: {targets} leave {old.unit} of this layer alone"
 
 
-class _Before:
-    """One linear map as it stands: what is compared before and after."""
+class _Figures:
+    """One linear map as it stands, before or after the cut."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         parent, _, child = name.rpartition(".")

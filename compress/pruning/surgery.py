@@ -76,18 +76,15 @@ def _take_rows(linear: nn.Linear, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def compensate(linear: nn.Linear, removed: Tensor, mean: Tensor, add: bool) -> bool:
-    """Let the bias take over the mean of the input channels `removed` (bool, (K,)): b += W[:, j] mean(a_j).
+def compensate(linear: nn.Linear, removed: Tensor, mean: Tensor) -> None:
+    """Let the bias take over the mean (K,) of the input channels `removed` (bool, (K,)): b += W[:, j] mean(a_j).
 
-    Exact when these channels never change. `add` gives the map a bias when it has none. Returns whether it was done.
+    Exact when these channels never change. A map without a bias gets one.
     """
     if linear.bias is None:
-        if not add:
-            return False
         linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
     shift = linear.weight[:, removed].float() @ mean[removed].float()  # (out,)
     linear.bias += shift.to(linear.bias.dtype)
-    return True
 
 
 def shrunk(
