@@ -35,7 +35,7 @@ from app.callbacks.folder import Weights
 from app.data.module import TextData
 from app.strategies import FSDP2, WholeCheckpoints
 from app.tasks.language import LanguageModel
-from models.errors import UserError
+from models.errors import UserError, did_you_mean
 from recipes.fit_arguments import prepare, trusting
 from recipes.fit_errors import explained
 from recipes.fit_state import Plan, describe, describe_checkpoint, differences, find_checkpoint, plan_fit, run_folder
@@ -108,6 +108,7 @@ class FitCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        whole_numbers_first(parser)
         parser.add_argument("--out", type=str | None, default=None, help="folder to write the trained model to")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace what --out holds and train anew")
         parser.add_argument("--weights", type=Weights, default="last", help="which weights --out gets")
@@ -128,6 +129,7 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_device(config.trainer.accelerator)
+        check_strategy(config.trainer.strategy)
         self.recipe = self._plain_recipe()
         out = None if config.out is None else Path(config.out).expanduser()
         self.root = run_folder(out) if out is not None else None
@@ -210,11 +212,29 @@ def write_predictions(batches: list[dict[str, torch.Tensor]]) -> None:
                 print(json.dumps({"documents": documents, "nll": nll, "tokens": tokens}))
 
 
+def whole_numbers_first(parser: LightningArgumentParser) -> None:
+    """Let `limit_val_batches: 1` mean one batch and not all of them.
+
+    Python caches `Optional[Union[int, float]]` together with `Optional[Union[float, int]]`, so which of the two types is
+    tried first depends on what else was imported before.
+    """
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) == int | float | None:
+            action._typehint = int | float | None
+
+
 def check_device(accelerator: Any) -> None:
     """Raise UserError when a GPU is asked for where there is none."""
     if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
         built = "this machine has no usable CUDA device" if torch.version.cuda else "this torch was built without CUDA"
         raise UserError(f"trainer.accelerator is {accelerator}, but {built}; use --device cpu")
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raise UserError for a name that no strategy has."""
+    names = {"auto", *StrategyRegistry.available_strategies()}
+    if isinstance(strategy, str) and strategy not in names:
+        raise UserError(f"trainer.strategy: there is no '{strategy}'{did_you_mean(strategy, names)}")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,8 +1,8 @@
 """The arguments of fit, validate, test and predict before jsonargparse sees them.
 
 Three things are done here because the parser cannot: sub-keys of the architecture on the command line
-(`--model.architecture.width 512`), the flags that mean the same in every verb (`--data`, `--seed`, `--device`, ...), and
-one clear sentence for an unknown key or flag.
+(`--model.architecture.width 512`), the flags that mean the same in every verb (`--data`, `--seed`, `--device`, ...),
+and one clear sentence for an unknown key or flag.
 """
 
 import copy
@@ -59,9 +59,10 @@ def prepare(verb: str, argv: list[str], keys: Iterable[str]) -> list[str]:
             for target in _targets(name, value):
                 rest += [f"--{target}"] if value is None else [f"--{target}={value}"]
     if changes:
-        rest.append(f"--{ARCHITECTURE}={json.dumps(changed(read_architecture(architecture or {}), changes))}")
-    elif architecture is not None:
-        rest.append(f"--{ARCHITECTURE}={architecture if isinstance(architecture, str) else json.dumps(architecture)}")
+        architecture = changed(read_architecture(architecture or {}), changes)
+    if architecture is not None:
+        text = architecture if isinstance(architecture, str) else json.dumps(numbers(architecture))
+        rest.append(f"--{ARCHITECTURE}={text}")
     return [f"--config={path}" for path in recipes] + rest
 
 
@@ -164,3 +165,13 @@ def _plain(value: str | None) -> Any:
         return yaml.safe_load(value or "")
     except yaml.YAMLError:
         return value
+
+
+def numbers(value: Any) -> Any:
+    """Return a value of YAML 1.1, which reads `5e5` as a text, with such texts as numbers."""
+    if isinstance(value, Mapping):
+        return {key: numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [numbers(inner) for inner in value]
+    exponent = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    return float(value) if exponent else value

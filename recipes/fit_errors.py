@@ -29,6 +29,16 @@ def explained(verb: str) -> Iterator[None]:
         raise UserError(f"espalier {verb}: {sentence(str(error))}") from None
     except MisconfigurationException as error:
         raise UserError(f"espalier {verb}: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # the parser wraps what an option object says about its own arguments
+        if (own := _user_error(error)) is None:
+            raise
+        raise UserError(f"espalier {verb}: {own}") from None
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def sentence(message: str) -> str:

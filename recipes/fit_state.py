@@ -94,7 +94,8 @@ def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | 
         return Plan(done=f"{out} is complete: {steps} steps. There is nothing to do (--overwrite trains anew).")
     if any(key not in LIMITS for key in changes):
         raise UserError(
-            f"{out} holds a finished run of another recipe ({describe(changes)}); name another folder or pass --overwrite"
+            f"{out} holds a finished run of another recipe ({describe(changes)}); "
+            "name another folder or pass --overwrite"
         )
     limit = flatten(recipe).get("trainer.max_steps", -1)
     if isinstance(limit, int) and 0 < limit <= steps:

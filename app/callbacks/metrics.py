@@ -22,7 +22,7 @@ class Metrics(Callback):
     """Logs, every so many optimizer steps:
 
         train/loss, train/perplexity, train/bits_per_byte    of the step, over all ranks
-        train/learning_rate, train/grad_norm                 rate of the first group; norm before clipping
+        train/learning_rate, train/grad_norm                 of the first parameter group; norm before clipping
         speed/tokens_per_second, speed/mfu                   over the steps since the last entry, validation left out
         memory/peak_gib                                      of the device, or of the process on CPU
 
@@ -42,8 +42,7 @@ class Metrics(Callback):
         self._paused = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        dtype = module.compute_dtype
-        self.peak, sentence = peak_flops(module.device, dtype)
+        self.peak, sentence = peak_flops(module.device)
         rank_zero_info(sentence)
         log_text(trainer, "mfu", sentence)
 
@@ -78,7 +77,7 @@ class Metrics(Callback):
         values = {
             "train/loss": loss,
             "train/perplexity": math.exp(min(loss, 700.0)),
-            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/learning_rate": figures.learning_rate,
             "train/grad_norm": figures.grad_norm.item(),
             "speed/tokens_per_second": rate,
             "memory/peak_gib": peak_memory(module.device) / GIB,

@@ -13,9 +13,9 @@ class RandomState(Callback):
     """Threads one random stream per rank through the training steps alone, and saves it.
 
     The state is taken after each training batch and put back before the next one. So nothing that happens between two
-    batches (validation, samples, a loader's own draws) can shift it, and a run that stops after any batch and goes on in
-    another process draws the same numbers. On another number of ranks rank 0 keeps its stream; the others start new ones
-    that follow from it.
+    batches (validation, samples, a loader's own draws) can shift it, and a run that stops after any batch and goes on
+    in another process draws the same numbers. On another number of ranks rank 0 keeps its stream; the others start new
+    ones that follow from it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: the recipe in every checkpoint and in TensorBoard, the tokenizer in its folder."""
+"""What a run leaves beside its weights: its recipe, in checkpoints and TensorBoard too, and its tokenizer."""
 
 import shutil
 from pathlib import Path

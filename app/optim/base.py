@@ -55,7 +55,7 @@ def keep_options(optimizer: Optimizer) -> Optimizer:
 
     def restore(loaded: Optimizer) -> None:
         for group, options in zip(loaded.param_groups, chosen, strict=True):
-            group.update(options)
+            group.update(options, **({"initial_lr": options["lr"]} if "initial_lr" in group else {}))
 
     optimizer.register_load_state_dict_post_hook(restore)
     return optimizer

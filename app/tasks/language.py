@@ -30,11 +30,13 @@ class StepFigures(NamedTuple):
         nll: () summed negative log-likelihood, nats, over the step's micro-batches.
         tokens: () number of targets in them.
         grad_norm: () norm of the whole gradient before clipping.
+        learning_rate: of the first parameter group in this step.
     """
 
     nll: Tensor
     tokens: Tensor
     grad_norm: Tensor
+    learning_rate: float
 
 
 class LanguageModel(LightningModule):
@@ -105,8 +107,8 @@ class LanguageModel(LightningModule):
             shapes = [tuple(state[name].shape) if name in state else "absent" for state in (stored, wanted)]
             if shapes[0] != shapes[1]:
                 raise UserError(
-                    f"{checkpoint} holds another architecture: {name} is {shapes[0]} there and {shapes[1]} in the recipe; "
-                    "set model.architecture back, or train anew (--overwrite, or another --out)"
+                    f"{checkpoint} holds another architecture: {name} is {shapes[0]} there and {shapes[1]} in the "
+                    "recipe; set model.architecture back, or train anew (--overwrite, or another --out)"
                 )
 
     def configure_model(self) -> None:
@@ -155,7 +157,7 @@ class LanguageModel(LightningModule):
         everywhere = self._sum_over_ranks(tokens)
         scale = self._unit * self.trainer.accumulate_grad_batches * ranks / everywhere.clamp(min=1)
         norm = scale_and_clip(self.parameters(), scale, gradient_clip_val)
-        self.figures = StepFigures(nll, tokens, norm)
+        self.figures = StepFigures(nll, tokens, norm, optimizer.param_groups[0]["lr"])
         self._window, self.stepped = [], True
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ class LanguageModel(LightningModule):
         self._evaluate(batch)
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
-        """Score a batch: for each row the numbers of its documents (B, 2), its summed NLL in nats and its targets (B,)."""
+        """Score a batch: the numbers of each row's documents (B, 2), its summed NLL in nats (B,), its targets (B,)."""
         targets = batch["targets"]  # (B, T)
         logits = self._without_compiling(batch["tokens"], documents=batch.get("documents")).logits  # (B, T, V)
         nll = torch.nn.functional.cross_entropy(

@@ -1,5 +1,6 @@
 """Optimizers: who decays, who goes through Muon, and that two of them behave as one. Schedules: their closed forms."""
 
+import itertools
 import math
 
 import pytest
@@ -142,7 +143,7 @@ def test_schedules_never_leave_their_bounds(schedule):
     factors = [schedule.factor(step, 50) for step in range(60)]
     assert all(0 <= factor <= 1 for factor in factors)
     assert max(factors) == 1.0
-    assert all(a >= b for a, b in zip(factors[3:], factors[4:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[3:]))
 
 
 def test_the_rate_moves_on_every_step_and_survives_a_checkpoint():

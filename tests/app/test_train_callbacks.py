@@ -1,0 +1,159 @@
+"""What watches a run: the guard, checkpoints, TensorBoard, samples, progress."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_help import fit, language_model, make_trainer, state_hash, text_data
+
+from app.callbacks import NonFiniteLoss, RunProgress, Samples
+from app.callbacks.checkpoints import Checkpoints, checkpoints_in, newest_checkpoint
+from app.callbacks.peaks import DENSE_BF16, device_peak, measured_peak, peak_flops
+from app.callbacks.progress import duration
+from app.tasks.language import LanguageModel
+from models.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+class Breaks(LanguageModel):
+    """Its loss is no number from a step on."""
+
+    def training_step(self, batch, batch_index):
+        loss = super().training_step(batch, batch_index)
+        if self.trainer.global_step < 6:
+            return loss
+        nll, count = self._window.pop()
+        self._window.append((nll * float("nan"), count))
+        return loss * float("nan")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, cache):
+    template = language_model()
+    model = Breaks(template.architecture, template.optimizer, template.schedule)
+    with pytest.raises(NonFiniteLoss) as caught:
+        fit(make_trainer(tmp_path / "run", every=3), model, text_data(cache))
+    message = str(caught.value)
+    last = tmp_path / "run.run" / "checkpoints" / "step-00000006.ckpt"
+    assert "the loss is nan at step 7" in message
+    assert f"the last good checkpoint is {last}" in message
+    assert newest_checkpoint(last.parent) == last
+    assert not (tmp_path / "run").exists()
+    data = text_data(cache)
+    data.prepare_data()
+    order = data.train_dataloader()
+    batch = [batch for _, batch in zip(range(7), order, strict=False)][6]
+    first, end = batch["ids"][0].tolist()
+    assert f"on documents {first if first == end else f'{first}-{end}'}" in message
+
+
+def test_an_infinite_gradient_stops_it_too_and_no_checkpoint_is_spoilt(tmp_path, cache):
+    class Overflows(LanguageModel):
+        def configure_gradient_clipping(self, optimizer, **limits):
+            if self.trainer.global_step == 3:
+                next(self.parameters()).grad[0, 0] = float("inf")
+            super().configure_gradient_clipping(optimizer, **limits)
+
+    template = language_model()
+    model = Overflows(template.architecture, template.optimizer, template.schedule)
+    with pytest.raises(NonFiniteLoss, match="norm of the gradient is inf at step 4"):
+        fit(make_trainer(tmp_path / "run", every=4), model, text_data(cache))
+    assert newest_checkpoint(tmp_path / "run.run" / "checkpoints") is None
+
+
+def test_checkpoints_keep_the_newest_and_the_best(tmp_path, cache):
+    trainer = make_trainer(tmp_path / "run", max_steps=12)
+    own = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
+    own.keep = 2
+    fit(trainer, language_model(), text_data(cache))
+    folder = tmp_path / "run.run" / "checkpoints"
+    assert [path.name for path in checkpoints_in(folder)] == ["step-00000008.ckpt", "step-00000012.ckpt"]
+    assert len(checkpoints_in(folder, "best")) == 1
+    best = torch.load(own.best(), weights_only=True)
+    assert best["callbacks"]["Checkpoints"]["best_score"] == own.best_score
+
+
+def test_an_unknown_monitor_is_named(tmp_path, cache):
+    trainer = make_trainer(tmp_path / "run")
+    next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)).monitor = "val_loss"
+    with pytest.raises(UserError, match=r"'val_loss', which nothing logs; there is: .*validation/loss"):
+        fit(trainer, language_model(), text_data(cache))
+
+
+def test_tensorboard_holds_everything_that_is_promised(tmp_path, cache):
+    samples = Samples(["the ", ""], max_new_tokens=5)
+    data = text_data(cache)
+    fit(make_trainer(tmp_path / "run", samples), language_model(), data)
+    events = EventAccumulator(str(tmp_path / "run.run"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert scalars >= {
+        *("train/loss", "train/perplexity", "train/bits_per_byte", "train/learning_rate", "train/grad_norm"),
+        *("speed/tokens_per_second", "speed/mfu", "memory/peak_gib"),
+        *("validation/loss", "validation/perplexity", "validation/bits_per_byte"),
+    }
+    rates = {event.step: event.value for event in events.Scalars("train/learning_rate")}
+    schedule = language_model().schedule
+    assert rates[2] == pytest.approx(3e-3 * schedule.factor(1, 10), rel=1e-5)  # the second step
+    assert rates[8] == pytest.approx(3e-3 * schedule.factor(7, 10), rel=1e-5)
+    assert all(0 < event.value < 1.5 for event in events.Scalars("speed/mfu"))
+    texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
+    assert texts >= {"samples", "recipe", "mfu"}
+    written = events.Tensors("samples/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "the " in written
+
+
+def test_samples_leave_the_training_alone(tmp_path, cache):
+    hashes = []
+    for name, callbacks in (("with", [Samples([""], max_new_tokens=4, temperature=1.0)]), ("without", [])):
+        model = language_model()
+        fit(make_trainer(tmp_path / name, *callbacks), model, text_data(cache))
+        hashes.append(state_hash(model))
+    assert hashes[0] == hashes[1]
+
+
+def test_progress_without_a_terminal_is_lines(tmp_path, cache, capsys):
+    trainer = make_trainer(tmp_path / "run", RunProgress(), enable_progress_bar=True)
+    fit(trainer, language_model(), text_data(cache))
+    lines = capsys.readouterr().err.splitlines()
+    last = [line for line in lines if line.startswith("step 10/10")]
+    assert len(last) == 1
+    assert "tokens/s" in last[0]
+    assert "loss" in last[0]
+    assert last[0].endswith("0:00 left")
+    assert any("validation loss" in line for line in lines)
+
+
+def test_the_run_leaves_recipe_and_tokenizer_beside_its_checkpoints(tmp_path, cache):
+    fit(make_trainer(tmp_path / "run", max_steps=4), language_model(), text_data(cache))
+    run = tmp_path / "run.run"
+    assert json.loads((run / "recipe.json").read_text()) == {"name": "test"}
+    assert (run / "tokenizer.json").exists()
+    assert (run / "complete").exists()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3700, "1:01:40"), (-3, "0:00")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_peaks_are_dense():
+    assert device_peak("NVIDIA H100 80GB HBM3") == 989.5e12
+    assert device_peak("NVIDIA H200") == 989.5e12
+    assert device_peak("NVIDIA H100 PCIe") == 756e12
+    assert device_peak("NVIDIA A100-SXM4-40GB") == 312e12
+    assert device_peak("NVIDIA L40S") == 362e12
+    assert device_peak("NVIDIA L4") == 121e12
+    assert device_peak("A card of tomorrow") is None
+    assert all(device_peak(name) == peak for name, peak in DENSE_BF16.items())  # no name hides a longer one
+
+
+def test_the_cpus_peak_is_measured():
+    peak, sentence = peak_flops(torch.device("cpu"))
+    assert peak > 1e8
+    assert "measured" in sentence
+    assert measured_peak(64, 0.01)[0] > 0

@@ -1,0 +1,114 @@
+"""What a fit does with what it finds: start, go on, nothing, or refuse."""
+
+import json
+
+import pytest
+
+from app.callbacks.folder import COMPLETE
+from app.callbacks.record import RECIPE
+from app.history import write_history
+from models.errors import UserError
+from recipes.fit_state import differences, find_checkpoint, plan_fit, run_folder
+
+RECIPE_VALUES = {"out": "x", "model": {"lr": 0.1}, "trainer": {"max_steps": 10, "devices": 1}}
+
+
+def other(**trainer):
+    return {**RECIPE_VALUES, "trainer": {**RECIPE_VALUES["trainer"], **trainer}}
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "model"
+
+
+def checkpoint(out, step):
+    path = run_folder(out) / "checkpoints" / f"step-{step:08d}.ckpt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    (run_folder(out) / RECIPE).write_text(json.dumps(RECIPE_VALUES))
+    return path
+
+
+def finished(out, steps=10, stage="pretrain"):
+    out.mkdir()
+    write_history(out, [{"stage": stage, "recipe": RECIPE_VALUES, "steps": steps}])
+    (run_folder(out)).mkdir(exist_ok=True)
+    (run_folder(out) / COMPLETE).touch()
+
+
+def test_nothing_there_starts(out):
+    plan = plan_fit(out, RECIPE_VALUES, "last", overwrite=False)
+    assert (plan.resume, plan.fresh, plan.done) == (None, False, None)
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(out):
+    checkpoint(out, 9)
+    newest = checkpoint(out, 100)
+    (newest.parent / ".step-00000200.ckpt.writing").touch()
+    assert plan_fit(out, RECIPE_VALUES, "last", overwrite=False).resume == newest
+
+
+def test_a_complete_run_has_nothing_to_do(out):
+    checkpoint(out, 10)
+    finished(out)
+    assert "is complete: 10 steps" in plan_fit(out, RECIPE_VALUES, "last", overwrite=False).done
+    assert "is complete" in plan_fit(out, other(devices=2), "last", overwrite=False).done  # the same run elsewhere
+    assert "max_steps is 5" in plan_fit(out, other(max_steps=5), "last", overwrite=False).done
+
+
+def test_more_steps_lengthen_a_complete_run(out):
+    newest = checkpoint(out, 10)
+    finished(out)
+    plan = plan_fit(out, other(max_steps=20), "last", overwrite=False)
+    assert (plan.resume, plan.done) == (newest, None)
+    newest.unlink()
+    with pytest.raises(UserError, match="no checkpoint left"):
+        plan_fit(out, other(max_steps=20), "last", overwrite=False)
+
+
+def test_something_else_is_never_replaced_unasked(out):
+    finished(out)
+    with pytest.raises(UserError, match=r"another recipe \(model\.lr: 0\.1 -> 0\.2\)"):
+        plan_fit(out, {**RECIPE_VALUES, "model": {"lr": 0.2}}, "last", overwrite=False)
+    for path in out.iterdir():
+        path.unlink()
+    (out / "thesis.txt").touch()
+    with pytest.raises(UserError, match="already holds something else"):
+        plan_fit(out, RECIPE_VALUES, "last", overwrite=False)
+    (out / "thesis.txt").unlink()
+    write_history(out, [{"stage": "quantize", "recipe": RECIPE_VALUES}])
+    with pytest.raises(UserError, match="already holds something else"):
+        plan_fit(out, RECIPE_VALUES, "last", overwrite=False)
+
+
+def test_an_unfinished_run_is_not_mixed_with_a_new_one(out):
+    checkpoint(out, 4)
+    with pytest.raises(UserError, match="--ckpt_path last"):
+        plan_fit(out, RECIPE_VALUES, None, overwrite=False)
+
+
+def test_overwriting_starts_anew_but_repeating_a_killed_overwrite_goes_on(out):
+    newest = checkpoint(out, 10)
+    finished(out)
+    plan = plan_fit(out, RECIPE_VALUES, "last", overwrite=True)
+    assert (plan.fresh, plan.resume) == (True, None)
+    (run_folder(out) / COMPLETE).unlink()  # the new run has begun, and was killed
+    plan = plan_fit(out, RECIPE_VALUES, "last", overwrite=True)
+    assert (plan.fresh, plan.resume) == (False, newest)
+    assert plan_fit(out, other(max_steps=20), "last", overwrite=True).fresh
+
+
+def test_checkpoints_that_are_not_there(out, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        find_checkpoint(str(tmp_path / "x.ckpt"), None)
+    with pytest.raises(UserError, match="no best checkpoint"):
+        find_checkpoint("best", run_folder(out))
+    out.mkdir()
+    with pytest.raises(UserError, match="espalier evaluate"):
+        find_checkpoint(str(out), None)
+
+
+def test_differences_name_keys_that_one_side_lacks():
+    assert differences({"a": {"b": 1}}, {"a": {"b": 2, "c": 3}}) == {"a.b": (1, 2), "a.c": (None, 3)}
+    assert differences({"out": "x", "ckpt_path": None}, {"out": "y", "ckpt_path": "last"}) == {}
