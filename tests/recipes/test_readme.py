@@ -1,0 +1,119 @@
+"""What the README tells people to type is typed here, on a tiny model and a tiny text."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models.folder import load
+from recipes import cli
+from tests.recipes.conftest import ARCHITECTURE, QUICK
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+INDENTED = [line.strip() for line in README.replace("\\\n", " ").splitlines() if line.startswith("    ")]
+COMMANDS = [shlex.split(line, comments=True) for line in INDENTED if line.startswith("espalier ")]
+SHORT_FIT = ["--data.vocab_size", "320", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+SHORT_FIT += [
+    "--trainer.accelerator",
+    "cpu",
+    "--model.compile",
+    "null",
+    "--model.schedule.init_args.warmup_steps",
+    "1",
+    "--samples.prompts",
+    "[]",
+]
+
+
+def test_readme_shows_commands_of_every_kind():
+    assert {command[1] for command in COMMANDS} >= {"fit", "quantize", "prune", "import", "export"}
+
+
+def test_table_lists_every_verb():
+    listed = set(re.findall(r"`espalier (\w+)", README))
+    assert set(cli.VERBS) - {"validate", "test", "predict"} <= listed
+
+
+def test_files_that_the_readme_names_are_there():
+    named = re.findall(r"(?<![\w/.-])((?:recipes|models|compress|app|tests)/[\w/.-]+\.(?:yaml|py|md))", README)
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
+def test_targets_that_the_readme_names_are_there():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:`|    )make ([a-z-]+)", README)) <= set(targets)
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+def test_architectures_in_the_readme_are_accepted(block):
+    from models.config import ModelConfig
+    from models.presets import PRESETS
+
+    values = yaml.safe_load(block if block.startswith("model:") else "model:\n  architecture:\n" + block)
+    ModelConfig.from_dict({**PRESETS["quickstart"], **values["model"]["architecture"]})
+
+
+@pytest.fixture
+def workplace(teacher, tokenizer, tmp_path, monkeypatch):
+    """A folder in which the README's relative paths mean something small."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "notes").mkdir()
+    for number in range(40):
+        text = " ".join(f"word{(number * 7 + i) % 50}" for i in range(400))
+        (tmp_path / "notes" / f"{number}.txt").write_text(text)
+    lines = [f'{{"text": "{path.read_text()}"}}' for path in sorted((tmp_path / "notes").iterdir())]
+    (tmp_path / "my.jsonl").write_text("\n".join(lines))
+    (tmp_path / "runs" / "notes").symlink_to(teacher)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained("path/to/hf-folder")
+    tokenizer.save(tmp_path / "path/to/hf-folder")
+    return tmp_path
+
+
+def test_compression_commands_run(workplace, espalier):
+    short = ["--sequence_length", "64", "--speed_rounds", "0", "--device", "cpu"]
+    for _, verb, *arguments in COMMANDS:
+        if verb == "fit":
+            continue
+        extra = short if verb in ("quantize", "prune") else []
+        status, output = espalier(verb, *arguments, *extra, *(["--samples", "4"] if extra else []))
+        assert status == 0, output.err
+    assert (workplace / "runs/llama-ct/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[1] == "fit" and "quickstart" in " ".join(c)])
+def test_training_commands_run(workplace, espalier, command):
+    arguments = [argument.replace("runs/", "trained/") for argument in command[2:]]
+    small = [
+        f"--model.architecture.{key}={yaml.safe_dump(value, default_flow_style=True)}"
+        for key, value in ARCHITECTURE.items()
+    ]
+    data = [] if "--data" in arguments else QUICK[:2]
+    status, output = espalier("fit", *arguments, *data, "--sequence_length", "64", *small, *SHORT_FIT)
+    assert status == 0, output.err
+
+
+def test_python_example_runs(teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/pipeline").mkdir(parents=True)
+    (tmp_path / "runs/pipeline/model").symlink_to(teacher)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {"tokens": torch.zeros(2, 5, dtype=torch.int64)}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (2, 5, load(teacher).config.vocab_size)
