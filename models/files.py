@@ -128,8 +128,10 @@ def _escape(name: str) -> str:
 
 
 def _flush(folder: Path) -> None:
+    readable = 0o666 & ~_umask()  # safetensors writes files that only their owner may read
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
+            Path(root, name).chmod(readable)
             _fsync(Path(root, name))
         _fsync(Path(root))
 

@@ -285,3 +285,11 @@ def test_read_json_says_what_is_wrong(tmp_path):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(UserError, match=r"config\.json"):
             read_json(tmp_path / "config.json")
+
+
+def test_weights_are_readable_by_whom_the_umask_lets(tmp_path):
+    with writing(tmp_path / "out") as directory:
+        write_tensors(directory, [("a", torch.ones(2))])
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
