@@ -58,10 +58,8 @@ class Distill(Stage[options.Distill]):
     def check(self) -> None:
         chosen = self.options
         self.combine()
-        if (chosen.student is None) == (chosen.student_layers is None):
-            raise UserError(
-                "name the student: either --student (a model or an architecture file) or --student_layers N"
-            )
+        if chosen.student is not None and chosen.student_layers is not None:
+            raise UserError("name the student once: --student (a model or an architecture file) or --student_layers N")
         for name, least in (("max_steps", 1), ("train_batch_size", 1), ("warmup_steps", 0), ("checkpoint_every", 1)):
             if getattr(chosen, name) < least:
                 raise UserError(f"{name} is {getattr(chosen, name)}; it must be at least {least}")

@@ -26,7 +26,7 @@ LOG_WIDTH = 120  # columns of a table in a log
 def out_console() -> Console:
     """The console of the command's own output, as wide as a table needs where that is no terminal."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=LOG_WIDTH)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def say(message: str) -> None:
