@@ -1,0 +1,166 @@
+"""What compression costs in perplexity, beside llm-compressor's figures for the same size of model, text and settings.
+
+    python -m tests.benchmarks.wikitext_compression --data FOLDER [--tokens N] [--weights FILE] [--out FILE]
+
+A Llama of 5.4M parameters (6 layers, width 256, 4 query and 2 key/value heads, feed-forward 688, vocabulary 4096, tied)
+is trained on N tokens of the text, then compressed in each way from the same weights; perplexity is over the whole test
+split in windows of 256 tokens, documents run together as in the peer's run. Compression sees 128 x 256 tokens of the
+training split. Only relative changes compare: the peer's base model is another one (perplexity 51.93).
+"""
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+
+from app.data.blocks import TokenBlocks, token_blocks
+from app.data.sources import open_source
+from app.data.tokenizer import Tokenizer, train_tokenizer
+from app.evaluation.quality import evaluate_quality
+from app.optim import AdamW, Cosine
+from app.tasks.compile import CompileBlocks
+from app.tasks.gradients import scale_and_clip
+from app.tasks.precision import call_in
+from compress.pruning.patterns import parse_pattern
+from compress.pruning.sparsify import sparsify
+from compress.quantization.gptq import Gptq
+from compress.quantization.grid import IntFormat
+from compress.quantization.plan import quantize_model
+from compress.quantization.rtn import Rtn
+from models.transformer import Transformer
+from tests.benchmarks.shapes import Shape
+from tests.benchmarks.timing import say
+
+SHAPE = Shape(kv_heads=2, tied=True)
+ROWS, LENGTH, SAMPLES = 16, 256, 128
+PEER_BASE = 51.93
+PEER = {  # perplexities of llm-compressor 0.14
+    "RTN, 4 bits": 52.11,
+    "GPTQ, 4 bits": 51.98,
+    "RTN, 3 bits": 52.91,
+    "GPTQ, 3 bits": 52.12,
+    "magnitude, 50 %": 53.59,
+    "Wanda, 50 %": 53.56,
+    "magnitude, 2:4": 56.14,
+    "Wanda, 2:4": 55.78,
+}
+
+Batches = list[dict[str, Tensor]]
+
+
+def methods(calibration: Batches) -> dict[str, Callable[[Transformer], object]]:
+    """What is done to a copy of the model; magnitude compares within a layer and Wanda within a row, as in the peer."""
+
+    def quantize(method) -> Callable[[Transformer], object]:
+        return lambda model: quantize_model(model, method, calibration)
+
+    def prune(criterion: str, pattern: str, sparsity: float | None) -> Callable[[Transformer], object]:
+        scope = "layer" if criterion == "magnitude" else "row"
+        return lambda model: sparsify(model, criterion, parse_pattern(pattern, sparsity, scope), calibration)
+
+    formats = {bits: IntFormat(bits, "channel", scale_dtype="float32") for bits in (4, 3)}
+    return {
+        **{f"RTN, {bits} bits": quantize(Rtn(format)) for bits, format in formats.items()},
+        **{f"GPTQ, {bits} bits": quantize(Gptq(format)) for bits, format in formats.items()},
+        "magnitude, 50 %": prune("magnitude", "unstructured", 0.5),
+        "Wanda, 50 %": prune("wanda", "unstructured", 0.5),
+        "magnitude, 2:4": prune("magnitude", "2:4", None),
+        "Wanda, 2:4": prune("wanda", "2:4", None),
+    }
+
+
+class Plain:
+    """Blocks as a sequence of rows whose documents run together."""
+
+    def __init__(self, blocks: TokenBlocks) -> None:
+        blocks.cross_documents = True
+        self.blocks, self.bytes_per_token = blocks, blocks.bytes_per_token
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.blocks[index]
+
+    def batches(self, rows: int) -> Batches:
+        return list(self.blocks.batches(rows))
+
+
+def train(model: Transformer, blocks: Plain, steps: int) -> None:
+    """AdamW 2e-3, cosine with 5 % warm-up, bf16 with fp32 master weights."""
+    CompileBlocks().apply(model)
+    optimizer = AdamW(lr=2e-3).build(model)
+    schedule = Cosine(warmup_steps=max(1, steps // 20)).build(optimizer, steps)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat(
+        [torch.randperm(len(blocks), generator=generator) for _ in range(1 + steps * ROWS // len(blocks))]
+    )
+    began = time.perf_counter()
+    for step in range(steps):
+        batch = blocks.blocks.batch(order[step * ROWS : (step + 1) * ROWS].tolist())
+        loss = call_in(torch.bfloat16, model, batch["tokens"], targets=batch["targets"]).loss
+        loss.backward()
+        scale_and_clip(model.parameters(), torch.tensor(1.0), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 50 == 49:
+            left = (time.perf_counter() - began) / (step + 1) * (steps - step - 1)
+            say(f"step {step + 1} of {steps}: loss {loss.item():.3f}, {left:.0f} s left")
+
+
+def trained(data: str, tokenizer: Tokenizer, tokens: int, weights: Path | None) -> Transformer:
+    """The base model: from `weights` where that file exists, trained (and kept there) otherwise."""
+    model = SHAPE.core()
+    if weights is not None and weights.exists():
+        load_model(model, weights)
+        return model.eval()
+    train(model, Plain(token_blocks(data, tokenizer, "train", LENGTH)), tokens // (ROWS * LENGTH))
+    if weights is not None:
+        save_model(model, str(weights))
+    plain = SHAPE.core()
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.wikitext_compression")
+    parser.add_argument(
+        "--data", required=True, help="a SOURCE with train and test splits, such as a WikiText-2 folder"
+    )
+    parser.add_argument("--tokens", type=int, default=4_500_000, help="tokens that the base model is trained on")
+    parser.add_argument("--weights", type=Path, help="safetensors file that keeps the base model between runs")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    options = parser.parse_args(argv)
+    tokenizer = train_tokenizer((d.text for d in open_source(options.data).documents("train")), SHAPE.vocabulary)
+    model = trained(options.data, tokenizer, options.tokens, options.weights)
+    calibration = Plain(token_blocks(options.data, tokenizer, "train", LENGTH, samples=SAMPLES)).batches(ROWS)
+    test = Plain(token_blocks(options.data, tokenizer, "test", LENGTH))
+    base = evaluate_quality(model, test).loss.value
+    rows = {}
+    print(f"base: perplexity {math.exp(base):.2f} ({model.count_parameters()['total']:,} parameters)")
+    print("| method | perplexity | change | llm-compressor's change | seconds |\n|---|---|---|---|---|")
+    for name, compress in methods(calibration).items():
+        changed = copy.deepcopy(model)
+        began = time.perf_counter()
+        compress(changed)
+        seconds = time.perf_counter() - began
+        loss = evaluate_quality(changed, test).loss.value
+        change, peer = math.expm1(loss - base), PEER[name] / PEER_BASE - 1
+        rows[name] = {"perplexity": math.exp(loss), "change": change, "peer_change": peer, "seconds": seconds}
+        print(f"| {name} | {math.exp(loss):.2f} | {change:+.2%} | {peer:+.2%} | {seconds:.1f} |", flush=True)
+    if options.out:
+        options.out.write_text(json.dumps({"base": math.exp(base), "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
