@@ -215,8 +215,8 @@ def write_predictions(batches: list[dict[str, torch.Tensor]]) -> None:
 def whole_numbers_first(parser: LightningArgumentParser) -> None:
     """Let `limit_val_batches: 1` mean one batch and not all of them.
 
-    Python caches `Optional[Union[int, float]]` together with `Optional[Union[float, int]]`, so which of the two types is
-    tried first depends on what else was imported before.
+    Python caches `Optional[Union[int, float]]` together with `Optional[Union[float, int]]`, so which of the two types
+    is tried first depends on what else was imported before.
     """
     for action in parser._actions:
         if getattr(action, "_typehint", None) == int | float | None:

@@ -18,7 +18,8 @@ def main(chosen: options.Inspect) -> None:
     layers, size = layer_sizes(loaded.model), size_figures(loaded.model, loaded.source.folder)
     table = Table(title=str(loaded.source.path), title_justify="left")
     for heading in ("layer", "shape", "stored as", "bits", "zeros", "parameters", "in memory", "FLOPs", "runs as"):
-        table.add_column(heading, justify="left" if heading in ("layer", "stored as", "runs as") else "right")
+        justify = "left" if heading in ("layer", "stored as", "runs as") else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading == "layer")
     for layer in layers:
         table.add_row(
             layer.name,

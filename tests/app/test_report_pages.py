@@ -181,6 +181,8 @@ def folder(path, name, before, after, figures, **changes):
     for side, sha in (("before", before), ("after", after)):
         one[side] |= {"name": sha, "weights_sha256": sha}
     one["before"]["quality"]["perplexity"] = 20.0
+    one["before"]["size"]["stored_bytes"] = 8000
+    one["before"]["speed"]["decode_tokens_per_second"] = 80.0
     one["after"]["quality"]["perplexity"] = changes.get("perplexity", 30.0)
     one["after"]["size"]["stored_bytes"] = changes.get("stored_bytes", 1000)
     one["after"]["speed"]["decode_tokens_per_second"] = changes.get("rate", 100.0)
