@@ -33,6 +33,12 @@ def test_both_decoders_produce_the_same_tokens():
     assert bench_decode.ours(core, prompts, 8) == bench_decode.theirs(peer, prompts, 8)
 
 
+def test_decoding_is_timed_for_each_batch_and_precision():
+    rows = bench_decode.run(bench_decode.Decoding(TINY, batches=(1, 2), prompt=4, new=3, rounds=1))
+    assert sum(row.ratio is not None for row in rows) == 4
+    assert all(row.value > 0 for row in rows)
+
+
 def test_trainer_and_bare_loop_are_timed():
     settings = bench_lightning.Overhead(TINY, rows=2, length=16, steps=2, rounds=1, compiled=False)
     rows = bench_lightning.run(settings)
