@@ -13,6 +13,7 @@ so the loss costs three matrix products, and the z-term a fourth. The gradients 
 backward, where the caller's weights of the two are known.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,9 @@ from models.products import product
 IGNORED = -100
 # Bytes of one chunk's logits. On CPU small enough to stay in the cache, large enough for the matrix product.
 CPU_CHUNK_BYTES = 8 * 2**20
+CPU_COMPILED_CHUNK_BYTES = 32 * 2**20  # of fp32, which torch.compile keeps in registers
 GPU_CHUNK_BYTES = 512 * 2**20
+SoftmaxError = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def reference_linear_cross_entropy(
@@ -47,7 +50,13 @@ def reference_linear_cross_entropy(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, z_loss: bool = False, chunk_bytes: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    z_loss: bool = False,
+    chunk_bytes: int | None = None,
+    compiled: SoftmaxError | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The same two means as `reference_linear_cross_entropy`, without the logits.
 
@@ -60,6 +69,7 @@ def linear_cross_entropy(
         targets: (N,) int64 below V; -100 where there is none.
         z_loss: whether the mean squared logsumexp is returned too; otherwise None stands in its place.
         chunk_bytes: size of one chunk's logits; by default what suits the device.
+        compiled: `softmax_error` after torch.compile, where there is one.
 
     Raises:
         IndexError or RuntimeError: a target is neither -100 nor in [0, V).
@@ -68,12 +78,22 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if chunk_bytes is None:
-        chunk_bytes = CPU_CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
+        on_cpu = CPU_COMPILED_CHUNK_BYTES if compiled else CPU_CHUNK_BYTES
+        chunk_bytes = on_cpu if device == "cpu" else GPU_CHUNK_BYTES
+    how = _How(z_loss, chunk_bytes, compiled)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        nll, squared = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, chunk_bytes)
+        nll, squared = _LinearCrossEntropy.apply(hidden, weight, targets, how)
     else:
-        nll, squared, _ = _walk(hidden, weight, targets, z_loss, chunk_bytes, (False, False))
+        nll, squared, _ = _walk(hidden, weight, targets, how, (False, False))
     return nll, squared if z_loss else None
+
+
+class _How(NamedTuple):
+    """Arguments of `linear_cross_entropy`."""
+
+    z_loss: bool
+    chunk_bytes: int
+    compiled: SoftmaxError | None
 
 
 class _Gradients(NamedTuple):
@@ -85,15 +105,13 @@ class _Gradients(NamedTuple):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: bool, chunk_bytes: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, how: _How) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[:2]
-        nll, squared, gradients = _walk(hidden, weight, targets, z_loss, chunk_bytes, wanted)
+        nll, squared, gradients = _walk(hidden, weight, targets, how, wanted)
         ctx.count = (targets != IGNORED).sum().clamp(min=1)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         ctx.save_for_backward(*(tensor for term in gradients for tensor in term))
-        if not z_loss:
+        if not how.z_loss:
             ctx.mark_non_differentiable(squared)
         return nll, squared
 
@@ -108,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             parts = [getattr(term, field) for term in terms]
             scaled = [part * scale for part, scale in zip(parts, scales, strict=False) if part is not None]
             result.append(sum(scaled[1:], scaled[0]).to(dtype) if scaled else None)
-        return *result, None, None, None
+        return *result, None, None
 
 
 class _Chunk(NamedTuple):
@@ -122,28 +140,29 @@ class _Chunk(NamedTuple):
 
 
 def _walk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: bool, chunk_bytes: int, wanted: tuple[bool, bool]
+    hidden: Tensor, weight: Tensor, targets: Tensor, how: _How, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, list[_Gradients]]:
     """Both means, and for each term asked for the gradients of its sum that are `wanted` (of hidden, of weight)."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    chunks = max(1, -(-tokens * vocabulary * exact.itemsize // chunk_bytes))
+    chunks = max(1, -(-tokens * vocabulary * exact.itemsize // how.chunk_bytes))
     rows = max(1, -(-tokens // chunks))
     terms = [
         _Gradients(
             torch.empty_like(hidden) if wanted[0] else None,
             torch.zeros_like(weight, dtype=exact) if wanted[1] else None,
         )
-        for _ in range(1 + z_loss if any(wanted) else 0)
+        for _ in range(1 + how.z_loss if any(wanted) else 0)
     ]
     nll, squared = hidden.new_zeros((), dtype=exact), hidden.new_zeros((), dtype=exact)
-    buffers = [hidden.new_empty(rows, vocabulary, dtype=exact) for _ in range(2)]  # (C, V), used again by every chunk
+    buffers = () if how.compiled else [hidden.new_empty(rows, vocabulary, dtype=exact) for _ in range(2)]  # (C, V) each
     for begin in range(0, tokens, rows):
         part = slice(begin, min(begin + rows, tokens))
         count = part.stop - begin
         kept = targets[part] != IGNORED  # (C,)
         target = targets[part].masked_fill(~kept, 0)
-        log, chunk_nll, error = _softmax_error(hidden[part], weight, target, *(buffer[:count] for buffer in buffers))
+        chunk = hidden[part], weight, target, *(buffer[:count] for buffer in buffers)
+        log, chunk_nll, error = (how.compiled or softmax_error)(*chunk)
         nll += torch.where(kept, chunk_nll, 0.0).sum()
         squared += torch.where(kept, log.square(), 0.0).sum()
         scales = (kept.to(hidden.dtype), torch.where(kept, 2 * log, 0.0).to(hidden.dtype))
@@ -152,29 +171,33 @@ def _walk(
     return nll / count, squared / count, terms
 
 
-def _softmax_error(
-    hidden: Tensor, weight: Tensor, target: Tensor, logits: Tensor, probabilities: Tensor
+def softmax_error(
+    hidden: Tensor, weight: Tensor, target: Tensor, logits: Tensor | None = None, probabilities: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logsumexp (C,), NLL (C,) and P - Y (C, V) of one chunk; fills both buffers (C, V), of at least fp32."""
-    product(hidden, weight.t(), out=logits)
+    """Logsumexp (C,), NLL (C,) and P - Y (C, V) in the dtype of `weight` of one chunk.
+
+    The last two arguments are buffers (C, V) of at least fp32 that are used again by every chunk: memory that is new
+    to the process costs a page fault for every 4 KiB. Under torch.compile nearly all of it stays in registers.
+    """
+    logits = product(hidden, weight.t(), out=logits)
     column = target[:, None]  # (C, 1)
-    torch.softmax(logits, -1, out=probabilities)
+    probabilities = torch.softmax(logits, -1, out=probabilities)
     # The largest probability is 1 / sum(exp(logit - max)): the logsumexp without another pass of exponentials.
     log = logits.amax(-1) - probabilities.amax(-1).log()  # (C,)
     nll = log - logits.gather(1, column)[:, 0]  # (C,)
-    return log, nll, probabilities.scatter_add_(1, column, probabilities.new_full(column.shape, -1.0))
+    sure = torch.expm1(-nll)[:, None].to(weight.dtype)  # (C, 1) p - 1 of the target, exact where p is nearly 1
+    return log, nll, probabilities.to(weight.dtype).scatter_(1, column, sure)
 
 
 def _add_gradients(terms: list[_Gradients], chunk: _Chunk, weight: Tensor) -> None:
     """Add one chunk's gradients to those of the NLL (first term) and of the squared logsumexp (second)."""
-    error = chunk.error.to(weight.dtype) if terms else chunk.error
-    back = product(error, weight) if terms and terms[0].hidden is not None else None  # (C, D)
+    back = product(chunk.error, weight) if terms and terms[0].hidden is not None else None  # (C, D)
     for index, (term, scale) in enumerate(zip(terms, chunk.scales, strict=False)):
         if term.hidden is not None:
             whole = back + weight[chunk.target] if index else back
             torch.mul(whole, scale[:, None], out=term.hidden[chunk.part])
         if term.weight is not None:
             scaled = chunk.hidden * scale[:, None]  # (C, D)
-            product(error.t(), scaled, out=term.weight, accumulate=True)
+            product(chunk.error.t(), scaled, out=term.weight, accumulate=True)
             if index:
                 term.weight.index_add_(0, chunk.target, scaled.to(term.weight.dtype))

@@ -61,6 +61,8 @@ def _call(gemm: Callable[..., None], a: Tensor, b: Tensor, out: Tensor, beta: fl
 
 _GEMM = _find_gemm()
 AVAILABLE = _GEMM is not None
+# Whether PyTorch's own bf16 products run on this processor's bf16 instructions, above fp32's rate.
+NATIVE_BF16 = not AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _takes(*matrices: Tensor) -> bool:
@@ -81,6 +83,8 @@ def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, accumulate: bool
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     if _takes(a, b) and a.numel() and b.numel():
+        if torch.compiler.is_compiling():
+            return _traced_product(a, b)
         out = a.new_empty(a.shape[0], b.shape[1], dtype=wide) if out is None else out
         return _call(_GEMM, a, b, out, float(accumulate))
     if a.dtype == wide:

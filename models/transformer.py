@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from models.attention import Context
 from models.attention.protocol import causal_document_mask
+from models.attention.standard import training_bias
 from models.block import Block
 from models.cache import ModelCache
 from models.config import ModelConfig
 from models.errors import UserError
 from models.linear import Embedding, Linear, itemsize
-from models.losses import IGNORED, linear_cross_entropy
+from models.losses import IGNORED, SoftmaxError, linear_cross_entropy
 
 
 class Output(NamedTuple):
@@ -50,6 +51,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self._block(layer) for layer in config.layers)
         self.norm = nn.Identity() if config.norm.position == "post" else config.norm.build(config.width)
+        self.compiled_softmax_error: SoftmaxError | None = None
         self.head = None
         if config.head == "untied":
             self.head = Linear(config.width, config.vocab_size, bias=False, std=0.02)
@@ -136,7 +138,8 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)  # (B, T, D)
         if tables and tables[0].added is not None:
             x = x + tables[0].added.to(x.dtype)
-        return self.dropout(x), Context(tables, mask, causal)
+        bias = training_bias(x, mask) if cache is None else None
+        return self.dropout(x), Context(tables, mask, causal, bias)
 
     @staticmethod
     def _default_positions(tokens: Tensor, documents: Tensor | None, cache: ModelCache | None) -> Tensor:
@@ -168,7 +171,8 @@ class Transformer(nn.Module):
         """Mean NLL in nats of targets (B, T) given hidden (B, T, D), and the mean z-term when asked for."""
         output = self.embedding if self.head is None else self.head
         if isinstance(output, nn.Linear | nn.Embedding):
-            return linear_cross_entropy(hidden.flatten(0, 1), output.weight, targets.flatten(), z_loss=z_loss)
+            flat = hidden.flatten(0, 1), output.weight, targets.flatten()
+            return linear_cross_entropy(*flat, z_loss=z_loss, compiled=self.compiled_softmax_error)
         logits = self.project(hidden).flatten(0, 1).float()  # (B * T, V)
         nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
         if not z_loss:

@@ -33,6 +33,7 @@ from app.callbacks import (
 )
 from app.callbacks.folder import Weights
 from app.data.module import TextData
+from app.memory import keep_freed_memory
 from app.strategies import FSDP2, WholeCheckpoints
 from app.tasks.language import LanguageModel
 from models.errors import UserError, did_you_mean
@@ -58,6 +59,7 @@ def main(verb: str, argv: list[str]) -> int:
         UserError: the input is wrong.
     """
     quieten()
+    keep_freed_memory()
     if not trusting(argv):
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=TRUSTED)
     try:

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from models.losses import softmax_error
+
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -25,7 +27,7 @@ class Compile(ABC):
 
 
 class CompileBlocks(Compile):
-    """Compile each block of the Transformer; identical blocks share one compilation.
+    """Compile each block of the Transformer, and the softmax of the loss; identical blocks share one compilation.
 
     A forward without gradients would be compiled a second time. On CPU that takes longer than the validation that it
     would speed up, so there evaluation runs the same blocks eagerly.
@@ -45,6 +47,9 @@ class CompileBlocks(Compile):
             return
         for block in model.blocks:
             block.compile(mode=self.mode, dynamic=self.dynamic, backend=self.backend)
+        model.compiled_softmax_error = torch.compile(
+            softmax_error, mode=self.mode, dynamic=self.dynamic, backend=self.backend
+        )
 
     def evaluating(self, device: torch.device) -> AbstractContextManager:
         return torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()

@@ -4,15 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.protocol import ATTENTIONS, Context
+from models.attention.standard import attend
 from models.cache.contiguous import ContiguousCache
 from models.errors import UserError
 from models.linear import Linear, residual_std
 from models.positions import POSITIONS
-from models.products import attention_dtype
 
 
 @ATTENTIONS.register("full")
@@ -89,16 +88,9 @@ class FullAttention(nn.Module):
         q, k = positional.rotate(q), positional.rotate(k)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, S, head_width)
-        dtype = attention_dtype(q)
-        y = F.scaled_dot_product_attention(
-            q.to(dtype),
-            k.to(dtype),
-            v.to(dtype),
-            attn_mask=context.mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.causal,
-            enable_gqa=self.heads != self.kv_heads,
-        ).to(q.dtype)  # (B, H, T, head_width)
+        dropout = self.dropout if self.training else 0.0
+        seen = {"mask": context.mask, "causal": context.causal, "bias": context.bias}
+        y = attend(q, k, v, **seen, dropout=dropout)  # (B, H, T, head_width)
         return self.o(y.transpose(1, 2).reshape(batch, new, self.heads * self.head_width))  # (B, T, D)
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> ContiguousCache:

@@ -22,11 +22,13 @@ class Context(NamedTuple):
         positional: this forward's tables of each position encoding of the model.
         mask: (B or 1, 1, T, S) bool, True = may attend; None when the pattern is plain causal or everything is visible.
         causal: without a mask, whether a token sees only itself and the tokens before it (False: it sees all S).
+        bias: the same as an fp32 addend of the scores, where a training step wants it (models/attention/standard.py).
     """
 
     positional: tuple[Positional, ...]
     mask: Tensor | None
     causal: bool
+    bias: Tensor | None = None
 
 
 class Attention(Protocol):

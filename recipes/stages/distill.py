@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from app.callbacks import Checkpoints, FiniteGuard, Metrics, RandomState, RunProgress, newest_checkpoint
 from app.data.module import TextData
+from app.memory import keep_freed_memory
 from app.loading import Loaded, Source, load_model
 from app.optim import AdamW, Cosine
 from app.strategies import WholeCheckpoints
@@ -82,6 +83,7 @@ class Distill(Stage[options.Distill]):
     def compress(
         self, parents: dict[str, Loaded], text: Text, state: Path, bars: Bars
     ) -> tuple[Transformer, Sequence[LayerRecord]]:
+        keep_freed_memory()
         chosen, config = self.options, parents["model"].model.config
         stored = parents["model"].model.norm.weight.dtype
         parents.clear()  # the task loads its own

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from app.evaluation.environment import environment
+from app.memory import keep_freed_memory
 from tests.benchmarks import bench_decode, bench_gptq, bench_lightning, bench_training
 from tests.benchmarks.timing import say, table
 
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"there is no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
+    keep_freed_memory()  # as `espalier fit` does; for everybody in this process
     busy = os.getloadavg()[0]
     if busy > 0.5:
         say(f"The machine is busy (load {busy:.1f}): the ratios hold, the rates are lower than on an idle one.")

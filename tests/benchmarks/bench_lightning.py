@@ -37,8 +37,8 @@ class Overhead:
     shape: Shape = field(default_factory=Shape)
     rows: int = 16
     length: int = 256
-    steps: int = 8
-    rounds: int = 9
+    steps: int = 12
+    rounds: int = 11
     compiled: bool = True
 
 
