@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from app.callbacks import Checkpoints, FiniteGuard, Metrics, RandomState, RunProgress, newest_checkpoint
 from app.data.module import TextData
-from app.memory import keep_freed_memory
 from app.loading import Loaded, Source, load_model
+from app.memory import keep_freed_memory
 from app.optim import AdamW, Cosine
 from app.strategies import WholeCheckpoints
 from app.tasks.architecture import read_architecture
