@@ -11,7 +11,8 @@ import os
 import platform
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt, from malloc.h
-SETTINGS = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 * 2**20, MMAP_THRESHOLD: 2**30}  # bytes
+# bytes; older versions of glibc take no threshold above 32 MiB, and one of the others alone would make it slower
+SETTINGS = {MMAP_THRESHOLD: 2**30, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 * 2**20}
 
 
 def keep_freed_memory() -> bool:

@@ -62,7 +62,7 @@ def _call(gemm: Callable[..., None], a: Tensor, b: Tensor, out: Tensor, beta: fl
 _GEMM = _find_gemm()
 AVAILABLE = _GEMM is not None
 # Whether PyTorch's own bf16 products run on this processor's bf16 instructions, above fp32's rate.
-NATIVE_BF16 = not AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+NATIVE_BF16 = not AVAILABLE and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _takes(*matrices: Tensor) -> bool:

@@ -1,5 +1,8 @@
 """Products in bf16 against products in fp32 of the same numbers, with and without the special route."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,3 +120,15 @@ def test_attention_trains_in_the_quicker_dtype_only(route):
     assert products.attention_dtype(q) == (torch.float32 if route else torch.bfloat16)
     with torch.no_grad():
         assert products.attention_dtype(q) == torch.bfloat16
+
+
+def test_the_core_imports_where_torch_has_no_onednn():
+    """As on Apple silicon: the operators of oneDNN are not registered there."""
+    code = (
+        "import torch\n"
+        "torch.backends.mkldnn.is_available = lambda: False\n"
+        "torch.ops.mkldnn = object()\n"
+        "import models.products\n"
+        "assert not models.products.NATIVE_BF16"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
