@@ -245,4 +245,4 @@ def step_change(entry: Entry) -> str:
     change = entry.report["change"].get("speed", {}).get("decode_tokens_per_second") if entry.verdict else None
     if not change:
         return wording.MISSING
-    return wording.times(change["ratio"]) if change["beyond_noise"] else "within noise"
+    return wording.doubt(change) or wording.times(change["ratio"])

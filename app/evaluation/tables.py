@@ -121,10 +121,10 @@ def speed_rows(figures: dict) -> list[Row]:
     rows = []
     for name, label in (("decode_tokens_per_second", "Decoding"), ("prefill_tokens_per_second", "Reading the prompt")):
         one = changes.get(name, {})
-        decided = one.get("beyond_noise", False)
-        moved = f"{wording.change_percent(one.get('ratio'))}{'' if decided else ', within noise'}"
+        doubt = wording.doubt(one)
+        moved = ", ".join(filter(None, (wording.change_percent(one.get("ratio")), doubt)))
         bounds = wording.interval(one.get("interval"), wording.change_percent)
-        mood = tone(one.get("ratio"), False, decided)
+        mood = tone(one.get("ratio"), False, not doubt)
         rows.append(Row(label, wording.rate(before[name]), wording.rate(after[name]), moved, bounds, mood))
     plain: list[tuple[str, str, Callable]] = [
         ("first_token_ms", "Time to first token", wording.milliseconds),
@@ -181,7 +181,7 @@ def heroes(figures: dict) -> list[Hero]:
     speed = change.get("speed", {}).get("decode_tokens_per_second")
     if speed:
         rate = [wording.rate(block["speed"]["decode_tokens_per_second"]) for block in (before, after)]
-        move = f"{wording.times(speed['ratio'])} as fast" if speed["beyond_noise"] else "within noise"
+        move = wording.doubt(speed) or f"{wording.times(speed['ratio'])} as fast"
         mood = tone(speed["ratio"], False, speed["beyond_noise"])
         found.append(Hero("Decoding", *rate[1].split(" "), rate[0], move, mood))
     if known(moved.get("agreement")):

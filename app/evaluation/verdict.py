@@ -3,7 +3,8 @@
     judge(figures, layers) -> list[Sentence]
 
 The first sentence is the headline. Nothing is rounded in the model's favour: a speed that differs by less than the
-noise is "no faster", a file that shrank by less than 1 % is "not smaller".
+noise is "no faster", one timed in too few rounds for an interval is not judged, a file that shrank by less than 1 % is
+"not smaller".
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ def judge(figures: dict, layers: Sequence[dict] = ()) -> list[Sentence]:
     """The sentences for one before-and-after comparison: headline, size, speed, quality, layers, in this order.
 
     Args:
-        figures: {"before", "after", "change", "baselines"} as `figures.compare_models` returns them.
+        figures: {"before", "after", "change", "baselines"} as `figures.evaluate_pair` returns them.
         layers: layer records of the stage, as dictionaries.
     """
     found = [*judge_size(figures), *judge_speed(figures), *judge_quality(figures), *judge_layers(layers)]
@@ -45,10 +46,13 @@ def size_ratio(figures: dict) -> float | None:
 
 
 def direction(figures: dict, name: str) -> str:
-    """faster, slower, same or unknown: which way a throughput moved, beyond the noise of the rounds."""
+    """Which way a throughput moved, beyond the noise of the rounds: faster, slower, same; undecided without an
+    interval; unknown where it was not measured."""
     change = figures["change"].get("speed", {}).get(name)
     if not change or not known(change.get("ratio")):
         return "unknown"
+    if not all(known(bound) for bound in change["interval"]):
+        return "undecided"
     if not change["beyond_noise"]:
         return "same"
     return "faster" if change["ratio"] > 1 else "slower"
@@ -58,9 +62,11 @@ def headline(figures: dict) -> Sentence:
     """Smaller, faster, both or neither, in three or four words."""
     ratio, speed = size_ratio(figures), direction(figures, "decode_tokens_per_second")
     smaller = known(ratio) and ratio < SMALLER
-    if speed == "unknown":
-        text = "Smaller; speed not measured" if smaller else "Not smaller; speed not measured"
-        return Sentence("headline", "good" if smaller else "neutral", text)
+    if speed in ("unknown", "undecided"):
+        why = "speed not measured" if speed == "unknown" else "too few rounds to judge the speed"
+        return Sentence(
+            "headline", "good" if smaller else "neutral", f"{'Smaller' if smaller else 'Not smaller'}; {why}"
+        )
     if smaller and speed == "faster":
         return Sentence("headline", "good", "Smaller and faster")
     if smaller:
@@ -115,7 +121,12 @@ def judge_speed(figures: dict) -> list[Sentence]:
         ratio, bounds = changes[name]["ratio"], changes[name]["interval"]
         was, now = wording.rate(figures["before"]["speed"][name]), wording.rate(figures["after"]["speed"][name])
         spread = f"95% interval of the ratio {wording.interval(bounds, lambda x: f'{x:.2f}')}"
-        if way == "same":
+        if way == "undecided":
+            text = (
+                f"{what} came to {wording.times(ratio)} the speed, {now} against {was}; {wording.doubt(changes[name])}."
+            )
+            sentences.append(Sentence("speed", "neutral", text))
+        elif way == "same":
             text = f"{what} is no faster: {now} against {was}; the difference is within the noise ({spread})."
             sentences.append(Sentence("speed", "neutral", text))
         elif way == "faster":

@@ -106,6 +106,13 @@ def interval(bounds, form=number) -> str:
     return f"{form(bounds[0])} to {form(bounds[1])}"
 
 
+def doubt(change: dict) -> str:
+    """Why the ratio of a `change` decides nothing: the noise of its rounds, or too few of them; empty where it does."""
+    if change.get("beyond_noise"):
+        return ""
+    return "within noise" if interval(change.get("interval")) != MISSING else "too few rounds for an interval"
+
+
 def plain(value) -> str:
     """A value of a recipe or record."""
     if value is None:

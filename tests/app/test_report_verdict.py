@@ -6,6 +6,8 @@ import math
 import pytest
 
 from app.evaluation import wording
+from app.evaluation.figures import clean
+from app.evaluation.speed import THROUGHPUTS, change_of_speed
 from app.evaluation.verdict import judge
 
 
@@ -124,6 +126,25 @@ def test_no_interval_is_said():
     case = copy.deepcopy(figures())
     case["change"]["quality"]["interval"]["perplexity_ratio"] = [None, None]
     assert any("too short for an interval" in text for text in texts(case))
+
+
+def test_too_few_rounds_are_no_noise():
+    """Fewer than six rounds give no interval: even ten times the speed is then neither faster nor within the noise."""
+    before, after = (
+        {"rounds": dict.fromkeys(THROUGHPUTS, [rate] * 5), "per_token_ms": {"p50": 1.0, "p95": 1.0}}
+        | dict.fromkeys(THROUGHPUTS, rate)
+        for rate in (100.0, 1000.0)
+    )
+    change = clean(change_of_speed(before, after))
+    case = figures(decode=(10.0, 1.0, 1.0))
+    case["change"]["speed"] = change
+    found = texts(case)
+    assert found[0] == "Smaller; too few rounds to judge the speed"
+    assert any("10.0\u00d7 the speed" in text and "too few rounds for an interval" in text for text in found)
+    assert not any("no faster" in text or "within the noise" in text for text in found)
+    assert wording.doubt(change[THROUGHPUTS[0]]) == "too few rounds for an interval"
+    assert wording.doubt(figures(decode=SAME)["change"]["speed"][THROUGHPUTS[0]]) == "within noise"
+    assert wording.doubt(figures()["change"]["speed"][THROUGHPUTS[0]]) == ""
 
 
 def test_packed_layers_without_a_kernel_are_said():
