@@ -51,7 +51,8 @@ class Distillation(LanguageModel):
             from the teacher and the data where an architecture names none.
         losses: what the student imitates: names or `{kind: NAME, ...}` of `logit`, `feature`.
         combine: weights of the losses; by default alpha 0.5.
-        initialization: of a student that is an architecture: `random`, or `layers` copied from the teacher.
+        initialization: of a student that is an architecture: `random` (by default), or `layers` copied from the
+            teacher.
         zeros: whether weights of the student that are exactly 0, as after pruning, are `held` at 0 or `free` to grow.
         optimizer: by default AdamW.
         schedule: by default Cosine without warm-up.
@@ -65,7 +66,7 @@ class Distillation(LanguageModel):
         student: str | dict,
         losses: list[str | dict[str, Any]] | None = None,
         combine: Combine | None = None,
-        initialization: str | dict[str, Any] = "random",
+        initialization: str | dict[str, Any] | None = None,
         zeros: Literal["held", "free"] = "held",
         optimizer: Optimization | None = None,
         schedule: Schedule | None = None,
@@ -77,7 +78,9 @@ class Distillation(LanguageModel):
         self.losses = parse_losses(["logit"] if losses is None else losses)
         self.combine = combine or Combine()
         self.combine.check(self.losses)
-        self.initialization = INITIALIZATIONS.parse(initialization, "initialization")
+        if initialization is not None and is_model(student):
+            raise UserError(f"initialization is for a student that is an architecture; {student} has weights already")
+        self.initialization = INITIALIZATIONS.parse(initialization or "random", "initialization")
         self.zeros = zeros
         self.initialized: dict[str, Any] = {}  # what the initialisation did
         self.objective: Objective | None = None

@@ -49,9 +49,9 @@ def export_compressed_tensors(
         UserError: what the format cannot hold, with the reason.
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedIntLinear)}
-    dtype = model.norm.weight.dtype
-    format = _check(packed, dtype)
     family, values = family_of(model.config)
+    dtype = next(model.parameters()).dtype  # packed weights are buffers
+    format = _check(packed, dtype)
     names = family.names(model.config)
     ignore = [
         names[f"{name}.weight"].removesuffix(".weight")

@@ -47,7 +47,13 @@ class Distill(Stage[options.Distill]):
         """The losses by name, as specs; --temperature is that of a logit loss that names none."""
         given = self.options.losses
         listed = list(options.names(given)) if isinstance(given, str) else given
-        logit = {"kind": "logit", "temperature": self.options.temperature}
+        temperature = self.options.temperature
+        if temperature is not None and "logit" not in listed:
+            raise UserError(
+                "temperature is an option of the loss logit, which losses does not name (or names with its "
+                "own); leave it out, or add logit"
+            )
+        logit = {"kind": "logit", "temperature": 2.0 if temperature is None else temperature}
         return parse_losses([logit if loss == "logit" else loss for loss in listed])
 
     def combine(self) -> Combine:
@@ -61,6 +67,11 @@ class Distill(Stage[options.Distill]):
         self.combine()
         if chosen.student is not None and chosen.student_layers is not None:
             raise UserError("name the student once: --student (a model or an architecture file) or --student_layers N")
+        if chosen.student is not None and chosen.initialization is not None and is_model(chosen.student):
+            raise UserError(
+                f"initialization is for a student that is no model yet, and {chosen.student} has weights of its own; "
+                "leave it out, or name an architecture file"
+            )
         for name, least in (("max_steps", 1), ("train_batch_size", 1), ("warmup_steps", 0), ("checkpoint_every", 1)):
             if getattr(chosen, name) < least:
                 raise UserError(f"{name} is {getattr(chosen, name)}; it must be at least {least}")
@@ -85,7 +96,7 @@ class Distill(Stage[options.Distill]):
     ) -> tuple[Transformer, Sequence[LayerRecord]]:
         keep_freed_memory()
         chosen, config = self.options, parents["model"].model.config
-        stored = parents["model"].model.norm.weight.dtype
+        stored = next(parents["model"].model.parameters()).dtype  # packed weights are buffers
         parents.clear()  # the task loads its own
         seed_everything(chosen.seed, verbose=False)
         text.tokenizer.save(state)
@@ -105,11 +116,11 @@ class Distill(Stage[options.Distill]):
         """The LightningModule; `teacher` is cut down where the student is named by its number of layers."""
         chosen = self.options
         student: Any = chosen.student
-        initialization = chosen.initialization or "random"
+        initialization = chosen.initialization
         if student is None:
             half = (len(teacher.layers) + 1) // 2
             student = fewer_layers(teacher, half if chosen.student_layers is None else chosen.student_layers).to_dict()
-            initialization = chosen.initialization or "layers"
+            initialization = initialization or "layers"
             say(f"the student has {len(student['layers'])} of the teacher's {len(teacher.layers)} layers")
         auto = "bfloat16" if stored == torch.bfloat16 else "float32"
         return Distillation(

@@ -12,7 +12,7 @@ def main(chosen: options.Generate) -> None:
     sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
     loaded = load_model(chosen.model, resolve_device(chosen.device), resolve_dtype(chosen.dtype))
     tokenizer = loaded.text_tokenizer()
-    prompt = [tokenizer.eot, *tokenizer.encode(chosen.prompt)]  # every document begins with the end-of-text token
+    prompt = [tokenizer.begin, *tokenizer.encode(chosen.prompt)]  # a text begins as every document did in training
     new: list[int] = []
     shown = ""
     sys.stdout.write(chosen.prompt)

@@ -6,8 +6,13 @@ parser, `cli.py` says which function a verb calls with the result.
 
 # ruff: noqa: RUF009 (the calls in the defaults return dataclass fields)
 
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from models.errors import UserError
+
+Options = TypeVar("Options")
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -30,6 +35,25 @@ def names(value: Names) -> tuple[str, ...]:
     """Return `a,b` or `[a, b]` as `("a", "b")`."""
     parts = value.split(",") if isinstance(value, str) else value
     return tuple(part.strip() for part in parts if part.strip())
+
+
+def settle(chosen: Options, key: str, own: Mapping[str, Mapping[str, Any]]) -> Options:
+    """Return the options with defaults for those that only some choices of `key` have.
+
+    Args:
+        key: the option that is chosen, such as `method`.
+        own: choice -> the options that it has, with their defaults; another choice may have them too.
+
+    Raises:
+        UserError: an option is given that the choice does not have.
+    """
+    choice = getattr(chosen, key)
+    has = own.get(choice, {})
+    for name in dict.fromkeys(name for defaults in own.values() for name in defaults):
+        if name not in has and getattr(chosen, name) is not None:
+            right = " or ".join(other for other, defaults in own.items() if name in defaults)
+            raise UserError(f"{name} is an option of {key} {right}, not of {choice}; leave it out, or choose {right}")
+    return replace(chosen, **{name: default for name, default in has.items() if getattr(chosen, name) is None})
 
 
 @dataclass(kw_only=True)
@@ -94,8 +118,10 @@ class Quantize(StageOptions):
         factory=dict,
     )
     clip: Literal["none", "mse"] = option("mse: search for the range of each grid with the least squared error", "none")
-    act_order: bool = option("gptq: take the inputs with the most energy first", True)
-    damping: float = option("gptq: share of the Hessian's mean diagonal that is added to its diagonal", 0.01)
+    act_order: bool | None = option("gptq: take the inputs with the most energy first; default: true", None)
+    damping: float | None = option(
+        "gptq: share of the Hessian's mean diagonal that is added to its diagonal; default: 0.01", None
+    )
 
 
 @dataclass(kw_only=True)
@@ -107,26 +133,34 @@ class Prune(StageOptions):
         "magnitude and wanda set weights to zero; structured takes neurons or heads out of the tensors", "wanda"
     )
     sparsity: float | None = option("magnitude, wanda: share of the weights to set to zero; default: 0.5", None)
-    pattern: str = option(
-        "magnitude, wanda: `unstructured`, or N:M to keep the N largest of every M inputs", "unstructured"
+    pattern: str | None = option(
+        "magnitude, wanda: `unstructured` (the default), or N:M to keep the N largest of every M inputs", None
     )
-    scope: Literal["row", "layer", "global"] = option(
-        "unstructured: within which weights the smallest are sought", "row"
+    scope: Literal["row", "layer", "global"] | None = option(
+        "pattern unstructured: within which weights the smallest are sought; default: row", None
     )
-    include: Names = option("magnitude, wanda: which of embedding, head to prune as well, comma-separated", "")
-    targets: Names = option(
-        "structured: what to take out, comma-separated: neurons, heads, groups (key/value groups with their heads)",
-        "neurons",
+    include: Names | None = option("magnitude, wanda: which of embedding, head to prune as well, comma-separated", None)
+    targets: Names | None = option(
+        "structured: what to take out, comma-separated: neurons (the default), heads, groups (key/value groups with "
+        "their heads)",
+        None,
     )
-    ratio: float | dict[str, float] = option(
-        "structured: share of the targets to take out, above 0 and below 1; or one for each: {neurons: 0.25}", 0.25
+    ratio: float | dict[str, float] | None = option(
+        "structured: share of the targets to take out, above 0 and below 1; or one for each: {neurons: 0.25}; "
+        "default: 0.25",
+        None,
     )
-    criterion: Spec = option("structured: which targets go: variance, norm, magnitude, taylor", "variance")
-    allocation: Spec = option("structured: uniform takes as much out of every layer, global compares layers", "uniform")
-    round_to: int = option("structured: the number of neurons that stay is a multiple of this", 8)
-    compensation: Literal["none", "existing", "add"] = option(
-        "structured: whether an output bias takes over the mean of what goes: never, where there is one, or add one",
-        "existing",
+    criterion: Spec | None = option(
+        "structured: which targets go: variance (the default), norm, magnitude, taylor", None
+    )
+    allocation: Spec | None = option(
+        "structured: uniform (the default) takes as much out of every layer, global compares layers", None
+    )
+    round_to: int | None = option("structured: the number of neurons that stay is a multiple of this; default: 8", None)
+    compensation: Literal["none", "existing", "add"] | None = option(
+        "structured: whether an output bias takes over the mean of what goes: none, existing where there is one (the "
+        "default), or add one",
+        None,
     )
     samples: int = option("calibration blocks of --sequence_length tokens, from the training split of --data", 128)
 
@@ -142,15 +176,17 @@ class Distill(StageOptions):
         None,
     )
     student_layers: int | None = option("without --student: how many layers the student has; default: half", None)
-    initialization: Spec = option(
+    initialization: Spec | None = option(
         "of a student that is no model yet: layers copies evenly spaced layers of the teacher, random does not; "
         "default: layers without --student, random with an architecture file",
-        "",
+        None,
     )
     losses: str | list[str | dict[str, Any]] = option(
         "what the student imitates, comma-separated: logit, feature", "logit"
     )
-    temperature: float = option("logit: divides the logits of both models before they are compared", 2.0)
+    temperature: float | None = option(
+        "logit: divides the logits of both models before they are compared; default: 2", None
+    )
     alpha: float = option("share of the loss on the text itself; the logit loss has the rest", 0.5)
     weights: dict[str, float] = option("factors of further losses by name: {feature: 0.1}", factory=dict)
     max_steps: int = option("optimizer steps", 1000)

@@ -17,12 +17,26 @@ from recipes.stages.terminal import Bars, by_layer
 from recipes.stages.text import Text
 
 DATA_FREE = ("magnitude",)
+SPARSE = {"sparsity": None, "pattern": "unstructured", "scope": None, "include": ""}
+STRUCTURED = {
+    "targets": "neurons",
+    "ratio": 0.25,
+    "criterion": "variance",
+    "allocation": "uniform",
+    "round_to": 8,
+    "compensation": "existing",
+}
+METHODS = {"magnitude": SPARSE, "wanda": SPARSE, "structured": STRUCTURED}  # the options that each method has
+PATTERNS = {"unstructured": {"scope": "row"}}
 
 
 class Prune(Stage[options.Prune]):
     """Pruning by one of the methods of compress.pruning."""
 
     verb = "prune"
+
+    def __init__(self, chosen: options.Prune) -> None:
+        super().__init__(options.settle(options.settle(chosen, "method", METHODS), "pattern", PATTERNS))
 
     def title(self) -> str:
         chosen = self.options
@@ -38,7 +52,8 @@ class Prune(Stage[options.Prune]):
         """The pattern of zeros that was asked for."""
         chosen = self.options
         default = 0.5 if chosen.pattern == "unstructured" else None
-        return parse_pattern(chosen.pattern, default if chosen.sparsity is None else chosen.sparsity, chosen.scope)
+        sparsity = default if chosen.sparsity is None else chosen.sparsity
+        return parse_pattern(chosen.pattern, sparsity, chosen.scope or "row")
 
     def check(self) -> None:
         self.title()  # parses ratios and pattern

@@ -12,6 +12,7 @@ from compress.quantization.plan import quantize_model
 from compress.quantization.rtn import Rtn
 from compress.records import LayerRecord
 from compress.store import FolderStore
+from models.errors import UserError
 from models.transformer import Transformer
 from recipes.stages import options
 from recipes.stages.parser import check_keys
@@ -21,12 +22,16 @@ from recipes.stages.text import Text
 
 FULL = 16  # bits that stand for "leave it as it is"
 FORMAT_KEYS = {"bits", "group_size", "symmetric"}
+METHODS = {"rtn": {}, "gptq": {"act_order": True, "damping": 0.01}}  # the options that each method alone has
 
 
 class Quantize(Stage[options.Quantize]):
     """Quantization by one of the methods of compress.quantization."""
 
     verb = "quantize"
+
+    def __init__(self, chosen: options.Quantize) -> None:
+        super().__init__(options.settle(chosen, "method", METHODS))
 
     def title(self) -> str:
         chosen = self.options
@@ -41,7 +46,13 @@ class Quantize(Stage[options.Quantize]):
         self.end(self.options.head_bits)
 
     def parents(self) -> dict[str, Loaded]:
-        return {"model": load_model(self.options.model, self.device, self.dtype)}
+        loaded = load_model(self.options.model, self.device, self.dtype)
+        if loaded.model.head is None and self.options.head_bits != FULL:
+            raise UserError(
+                f"head_bits is {self.options.head_bits}, but the head of {loaded.source.path} is its embedding; "
+                "choose embedding_bits, which holds for both"
+            )
+        return {"model": loaded}
 
     def format(self, values: dict[str, Any]) -> IntFormat:
         """The grid that the options ask for, with `values` in place of some of them."""
@@ -84,7 +95,7 @@ class Quantize(Stage[options.Quantize]):
             batches,
             overrides=self.overrides(),
             embedding=self.end(chosen.embedding_bits),
-            head=self.end(chosen.head_bits) if model.head is not None else None,
+            head=self.end(chosen.head_bits),
             store=FolderStore(state),
             progress=by_layer(bars, "quantizing", model),
         )

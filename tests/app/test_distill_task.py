@@ -210,6 +210,11 @@ def test_students_that_cannot_be_are_refused(place, tmp_path, student, words):
         fit(task(place, student), place, tmp_path, 1)
 
 
+def test_a_student_with_weights_is_not_initialized(place):
+    with pytest.raises(UserError, match="has weights already"):
+        task(place, str(place / "sparse"), initialization="layers")
+
+
 def test_data_of_another_tokenizer_is_refused(place, tmp_path):
     module = task(place)
     trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)

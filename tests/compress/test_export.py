@@ -151,6 +151,8 @@ def test_a_dense_model_and_a_foreign_architecture_are_refused(tmp_path):
     dense = Transformer(ModelConfig.from_dict(ARCHITECTURE))
     with pytest.raises(UserError, match="no linear layer of packed integers"):
         export_compressed_tensors(dense, tmp_path / "out")
+    with pytest.raises(UserError, match="no Hugging Face family can hold this model .*post"):
+        export_compressed_tensors(build(IntFormat(4, 32), norm={"kind": "rms", "position": "post"}), tmp_path / "out")
     with pytest.raises(UserError, match="not layer pre"):
         export_compressed_tensors(build(IntFormat(4, 32), norm="layer"), tmp_path / "out")
 

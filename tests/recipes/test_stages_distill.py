@@ -7,7 +7,7 @@ import pytest
 
 import models.folder
 from app.data.corpus import synthetic
-from app.data.tokenizer import train_tokenizer
+from app.data.tokenizer import load_tokenizer, train_tokenizer
 from models.transformer import Transformer
 from tests.recipes.conftest import QUICK
 
@@ -26,6 +26,19 @@ def test_student_of_half_the_layers(teacher, espalier, tmp_path):
     assert report["change"]["size"]["stored_bytes"]["ratio"] < 0.8
     assert any((out / "tensorboard").iterdir())
     assert not (tmp_path / "student.partial").exists()
+
+
+def test_teacher_with_norms_after_the_sublayers(teacher, espalier, tmp_path):
+    """Such a model has no norm before its head."""
+    post, out = tmp_path / "post", tmp_path / "student"
+    config = models.folder.read_config(teacher)
+    config = dataclasses.replace(config, norm=dataclasses.replace(config.norm, position="post"))
+    with models.folder.writing(post) as target:
+        models.folder.save_model(Transformer(config), target)
+        load_tokenizer(teacher).save(target)
+    status, output = espalier("distill", "--teacher", post, "--out", out, *SHORT, "--max_steps", 2)
+    assert status == 0, output.err
+    assert len(models.folder.load(out).blocks) == 2
 
 
 def test_recovery_of_a_pruned_student(teacher, espalier, tmp_path):
@@ -81,10 +94,13 @@ def test_student_from_an_architecture_file(teacher, espalier, tmp_path):
         (["--student_layers", "2", "--temperature", "0"], ["temperature is 0"]),
         (["--student_layers", "2", "--losses", "logits"], ["logits", "did you mean 'logit'"]),
         (["--student_layers", "2", "--max_steps", "0"], ["max_steps is 0"]),
+        (["--student", "TEACHER", "--initialization", "layers"], ["initialization", "weights of its own"]),
+        (["--losses", "feature", "--temperature", "3"], ["temperature is an option of the loss logit"]),
         (["--student", "no/such.yaml"], ["no/such.yaml"]),
     ],
 )
 def test_impossible_wishes(argv, words, teacher, refused, tmp_path):
+    argv = [teacher if word == "TEACHER" else word for word in argv]
     refused("distill", "--teacher", teacher, "--out", tmp_path / "student", *SHORT, *argv, words=words)
     assert list(tmp_path.iterdir()) == []
 

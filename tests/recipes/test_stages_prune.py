@@ -32,6 +32,12 @@ def test_wanda_writes_a_whole_folder(teacher, espalier, tmp_path):
     assert history[0]["weights"] == models.folder.hash_weights(out)
 
 
+def test_history_names_the_defaults_of_the_method(teacher, espalier, tmp_path):
+    assert espalier("prune", teacher, "--out", tmp_path / "a", *QUICK, "--method", "magnitude")[0] == 0
+    recipe = json.loads((tmp_path / "a" / "history.json").read_text())["stages"][0]["recipe"]
+    assert (recipe["pattern"], recipe["scope"], recipe["ratio"]) == ("unstructured", "row", None)
+
+
 def test_structured_pruning_shrinks_the_files(teacher, espalier, tmp_path):
     out = tmp_path / "pruned"
     argv = ["--method", "structured", "--targets", "neurons,groups", "--ratio", 0.5, "--samples", 16, "--round_to", 8]
@@ -53,6 +59,10 @@ def test_structured_pruning_shrinks_the_files(teacher, espalier, tmp_path):
         (["--sparsity", "1.5"], ["1.5"]),
         (["--pattern", "4:2"], ["4:2"]),
         (["--pattern", "2of4"], ["2of4", "N:M"]),
+        (["--method", "structured", "--sparsity", "0.5"], ["sparsity", "magnitude or wanda", "not of structured"]),
+        (["--ratio", "0.3"], ["ratio is an option of method structured, not of wanda"]),
+        (["--targets", "heads", "--method", "magnitude"], ["targets", "structured, not of magnitude"]),
+        (["--pattern", "2:4", "--scope", "layer"], ["scope is an option of pattern unstructured, not of 2:4"]),
         (["--method", "structured", "--ratio", "1"], ["ratio", "1"]),
         (["--method", "structured", "--targets", "neuron"], ["neuron", "neurons"]),
         (["--samples", "0"], ["samples"]),

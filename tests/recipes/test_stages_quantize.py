@@ -73,6 +73,8 @@ def test_an_output_that_holds_something(teacher, espalier, refused, tmp_path):
         (["--skip", "blocks.0.atention.q"], ["blocks.0.atention.q", "blocks.0.attention.q"]),
         (["--layers", "{'*.down': {bitz: 8}}"], ["bitz", "did you mean 'bits'"]),
         (["--damping", "2"], ["damping"]),
+        (["--method", "rtn", "--act_order", "false"], ["act_order is an option of method gptq, not of rtn"]),
+        (["--head_bits", "4"], ["head_bits is 4", "embedding_bits"]),
         (["--samples", "-3"], ["samples"]),
         (["--device", "cuda"], ["cuda", "--device cpu"]),
     ],
