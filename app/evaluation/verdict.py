@@ -64,9 +64,8 @@ def headline(figures: dict) -> Sentence:
     smaller = known(ratio) and ratio < SMALLER
     if speed in ("unknown", "undecided"):
         why = "speed not measured" if speed == "unknown" else "too few rounds to judge the speed"
-        return Sentence(
-            "headline", "good" if smaller else "neutral", f"{'Smaller' if smaller else 'Not smaller'}; {why}"
-        )
+        text = f"Smaller; {why}" if smaller else f"Not smaller; {why}"
+        return Sentence("headline", "good" if smaller else "neutral", text)
     if smaller and speed == "faster":
         return Sentence("headline", "good", "Smaller and faster")
     if smaller:
@@ -123,7 +122,7 @@ def judge_speed(figures: dict) -> list[Sentence]:
         spread = f"95% interval of the ratio {wording.interval(bounds, lambda x: f'{x:.2f}')}"
         if way == "undecided":
             text = (
-                f"{what} came to {wording.times(ratio)} the speed, {now} against {was}; {wording.doubt(changes[name])}."
+                f"{what} ran at {wording.times(ratio)} the speed, {now} against {was}; {wording.doubt(changes[name])}."
             )
             sentences.append(Sentence("speed", "neutral", text))
         elif way == "same":
