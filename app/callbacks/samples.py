@@ -35,7 +35,7 @@ class Samples(Callback):
         log_text(trainer, "samples", "\n\n".join(self._continue(module, tokenizer)))
 
     def _continue(self, module: LightningModule, tokenizer) -> list[str]:
-        prompts = [[tokenizer.eot, *tokenizer.encode(text)] for text in self.prompts]
+        prompts = [[tokenizer.begin, *tokenizer.encode(text)] for text in self.prompts]
         eager = nullcontext() if module.compiling is None else torch.compiler.set_stance("force_eager")
         with torch.no_grad(), eager:
             written = generate(

@@ -2,7 +2,8 @@
 
 Layout of a split: eot t1..tn eot u1..um .. eot. The end-of-text token begins each document, is the target of the last
 token of the one before, and closes the file; so each of the M = sum(n + 1) inputs has exactly one target and every
-token but the first eot is predicted once. Block i is inputs [iT, iT + T) and targets [iT + 1, iT + T + 1).
+token but the first eot is predicted once. Block i is inputs [iT, iT + T) and targets [iT + 1, iT + T + 1). Where the
+tokenizer begins documents with a token of its own, that one takes the place of eot in the inputs, never in the targets.
 
 Shapes: B rows, T tokens a row, M tokens in the split, N documents in the split.
 """
@@ -78,6 +79,8 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, split: str, fingerprint: str, f
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     np.save(folder / "numbers.npy", np.array(numbers, dtype=np.int64))
     meta = {"fingerprint": fingerprint, "corpus": corpus.name, "split": split, "dtype": np.dtype(dtype).name}
+    if tokenizer.begin != tokenizer.eot:
+        meta["begin_of_text"] = tokenizer.begin
     write_json(folder / "meta.json", meta | {"tokens": sum(lengths), "bytes": size, "end_of_text": tokenizer.eot})
 
 
@@ -126,6 +129,7 @@ class TokenBlocks(Dataset):
         self.bytes: int = meta["bytes"]  # UTF-8 bytes of the split
         self.tokens: int = meta["tokens"]  # M: predictions in the split
         self.end_of_text: int = meta["end_of_text"]
+        self.begin_of_text: int = meta.get("begin_of_text", self.end_of_text)
         self._dtype = np.dtype(meta["dtype"])
         self._starts = np.load(folder / "starts.npy")  # (N + 1,)
         self._numbers = np.load(folder / "numbers.npy")  # (N,)
@@ -148,11 +152,6 @@ class TokenBlocks(Dataset):
     def bytes_per_token(self) -> float:
         """UTF-8 bytes a prediction: bits per byte is loss in nats / (ln 2 * bytes_per_token)."""
         return self.bytes / self.tokens
-
-    @property
-    def document_spans(self) -> np.ndarray:
-        """(N, 2) int64: where each document begins (its end-of-text token) and ends in `stream`."""
-        return np.stack([self._starts[:-1], self._starts[1:]], axis=1)
 
     def name(self, number: int) -> str:
         """Return the name of the document with this number in the corpus, as `ids` of a batch gives it."""
@@ -186,8 +185,13 @@ class TokenBlocks(Dataset):
         real = places[:, :-1] < end  # (B, T)
         first, last = self._documents_at(begins), self._documents_at(np.minimum(begins + length, end) - 1)  # (B,), (B,)
         ids = np.where(rows[:, None] == PADDING, PADDING, self._numbers[np.stack([first, last], axis=1)])  # (B, 2)
+        tokens = window[:, :-1]  # (B, T)
+        if self.begin_of_text != self.end_of_text:
+            opens = self._boundaries(begins, first, last)  # (B, T)
+            opens[:, 0] = self._starts[first] == begins
+            tokens = np.where(opens, self.begin_of_text, tokens)
         batch = {
-            "tokens": torch.from_numpy(np.ascontiguousarray(window[:, :-1])),
+            "tokens": torch.from_numpy(np.ascontiguousarray(tokens)),
             "targets": torch.from_numpy(np.where(real, window[:, 1:], IGNORED)),
             "ids": torch.from_numpy(ids),
         }

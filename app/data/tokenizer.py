@@ -1,7 +1,8 @@
 """Byte-level BPE: trained on the training split, or given; saved so that `transformers.AutoTokenizer` loads it.
 
-A tokenizer here is a `tokenizers.Tokenizer` with one token that begins every document (`<|endoftext|>` where we train).
-Text never turns into that token by accident: the characters `<|endoftext|>` inside a text are encoded as characters.
+A tokenizer here is a `tokenizers.Tokenizer` with a token that ends every document and one that begins it: both are
+`<|endoftext|>` where we train, while a given tokenizer may begin with another (Llama: `<s>`, `<|begin_of_text|>`).
+Text never turns into them by accident: the characters `<|endoftext|>` inside a text are encoded as characters.
 """
 
 import hashlib
@@ -34,24 +35,36 @@ class Tokenizer:
         tokenizer: the tokenizer itself; truncation and padding are switched off.
         config: content of tokenizer_config.json, kept as it was given.
         end_of_text: the token between documents.
+        begin_of_text: the token that a model reads first in a document; `end_of_text` when None.
 
     Raises:
-        UserError: `end_of_text` is not in the vocabulary.
+        UserError: one of the two is not in the vocabulary.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], end_of_text: str = END_OF_TEXT) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        config: dict[str, Any],
+        end_of_text: str = END_OF_TEXT,
+        begin_of_text: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # special tokens that occur in a text are text
-        eot = tokenizer.token_to_id(end_of_text)
-        if eot is None:
-            raise UserError(f"the tokenizer has no token '{end_of_text}' to put between documents")
-        self.eot: int = eot
         self.end_of_text = end_of_text
+        self.begin_of_text = begin_of_text or end_of_text
+        self.eot = self._id(end_of_text, "to put between documents")
+        self.begin = self._id(self.begin_of_text, "to begin documents with")
         # Given tokenizers may number their tokens with gaps: what an embedding needs is the largest number plus one.
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _id(self, token: str, use: str) -> int:
+        number = self.tokenizer.token_to_id(token)
+        if number is None:
+            raise UserError(f"the tokenizer has no token '{token}' {use}")
+        return number
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without any token that marks a beginning or an end."""
@@ -67,8 +80,9 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the tokenizer's own JSON and the end-of-text token: equal tokenizers give equal ids."""
-        return hashlib.sha256(f"{self.end_of_text}\n{self.tokenizer.to_str()}".encode()).hexdigest()
+        """SHA-256 of its own JSON, the end-of-text token and a begin token of its own: equal ones give equal ids."""
+        begin = "" if self.begin == self.eot else f"{self.begin_of_text}\n"
+        return hashlib.sha256(f"{begin}{self.end_of_text}\n{self.tokenizer.to_str()}".encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into the existing `folder`."""
@@ -107,7 +121,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(counted, trainer=trainer)
     if not counted.characters:
         raise UserError("the training split holds no text to train a tokenizer on")
-    return Tokenizer(tokenizer, _config(END_OF_TEXT))
+    return Tokenizer(tokenizer, _config(END_OF_TEXT, END_OF_TEXT))
 
 
 class _Counted:
@@ -123,12 +137,12 @@ class _Counted:
             yield text
 
 
-def _config(end_of_text: str) -> dict[str, Any]:
+def _config(end_of_text: str, begin_of_text: str) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end_of_text,
+        "bos_token": begin_of_text,
         "eos_token": end_of_text,
-        "add_bos_token": False,
+        "add_bos_token": begin_of_text != end_of_text,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000_000,
@@ -138,7 +152,9 @@ def _config(end_of_text: str) -> dict[str, Any]:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a folder with tokenizer.json (a model folder, a Hugging Face folder) or from that file.
 
-    The token between documents is the `eos_token` of tokenizer_config.json; without one, a token of a known name.
+    The token between documents is the `eos_token` of tokenizer_config.json; without one, a token of a known name. A
+    document begins with the token that the post-processor puts before a text, or else with the `bos_token` where
+    tokenizer_config.json says `add_bos_token`, or else with the token between documents.
 
     Raises:
         UserError: nothing there, not a tokenizer, or no token that could stand between documents.
@@ -160,14 +176,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             config = json.loads(config_file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"tokenizer '{config_file}' is not valid JSON: {error}") from error
-    end = config.get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
+    end = _named(config, "eos_token")
     if end is None:
         end = next((name for name in _KNOWN_ENDS if tokenizer.token_to_id(name) is not None), None)
     if end is None:
         known = ", ".join(_KNOWN_ENDS)
         raise UserError(f"tokenizer '{path}' names no eos_token and has none of {known} to put between documents")
-    return Tokenizer(tokenizer, config or _config(end), end)
+    begin = _first_token(tokenizer) or (_named(config, "bos_token") if config.get("add_bos_token") else None) or end
+    return Tokenizer(tokenizer, config or _config(end, begin), end, begin)
+
+
+def _named(config: dict[str, Any], role: str) -> str | None:
+    """The text of a special token in tokenizer_config.json, where it stands as it is or as an object."""
+    token = config.get(role)
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _first_token(tokenizer: tokenizers.Tokenizer) -> str | None:
+    """The special token that the tokenizer's post-processor puts before a text."""
+    tokenizer.no_padding()  # which may stand first too
+    encoding = tokenizer.encode("a")
+    return encoding.tokens[0] if encoding.special_tokens_mask[:1] == [1] else None
 
 
 def cached_tokenizer(texts: Iterable[str], key: str, vocab_size: int, folder: Path) -> Tokenizer:

@@ -1,20 +1,23 @@
 """Blocks: every token predicted once, no document crossed, files that appear whole whatever happens."""
 
+import hashlib
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from app.data.blocks import IGNORED, PADDING, TokenBlocks, token_blocks, tokenize
 from app.data.corpus import Document, MemoryCorpus, synthetic
 from app.data.order import EvaluationBatches, Order, TrainingBatches
-from app.data.tokenizer import train_tokenizer
+from app.data.tokenizer import END_OF_TEXT, Tokenizer, train_tokenizer
 from models.errors import UserError
 
 CORPUS = synthetic(documents=80, words=30)
@@ -81,13 +84,46 @@ def test_figures_of_a_split(folder, reference, tokenizer):
     blocks = TokenBlocks(folder, 16)
     assert blocks.tokens == len(rows)
     assert blocks.bytes_per_token == CORPUS.sizes["train"] / len(rows)
-    for (begin, end), document in zip(blocks.document_spans, CORPUS.documents("train"), strict=True):
+    spans = pairwise(np.load(folder / "starts.npy"))
+    for (begin, end), document in zip(spans, CORPUS.documents("train"), strict=True):
         assert blocks.stream[begin] == tokenizer.eot
         assert tokenizer.decode(blocks.stream[begin + 1 : end]) == document.text
         assert blocks.name(document.number) == document.name
     outside = next(number for number in range(len(CORPUS.texts)) if number not in numbers)
     with pytest.raises(UserError, match=f"no document {outside} in its train split"):
         blocks.name(outside)
+
+
+@pytest.fixture(scope="module")
+def begins(tokenizer):
+    """The same tokenizer with a begin token of its own, as imported Llamas have one."""
+    given = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    given.add_special_tokens(["<s>"])
+    return [Tokenizer(given, {}, END_OF_TEXT, begin) for begin in (None, "<s>")]
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 100_000])
+@pytest.mark.parametrize("cross_documents", [False, True])
+def test_a_begin_token_stands_first_in_every_document_and_is_no_target(begins, tmp_path, length, cross_documents):
+    without, own = (
+        TokenBlocks(tokenize(CORPUS, tokenizer, "train", tmp_path), length, cross_documents=cross_documents)
+        for tokenizer in begins
+    )
+    assert own.fingerprint != without.fingerprint
+    plain, batch = (blocks.batch(range(len(blocks))) for blocks in (without, own))
+    assert torch.equal(batch["targets"], plain["targets"])
+    expected = plain["tokens"].flatten()
+    expected[np.load(own.folder / "starts.npy")[:-1]] = begins[1].begin
+    assert torch.equal(batch["tokens"].flatten(), expected)
+    assert begins[1].begin not in batch["targets"]
+    assert torch.equal(own.batch([PADDING])["tokens"], without.batch([PADDING])["tokens"])
+
+
+def test_token_files_of_tokenizers_without_a_begin_token_keep_their_place(tokenizer, begins, tmp_path):
+    files = {tokenize(CORPUS, each, "train", tmp_path) for each in begins}
+    assert len(files) == 2
+    text = f"{END_OF_TEXT}\n{tokenizer.tokenizer.to_str()}"
+    assert tokenizer.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_a_pickled_dataset_opens_its_own_file(folder):
@@ -100,7 +136,7 @@ def test_a_pickled_dataset_opens_its_own_file(folder):
 
 def test_large_vocabularies_and_empty_splits(tokenizer, tmp_path):
     class Large:
-        eot, vocab_size, sha256 = 70_000, 70_001, "large"
+        eot, begin, vocab_size, sha256 = 70_000, 70_000, 70_001, "large"
 
         def encode_batch(self, texts):
             return [[65_536 + len(text)] for text in texts]

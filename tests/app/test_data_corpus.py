@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import processors
 
 from app.data.corpus import HELD_OUT, SPLITS, assign_splits, place_of, python_corpus, synthetic
 from app.data.tokenizer import END_OF_TEXT, cached_tokenizer, load_tokenizer, train_tokenizer
@@ -112,6 +114,44 @@ def test_a_given_tokenizer_says_what_ends_a_document(tokenizer, tmp_path):
     assert load_tokenizer(tmp_path).config["extra"] == 1
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<nope>"}))
     with pytest.raises(UserError, match="no token '<nope>'"):
+        load_tokenizer(tmp_path)
+
+
+TEMPLATE = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 320)])
+
+
+@pytest.mark.parametrize(
+    ("processor", "config", "begin"),
+    [
+        (None, {"bos_token": "<s>"}, END_OF_TEXT),
+        (None, {"bos_token": "<s>", "add_bos_token": False}, END_OF_TEXT),
+        (None, {"bos_token": {"content": "<s>"}, "add_bos_token": True}, "<s>"),
+        (TEMPLATE, {"bos_token": "<s>"}, "<s>"),
+        (processors.Sequence([processors.ByteLevel(trim_offsets=False), TEMPLATE]), {}, "<s>"),
+    ],
+)
+def test_a_given_tokenizer_says_what_begins_a_document(tokenizer, tmp_path, processor, config, begin):
+    given = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    given.add_special_tokens(["<s>"])
+    given.enable_padding(direction="left", length=8)
+    if processor is not None:
+        given.post_processor = processor
+    (tmp_path / "tokenizer.json").write_text(given.to_str())
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": END_OF_TEXT}))
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.begin_of_text, loaded.end_of_text) == (begin, END_OF_TEXT)
+    assert loaded.begin == given.token_to_id(begin)
+    assert loaded.begin not in loaded.encode("<s> a")  # the name of a special token in a text is text
+    loaded.save(tmp_path)
+    assert (load_tokenizer(tmp_path).begin, load_tokenizer(tmp_path).sha256) == (loaded.begin, loaded.sha256)
+
+
+def test_a_begin_token_that_does_not_exist_is_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    config = {"eos_token": END_OF_TEXT, "bos_token": "<nope>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no token '<nope>' to begin documents with"):
         load_tokenizer(tmp_path)
 
 

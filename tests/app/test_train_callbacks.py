@@ -1,6 +1,7 @@
 """What watches a run: the guard, checkpoints, TensorBoard, samples, progress."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,14 @@ def test_tensorboard_holds_everything_that_is_promised(tmp_path, cache):
     assert texts >= {"samples", "recipe", "mfu"}
     written = events.Tensors("samples/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "the " in written
+
+
+def test_samples_begin_with_the_token_that_documents_begin_with(monkeypatch):
+    seen = []
+    monkeypatch.setattr("app.callbacks.samples.generate", lambda model, prompts, **_: seen.extend(prompts) or [[]])
+    tokenizer = SimpleNamespace(eot=0, begin=1, encode=lambda text: [len(text)], decode=lambda ids: "")
+    Samples(["the "])._continue(SimpleNamespace(compiling=None, model=None), tokenizer)
+    assert seen == [[1, 4]]
 
 
 def test_samples_leave_the_training_alone(tmp_path, cache):

@@ -1,6 +1,7 @@
 """`espalier import`, `export`, `compare`, `report`: models in from and out to other software, and side by side."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import models
 import models.folder
+from app.data.tokenizer import load_tokenizer
 from tests.recipes.conftest import QUICK
 
 
@@ -101,6 +103,20 @@ def test_compare_and_report(teacher, espalier, tmp_path):
     assert "http" not in (tmp_path / "page" / "report.html").read_text().replace("http://www.w3.org", "")
     status, output = espalier("compare", teacher, second, *QUICK)
     assert status == 0, output.err
+
+
+def test_a_prompt_begins_with_the_token_that_documents_begin_with(teacher, espalier, monkeypatch, tmp_path):
+    imported = shutil.copytree(teacher, tmp_path / "imported")
+    config = json.loads((imported / "tokenizer_config.json").read_text())
+    (imported / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "z", "add_bos_token": True}))
+    tokenizer = load_tokenizer(imported)
+    seen = []
+    monkeypatch.setattr("recipes.stages.generate.stream", lambda model, prompts, **options: seen.append(prompts) or [])
+    for folder in (teacher, imported):
+        status, output = espalier("generate", folder, "--prompt", "ba")
+        assert status == 0, output.err
+    text = tokenizer.encode("ba")
+    assert seen == [[[tokenizer.eot, *text]], [[tokenizer.tokenizer.token_to_id("z"), *text]]]
 
 
 def test_generate_needs_no_lightning(teacher, espalier, monkeypatch):
