@@ -15,6 +15,7 @@ import tokenizers
 import torch
 
 from app.data.blocks import IGNORED, PADDING, TokenBlocks, token_blocks, tokenize
+from app.data.cache import track
 from app.data.corpus import Document, MemoryCorpus, synthetic
 from app.data.order import EvaluationBatches, Order, TrainingBatches
 from app.data.tokenizer import END_OF_TEXT, Tokenizer, train_tokenizer
@@ -224,6 +225,13 @@ def test_a_killed_build_leaves_nothing_and_two_builders_build_once(tmp_path):
     assert sorted(output) == ["done\n", "started\ndone\n"]
     assert sorted(file.name for file in place.iterdir()) == ["one", "two"]
     assert sorted(path.name for path in place.parent.iterdir()) == [".it.lock", "it"]
+
+
+def test_the_bar_stays_out_of_the_output(capsys):
+    assert list(track(["a"], "Tokenizing", 5_000_000, len)) == ["a"]
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "Tokenizing" in output.err
 
 
 def test_a_cache_that_cannot_be_written(tokenizer, tmp_path):
