@@ -4,14 +4,16 @@ Vendors print the rate with 2:4 sparsity first, which is twice the dense one; MF
 Sources: NVIDIA's data sheets of each product (the dense column, or half of the sparse one), AMD's CDNA 3 white paper.
 """
 
+import re
 import time
 
 import torch
 
 from models.products import product
 
-DENSE_BF16 = {  # part of the device's name -> FLOP/s; the first match counts, so longer names stand first
+DENSE_BF16 = {  # words of the device's name -> FLOP/s; the first match counts, so longer names stand first
     "B300": 2.25e15,
+    "GB300": 2.5e15,
     "GB200": 2.5e15,
     "B200": 2.25e15,
     "B100": 1.75e15,
@@ -42,9 +44,15 @@ DENSE_BF16 = {  # part of the device's name -> FLOP/s; the first match counts, s
 }
 
 
+OTHER = re.compile(r"\b(Ti|SUPER|D|Laptop|Max-Q|MIG)\b", re.IGNORECASE)  # behind a name: another chip, or part of one
+
+
 def device_peak(name: str) -> float | None:
     """The dense bf16 peak in FLOP/s of a GPU by its name, or None if it is not in the table."""
-    return next((peak for part, peak in DENSE_BF16.items() if part.lower() in name.lower()), None)
+    if OTHER.search(name):
+        return None
+    found = (peak for words, peak in DENSE_BF16.items() if re.search(rf"\b{re.escape(words)}\b", name, re.IGNORECASE))
+    return next(found, None)
 
 
 def measured_peak(size: int = 1024, seconds: float = 0.2) -> tuple[float, torch.dtype]:

@@ -157,7 +157,16 @@ def test_peaks_are_dense():
     assert device_peak("NVIDIA A100-SXM4-40GB") == 312e12
     assert device_peak("NVIDIA L40S") == 362e12
     assert device_peak("NVIDIA L4") == 121e12
+    assert device_peak("NVIDIA RTX A6000") == 154.8e12
     assert device_peak("A card of tomorrow") is None
+    for name in ("NVIDIA RTX A4000", "NVIDIA RTX A3000", "NVIDIA RTX A1000", "NVIDIA A10M"):
+        assert device_peak(name) is None, name  # a name in the table is part of a word of these
+    for name in (
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    ):
+        assert device_peak(name) is None, name
     assert all(device_peak(name) == peak for name, peak in DENSE_BF16.items())  # no name hides a longer one
 
 
