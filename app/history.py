@@ -84,7 +84,7 @@ def write_card(
     """Write README.md, the model card: what the model is, how it came about, what it measures, how to load it.
 
     Args:
-        figures: the block of DESIGN 2.3 of this model (`quality`, `size`, `speed`), where it was measured.
+        figures: the block of report.json of this model (`quality`, `size`, `speed`), where it was measured.
     """
     (folder / "README.md").write_text(_card(model, entries, figures or {}), encoding="utf-8")
 

@@ -67,7 +67,7 @@ class Loaded:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that `auto`, `cpu` or `cuda` (or `cuda:1`) stands for.
+    """Return the device that `auto`, `cpu` or `cuda` stands for.
 
     Raises:
         UserError: CUDA is asked for where there is none.

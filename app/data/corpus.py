@@ -21,7 +21,7 @@ from models.errors import UserError
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.05  # share of the documents in each of validation and test, where the source brings no splits of its own
 
-# Parts of the standard library that some distributions leave out, and what is no prose of a programmer (DESIGN 2.4).
+# Parts of the standard library that some distributions leave out, and what is no prose of a programmer.
 EXCLUDED = {
     *("test", "tests", "encodings", "site-packages", "dist-packages", "idlelib", "tkinter", "turtle", "turtledemo"),
     *("lib2to3", "distutils", "ensurepip", "venv", "msilib", "ctypes", "curses", "sqlite3", "dbm", "_pyrepl"),
@@ -134,7 +134,7 @@ class Digest:
 
 
 def python_corpus() -> MemoryCorpus:
-    """Return the default corpus: the running interpreter's own standard library, read in place (DESIGN 2.4).
+    """Return the default corpus: the running interpreter's own standard library, read in place.
 
     About 7.5 MB: every `.py` file of the standard library and `pydoc_data/topics.py`, sorted by path, without tests,
     encodings and the parts that distributions leave out; undecodable files are skipped; split by a hash of the path.

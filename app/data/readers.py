@@ -122,9 +122,6 @@ def choose_column(features: "datasets.Features", column: str | None, source: str
     return strings[0]
 
 
-_STRINGS = ("string", "large_string")
-
-
 def _type(feature: Any) -> str:
     return getattr(feature, "dtype", None) or type(feature).__name__.lower()
 

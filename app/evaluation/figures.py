@@ -1,4 +1,4 @@
-"""The figures of DESIGN 2.3: a block for a model, and before / after / change for two.
+"""The figures of report.json: a block for a model, and before / after / change for two.
 
     evaluate_model(subject, blocks)          -> {"name", "quality", "size", "speed", "measurement"}
     evaluate_pair(before, after, blocks)     -> {"before", "after", "change", "baselines", "measurement"}

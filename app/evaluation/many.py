@@ -13,10 +13,10 @@ from markupsafe import Markup
 
 from app.evaluation import charts, tables, wording
 from app.evaluation.charts import Step
-from app.evaluation.report import baseline_rows, baseline_values, draw, now, protocol, render, step, write_json
+from app.evaluation.report import baseline_rows, baseline_values, draw, now, protocol, render, step
 from app.evaluation.wording import known
 from models.errors import UserError
-from models.files import read_json
+from models.files import read_json, write_json
 
 FORMAT, FORMAT_VERSION = "espalier-overview", 1
 

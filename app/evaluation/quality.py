@@ -111,13 +111,8 @@ class Quality:
         """Predicted tokens."""
         return int(self.segments.tokens.sum())
 
-    @property
-    def per_block(self) -> tuple[np.ndarray, np.ndarray]:
-        """Summed NLL and predicted tokens of each block, both (blocks,)."""
-        return np.bincount(self.segments.block, self.nll), np.bincount(self.segments.block, self.segments.tokens)
-
     def figures(self) -> dict:
-        """The `quality` block of DESIGN 2.3: loss in nats per token, perplexity, bits per byte, and their intervals."""
+        """The `quality` block of report.json: loss in nats per token, perplexity, bits per byte, and intervals."""
         loss = self.loss
         scales = {"loss": loss, "perplexity": loss.map(exp)}
         if self.bytes_per_token:

@@ -7,7 +7,6 @@ where it comes from. The HTML page stands alone: no script, no font, no picture 
 """
 
 import datetime
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,6 +24,7 @@ from app.evaluation.figures import clean
 from app.evaluation.verdict import judge
 from app.evaluation.wording import known
 from compress.records import LayerRecord
+from models.files import write_json
 
 FORMAT, FORMAT_VERSION = "espalier-report", 1
 TEMPLATES = Path(__file__).parent / "templates"
@@ -96,11 +96,6 @@ def write_report(directory: Path, figures: dict, records: Sequence[LayerRecord],
     render("stage.html", directory / "report.html", page)
     render("stage.md", directory / "report.md", page)
     return report
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON for people and machines: indented, UTF-8, and never NaN."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def draw(drawings: Sequence[Chart], directory: Path) -> None:

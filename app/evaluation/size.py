@@ -138,7 +138,7 @@ def kernels(model: Transformer) -> list[dict]:
 
 @torch.no_grad()
 def size_figures(model: Transformer, folder: str | Path | None = None) -> dict:
-    """The `size` block of DESIGN 2.3.
+    """The `size` block of report.json.
 
     Args:
         model: the model as it runs.

@@ -104,7 +104,7 @@ def measure_speeds(
     protocol: SpeedProtocol | None = None,
     progress: Progress = no_progress,
 ) -> list[dict]:
-    """The `speed` block of DESIGN 2.3 for each model, measured in interleaved rounds.
+    """The `speed` block of report.json for each model, measured in interleaved rounds.
 
     Args:
         models: each on its device and in the dtype it runs in; they share a vocabulary.

@@ -18,7 +18,7 @@ from app.data.tokenizer import END_OF_TEXT, cached_tokenizer, load_tokenizer, tr
 from models.errors import UserError
 
 
-def test_the_default_corpus_is_what_the_design_says():
+def test_the_default_corpus_is_what_it_is_said_to_be():
     corpus = python_corpus()
     names = [document.name for document in corpus.documents("all")]
     assert names == sorted(names)

@@ -113,7 +113,7 @@ def test_figures_come_from_the_rounds(monkeypatch):
     assert figures["kernels"] == [{"kernel": "aten::linear", "modules": 15, "reason": "dense weights"}]
 
 
-def test_real_rounds_give_every_figure_of_the_design():
+def test_real_rounds_give_every_figure():
     (figures,) = measure_speeds([tiny()], [1, 2, 3], protocol=QUICK)
     for name in (
         "prefill_tokens_per_second",

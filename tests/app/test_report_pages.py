@@ -46,7 +46,7 @@ def written(figures, tmp_path_factory):
     return directory
 
 
-def test_report_json_holds_the_blocks_of_the_design(written):
+def test_report_json_holds_every_block(written):
     report = json.loads((written / "report.json").read_text())
     for side in ("before", "after"):
         block = report[side]
