@@ -1,6 +1,6 @@
 """What a perplexity is worth: the same tokens, predicted by two models that know nothing.
 
-untrained   the same architecture, freshly initialised: where training began
+untrained   an architecture, freshly initialised: where its training began
 unigram     every token by its frequency in the training text alone: no context used at all
 """
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.evaluation import wording
 from app.evaluation.quality import (
     IGNORED,
     Ledger,
@@ -23,6 +24,7 @@ from app.evaluation.quality import (
     settle,
 )
 from models.config import ModelConfig
+from models.folder import skeleton
 from models.transformer import Transformer
 
 UNTRAINED_BLOCKS = 64  # a fresh model is about as wrong everywhere: a sample of blocks pins it down
@@ -79,12 +81,20 @@ def baselines(
     """The `baselines` of a report: a `quality` block for each, with where it comes from.
 
     Without `training_blocks` the unigram frequencies are those of the evaluation text itself, which flatters the
-    unigram baseline (a stricter bar for the model); the figures say which it was.
+    unigram baseline (a stricter bar for the model); the figures say which it was. Later stages inherit these figures
+    whatever became of the architecture, so the untrained model is described by its own size.
     """
     counted = "the training split" if training_blocks is not None else "the evaluation text itself"
     counts = count_tokens(training_blocks if training_blocks is not None else blocks, config.vocab_size)
     return {
         "unigram": unigram(blocks, counts).figures() | {"source": f"token frequencies of {counted}"},
         "untrained": untrained(config, blocks, seed=seed, device=device, progress=progress).figures()
-        | {"source": f"the same architecture freshly initialised, seed {seed}, at most {UNTRAINED_BLOCKS} blocks"},
+        | {"source": f"{describe(config)}, freshly initialised, seed {seed}, at most {UNTRAINED_BLOCKS} blocks"},
     }
+
+
+def describe(config: ModelConfig) -> str:
+    """An architecture in words: its layers, its width, its parameters."""
+    layers = "1 layer" if len(config.layers) == 1 else f"{len(config.layers)} layers"
+    parameters = skeleton(replace(config, compression={})).count_parameters()["total"]
+    return f"a model of {layers}, width {config.width} and {wording.count(parameters)} parameters"

@@ -9,7 +9,7 @@ from evaluation_cases import VOCABULARY, Text, shifted, tiny
 from torchmetrics.text import Perplexity
 
 from app.evaluation import quality as quality_module
-from app.evaluation.baselines import count_tokens, unigram, untrained
+from app.evaluation.baselines import baselines, count_tokens, unigram, untrained
 from app.evaluation.quality import Part, evaluate_qualities, evaluate_quality, paired
 from models.errors import UserError
 
@@ -198,6 +198,15 @@ def test_the_untrained_baseline_is_near_the_uniform_guess_and_leaves_the_random_
     assert torch.equal(torch.rand(3), expected)
     assert quality.figures()["perplexity"] == pytest.approx(VOCABULARY, rel=0.1)
     assert untrained(config, text).loss.value == quality.loss.value
+
+
+def test_the_untrained_baseline_names_the_architecture_that_was_measured():
+    """Later stages inherit the figure, and their own architecture may be another."""
+    model = tiny()
+    source = baselines(model.config, Text(16))["untrained"]["source"]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert source.startswith(f"a model of 2 layers, width 16 and {count / 1000:.2f} k parameters, freshly initialised")
+    assert "same" not in source
 
 
 def test_a_part_of_a_split_is_spread_over_it():
