@@ -8,7 +8,7 @@
     figures.py    all of it as the blocks `before`, `after` and `change`
     verdict.py    the same in sentences
     report.py     report.json, report.md, report.html, plots/, tensorboard/ of one stage;  many.py: one page over many
-    tables.py  charts.py  wording.py  events.py  templates/    how it is shown
+    tables.py  charts.py  labels.py  wording.py  events.py  templates/    how it is shown
 
 What a stage calls:
 

@@ -9,13 +9,16 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from app.evaluation import wording
+from app.evaluation.labels import Box, Point, place_labels
 from app.evaluation.wording import known
 
 PALETTE = {"ink": "#1d2521", "muted": "#66716b", "rule": "#d5dad3", "accent": "#2e6b4c", "warm": "#a8501e"}
@@ -167,33 +170,41 @@ def trade_offs(steps: Sequence[Step]) -> Chart | None:
         panels = figure.subplots(1, 2, squeeze=False)[0]
         for unused in panels[len(measures) :]:
             unused.set_axis_off()
+        fronts = []
         for panel, (label, points) in zip(panels, measures, strict=False):
             panel.grid(True, axis="both")
             faster = "second" in label
             front = sorted((x, s.perplexity) for s, x in points if on_front(s, x, points, faster))
+            fronts.append(front)
             panel.plot([x for x, _ in front], [y for _, y in front], color=ACCENT, linewidth=1.4, alpha=0.55)
             for step, x in points:
                 held = (x, step.perplexity) in front
                 face = ACCENT if held else "none"
                 panel.plot(x, step.perplexity, "o", markersize=7, color=ACCENT if held else MUTED, markerfacecolor=face)
-            label_points(panel, points)
             panel.set_title(f"Perplexity against {label[0].lower() + label[1:]}")
             panel.set_xlabel(f"{label}  ({'more' if faster else 'less'} is better)")
             panel.set_xlim(0, 1.12 * max(x for _, x in points))
             panel.margins(y=0.22)
+        figure.draw_without_rendering()  # from here on the panels stand where they will be drawn
+        for panel, (_, points), front in zip(panels, measures, fronts, strict=False):
+            label_points(panel, [(step.name, (x, step.perplexity)) for step, x in points], front)
 
     caption = "Perplexity against stored size and decode speed; filled points are on the Pareto front"
     return Chart("trade-offs", caption, draw, 8.4, 3.3)
 
 
-def label_points(panel, points: Sequence[tuple[Step, float]]) -> None:
-    """Write each name beside its point, on the side where the axes leave room, and apart from close neighbours."""
-    middle = 0.55 * max(x for _, x in points)
-    for place, (step, x) in enumerate(sorted(points, key=lambda point: point[0].perplexity)):
-        left = x > middle
-        offset = (-8 if left else 8, 6 if place % 2 == 0 else -11)
-        style = {"ha": "right" if left else "left", "fontsize": 8.5, "color": INK}
-        panel.annotate(step.name, (x, step.perplexity), offset, textcoords="offset points", **style)
+def label_points(panel: Axes, points: Sequence[tuple[str, Point]], line: Sequence[Point]) -> None:
+    """Write each name beside its point (in the units of the axes), clear of the others and of the line."""
+    style = {"textcoords": "offset points", "ha": "left", "va": "bottom", "fontsize": 8.5, "color": INK}
+    labels = [panel.annotate(name, place, (0, 0), **style) for name, place in points]
+    extents = [label.get_window_extent() for label in labels]
+    pixels = [tuple(panel.transData.transform(place)) for _, place in points]
+    corners = [tuple(panel.transData.transform(place)) for place in line]
+    point = panel.figure.dpi / 72  # pixels in a typographic point
+    sizes = [(extent.width, extent.height) for extent in extents]
+    boxes = place_labels(pixels, sizes, list(pairwise(corners)), Box(*panel.bbox.extents), gap=8 * point)
+    for label, box, (x, y) in zip(labels, boxes, pixels, strict=True):
+        label.set_position(((box.left - x) / point, (box.bottom - y) / point))
 
 
 def on_front(step: Step, x: float, points: Sequence[tuple[Step, float]], more_is_better: bool) -> bool:
