@@ -103,6 +103,7 @@ class Distill(Stage[options.Distill]):
         module = self.task(config, stored)
         data = TextData(
             source=chosen.data,
+            column=chosen.column,
             sequence_length=text.length,
             batch_size=chosen.train_batch_size,
             tokenizer=str(state / "tokenizer.json"),

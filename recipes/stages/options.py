@@ -73,6 +73,7 @@ class Measure(Compute):
         "a folder or glob of them, a `datasets` folder, or a hub name",
         "python",
     )
+    column: str | None = option("column or field of --data with the text, where there is more than one", None)
     sequence_length: int | None = option("tokens of one block; default: the model's context, at most 1024", None)
     seed: int = option("seed of everything that is drawn at random", 0)
     batch_size: int | None = option("blocks of text that run at once; default: chosen from the vocabulary", None)
@@ -279,7 +280,9 @@ class Run(Written):
 
     recipe: str = positional("a pipeline file: recipes/pipeline/NAME.yaml", "RECIPE")
     model: str | None = option("the model the first stage starts from, where the pipeline does not pretrain one", None)
-    device: Device = option("where to run: auto takes the GPU when there is one", "auto")
+    device: Device | None = option(
+        "where to run; default: what the pipeline says under common, or else the GPU when there is one", None
+    )
     trust: bool = option(
         "allow a pretraining recipe to name classes other than those of Espalier, torch, Lightning", False
     )

@@ -1,6 +1,6 @@
 """A pipeline file: stages in a row, each starting from what the one before it wrote.
 
-common: {data: python, seed: 0}          # options of every stage that has them
+common: {data: python, seed: 0}          # options of every stage that has them, and flags of pretraining
 stages:
   - stage: pretrain
     config: ../pretrain/quickstart.yaml  # a recipe, beside this file or below the working directory
@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError, did_you_mean
+from recipes.fit_arguments import ALIASES
 from recipes.stages import options
+from recipes.stages.inputs import Input, pretraining_inputs, stage_inputs
 from recipes.stages.parser import check_keys, parse_values, read_recipe
 from recipes.stages.partial import fingerprint_of
 
@@ -38,6 +40,7 @@ class Step:
         out: its folder.
         options: what the stage is told, or for pretraining the arguments of `espalier fit`.
         fingerprint: of this stage and of those before it: a change anywhere up to here changes it.
+        inputs: what it reads from outside of the pipeline's folder, whose content is not in the fingerprint.
     """
 
     verb: str
@@ -45,16 +48,17 @@ class Step:
     out: Path
     options: Any
     fingerprint: str
+    inputs: list[Input]
 
 
-def read_pipeline(path: Path, out: Path, model: Path | None, device: str, trust: bool = False) -> list[Step]:
+def read_pipeline(path: Path, out: Path, model: Path | None, device: str | None, trust: bool = False) -> list[Step]:
     """Return the steps of a pipeline file.
 
     Args:
         path: the file.
         out: the folder that the stages' folders go into.
         model: what the first stage starts from, unless it pretrains.
-        device: for stages that name none.
+        device: for stages that name none; None: the one under `common`, or else auto.
         trust: whether a pretraining recipe may name classes other than those of Espalier, torch and Lightning.
 
     Raises:
@@ -68,7 +72,8 @@ def read_pipeline(path: Path, out: Path, model: Path | None, device: str, trust:
     common = values.get("common") or {}
     every = {field.name for kind in OPTIONS.values() for field in dataclasses.fields(kind)} - {"out", "overwrite"}
     check_keys(common, every, f"{path}: common")
-    reader = _Reader(path, out, {"device": device} | common, model, trust)
+    common = {"device": "auto"} | common | ({} if device is None else {"device": device})
+    reader = _Reader(path, out, common, model, trust)
     for number, stage in enumerate(stages, start=1):
         reader.add(number, stage)
     return reader.steps
@@ -99,13 +104,16 @@ class _Reader:
         config = values.pop("config", None)
         recipe = {} if config is None else read_recipe(self._recipe(config, where))
         if verb == PRETRAIN:
-            chosen: Any = self._pretrain(config, values, out, where)
-            told: Any = {"recipe": recipe, "values": values}
+            flags = self._shared_flags() | values
+            chosen: Any = self._pretrain(config, flags, out, where)
+            told: Any = {"recipe": recipe, "values": {key: flags[key] for key in flags.keys() - {"device"}}}
+            inputs = pretraining_inputs(recipe, flags)
         else:
             chosen = self._options(verb, recipe | values, out, where)
             told = {key: value for key, value in dataclasses.asdict(chosen).items() if key != "out"}
+            inputs = stage_inputs(chosen, self.out)
         self.fingerprint = fingerprint_of({"before": self.fingerprint, "stage": verb, "told": self._portable(told)})
-        self.steps.append(Step(verb, name, out, chosen, self.fingerprint))
+        self.steps.append(Step(verb, name, out, chosen, self.fingerprint, inputs))
         self.folders[name] = self.latest = out
 
     def _recipe(self, config: str, where: str) -> Path:
@@ -116,13 +124,19 @@ class _Reader:
             raise UserError(f"{where}: there is no recipe {config} beside {self.path} or in the working directory")
         return found
 
-    def _pretrain(self, config: str | None, values: Mapping[str, Any], out: Path, where: str) -> list[str]:
+    def _shared_flags(self) -> dict[str, Any]:
+        """What `common` says and pretraining has a flag for; `dtype: auto` is what it does without being told."""
+        flags = {"data.column" if key == "column" else key: value for key, value in self.common.items()}
+        flags = {key: value for key, value in flags.items() if key in (*ALIASES, "data.column") and value is not None}
+        return {key: value for key, value in flags.items() if (key, value) != ("dtype", "auto")}
+
+    def _pretrain(self, config: str | None, flags: Mapping[str, Any], out: Path, where: str) -> list[str]:
         if config is None:
             raise UserError(f"{where}: pretrain needs `config`, a recipe of recipes/pretrain")
         if self.steps:
             raise UserError(f"{where}: pretrain starts from nothing and can only come first")
         argv = ["-c", str(self._recipe(config, where))]
-        argv += [f"--{key}={value}" for key, value in {"device": self.common["device"], **values}.items()]
+        argv += [f"--{key}={value}" for key, value in flags.items()]
         return [*argv, *(["--trust"] if self.trust else []), f"--out={out}", "--ckpt_path=last"]
 
     def _options(self, verb: str, values: dict[str, Any], out: Path, where: str) -> Any:

@@ -75,13 +75,17 @@ def prepare(steps: list[Step], out: Path, overwrite: bool) -> int:
     where it is there and the recipe is the same, the stage is finished.
 
     Raises:
-        UserError: OUT holds something else, or a pipeline of another recipe, and `overwrite` is false.
+        UserError: OUT holds something else, or a pipeline of another recipe or of inputs that have changed since, and
+            `overwrite` is false.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out must name a folder")
     if out.exists() and any(out.iterdir()) and not (out / STATE).exists() and not overwrite:
         raise UserError(f"{out} already holds something; name another folder or pass --overwrite")
-    wanted = [{"folder": step.out.name, "fingerprint": step.fingerprint} for step in steps]
+    wanted = [
+        {"folder": step.out.name, "fingerprint": step.fingerprint, "inputs": contents}
+        for step, contents in zip(steps, input_contents(steps), strict=True)
+    ]
     begun: list[dict[str, Any]] = read_json(out / STATE).get("stages", []) if (out / STATE).exists() else []
     same = 0
     while same < min(len(begun), len(wanted)) and begun[same] == wanted[same]:
@@ -90,10 +94,10 @@ def prepare(steps: list[Step], out: Path, overwrite: bool) -> int:
         lost = [old for old in begun[same:] if (out / old["folder"]).exists()]
         if lost and not overwrite:
             raise UserError(
-                f"{out} holds a pipeline of another recipe: {_difference(begun, wanted, same)}; name another folder "
-                "or pass --overwrite to do that stage and what follows again"
+                f"{out} holds a pipeline of another recipe or input: {_difference(begun, wanted, same)}; name another "
+                "folder or pass --overwrite to do that stage and what follows again"
             )
-        say(f"another recipe than before: {_difference(begun, wanted, same)}")
+        say(f"another recipe or input than before: {_difference(begun, wanted, same)}")
     elif begun and overwrite and (out / "report.json").exists():
         say(f"{out} is complete: starting anew")
         same = 0
@@ -114,7 +118,20 @@ def prepare(steps: list[Step], out: Path, overwrite: bool) -> int:
 def _difference(begun: list[dict[str, Any]], wanted: list[dict[str, Any]], same: int) -> str:
     if same == len(wanted):
         return f"it has more stages, from {begun[same]['folder']} on"
-    return f"stage {wanted[same]['folder']} differs" if same < len(begun) else f"{wanted[same]['folder']} is new"
+    new = wanted[same]
+    if same == len(begun):
+        return f"{new['folder']} is new"
+    old = begun[same]
+    changed = [name for name, content in new["inputs"].items() if old.get("inputs", {}).get(name) != content]
+    if changed and old["fingerprint"] == new["fingerprint"]:
+        return f"{' and '.join(changed)} changed since stage {new['folder']} was begun"
+    return f"stage {new['folder']} differs"
+
+
+def input_contents(steps: list[Step]) -> list[dict[str, str]]:
+    """Return what each step reads from outside, as a person calls it, with its SHA-256; each is read once."""
+    known = {given: given.content() for given in dict.fromkeys(given for step in steps for given in step.inputs)}
+    return [{str(given): known[given] for given in step.inputs} for step in steps]
 
 
 def run_step(step: Step) -> int:

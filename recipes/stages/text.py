@@ -4,7 +4,7 @@ from functools import cached_property
 
 import torch
 
-from app.data.blocks import Batch, TokenBlocks, token_blocks
+from app.data.blocks import Batch, TokenBlocks, fingerprint_of, token_blocks
 from app.data.corpus import Corpus
 from app.data.sources import open_source
 from app.evaluation.speed import SpeedProtocol
@@ -45,7 +45,7 @@ class Text:
     @cached_property
     def corpus(self) -> Corpus:
         """What `--data` names."""
-        return open_source(self.chosen.data)
+        return open_source(self.chosen.data, self.chosen.column)
 
     @cached_property
     def held_out(self) -> TokenBlocks:
@@ -56,7 +56,8 @@ class Text:
         if self.chosen.evaluation_data is None:
             blocks = token_blocks(self.corpus, self.tokenizer, "test", self.length)
         else:
-            blocks = token_blocks(self.chosen.evaluation_data, self.tokenizer, "all", self.length)
+            corpus = open_source(self.chosen.evaluation_data, self.chosen.column)
+            blocks = token_blocks(corpus, self.tokenizer, "all", self.length)
         count = self.chosen.evaluation_blocks
         if count is None:
             return blocks
@@ -76,9 +77,13 @@ class Text:
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in blocks.batches(rows)]
 
     def describe(self) -> dict[str, str]:
-        """Source and fingerprint, as they go into history.json."""
-        return {
+        """Source and fingerprint, as they go into history.json: `fingerprint` is that of the text measured on."""
+        held_out = self.chosen.evaluation_data
+        described = {
             "source": self.chosen.data,
-            "held_out": self.chosen.evaluation_data or "its test split",
+            "held_out": held_out or "its test split",
             "fingerprint": self.held_out.fingerprint,
         }
+        if held_out is not None:
+            described["training_fingerprint"] = fingerprint_of(self.corpus, self.tokenizer)
+        return described

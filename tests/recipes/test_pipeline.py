@@ -2,12 +2,16 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import yaml
 
 import models.folder
+from app.data.corpus import synthetic
+from app.data.tokenizer import load_tokenizer
 from models.errors import UserError
+from models.transformer import Transformer
 from recipes.stages import run
 from recipes.stages.pipeline import read_pipeline
 
@@ -113,6 +117,62 @@ def test_a_pretraining_stage_becomes_arguments_of_fit(tmp_path):
     assert "--trainer.max_steps=3" in read[0].options
     assert read[0].options[-2:] == [f"--out={tmp_path / 'out' / '01-pretrain'}", "--ckpt_path=last"]
     assert read[1].options.model == str(tmp_path / "out" / "01-pretrain")
+
+
+def test_common_options_reach_the_pretraining(tmp_path):
+    (tmp_path / "tiny.yaml").write_text("data: {source: python}\n")
+    stages = [{"stage": "pretrain", "config": "tiny.yaml", "seed": 3}, STAGES[1]]
+    common = {"data": "my.txt", "column": "body", "dtype": "auto", "seed": 7, "batch_size": 2}
+    read = steps(write(tmp_path / "p.yaml", stages, **common), tmp_path, model=None)
+    flags = read[0].options[2:-2]
+    assert set(flags) == {"--device=cpu", "--data=my.txt", "--data.column=body", "--sequence_length=64", "--seed=3"}
+    assert str(read[0].inputs[0]) == "the text my.txt"
+    other = steps(write(tmp_path / "p.yaml", stages, **common | {"data": "your.txt"}), tmp_path, model=None)
+    assert other[0].fingerprint != read[0].fingerprint
+
+
+@pytest.mark.parametrize(("flag", "device"), [(None, "cuda"), ("cpu", "cpu")])
+def test_the_command_line_decides_about_the_device(flag, device, tmp_path):
+    recipe = write(tmp_path / "p.yaml", STAGES[1:], device="cuda")
+    assert {step.options.device for step in read_pipeline(recipe, tmp_path, tmp_path / "m", flag)} == {device}
+    recipe = write(tmp_path / "p.yaml", STAGES[1:])
+    assert read_pipeline(recipe, tmp_path, tmp_path / "m", None)[0].options.device == "auto"
+
+
+def test_an_input_that_changed_under_its_name(teacher, espalier, refused, tmp_path):
+    model, text = shutil.copytree(teacher, tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("\n\n".join(document.text for document in synthetic().texts))
+    recipe, out = write(tmp_path / "p.yaml", STAGES[2:], data=str(text)), tmp_path / "out"
+    argv = ["run", recipe, "--model", model, "--out", out, "--device", "cpu"]
+    assert espalier(*argv)[0] == 0
+
+    whole = text.read_text()
+    text.write_text(whole + "More words.\n")
+    refused(*argv, words=[f"the text {text} changed since stage 01-sparse was begun", "--overwrite"])
+    text.write_text(whole)
+    assert "is complete" in espalier(*argv)[1].err
+
+    weights = models.folder.load(model).state_dict()
+    with models.folder.writing(model, overwrite=True) as target:
+        again = Transformer(models.folder.read_config(teacher))
+        again.load_state_dict({name: 0.9 * tensor for name, tensor in weights.items()})
+        models.folder.save_model(again, target)
+        load_tokenizer(teacher).save(target)
+    refused(*argv, words=[f"the model {model} changed since stage 01-sparse was begun", "--overwrite"])
+    assert espalier(*argv, "--overwrite")[0] == 0
+    history = json.loads((out / "01-sparse" / "history.json").read_text())["stages"]
+    assert history[0]["parents"]["model"] == models.folder.hash_weights(model)
+
+
+def test_an_architecture_file_is_an_input(tmp_path):
+    (tmp_path / "small.yaml").write_text("width: 16\n")
+    (tmp_path / "tiny.yaml").write_text(f"model: {{architecture: {tmp_path / 'small.yaml'}}}\n")
+    stages = [{"stage": "pretrain", "config": "tiny.yaml"}]
+    before, after = [], []
+    for found in (before, after):
+        found += run.input_contents(steps(write(tmp_path / "p.yaml", stages), tmp_path, model=None))
+        (tmp_path / "small.yaml").write_text("width: 32\n")
+    assert {name for name in before[0] if before[0][name] != after[0][name]} == {f"the file {tmp_path / 'small.yaml'}"}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import models.folder
+from app.data.corpus import synthetic
 from tests.recipes.conftest import QUICK
 
 
@@ -36,6 +37,25 @@ def test_history_names_the_defaults_of_the_method(teacher, espalier, tmp_path):
     assert espalier("prune", teacher, "--out", tmp_path / "a", *QUICK, "--method", "magnitude")[0] == 0
     recipe = json.loads((tmp_path / "a" / "history.json").read_text())["stages"][0]["recipe"]
     assert (recipe["pattern"], recipe["scope"], recipe["ratio"]) == ("unstructured", "row", None)
+
+
+def test_calibration_text_is_recorded_beside_the_text_that_is_measured_on(teacher, espalier, tmp_path):
+    """One field of two in a file of rows, and another text to measure on."""
+    documents = [document.text for document in synthetic().texts[:60]]
+    rows = tmp_path / "rows.jsonl"
+    argv = ["prune", teacher, *QUICK, "--data", rows, "--column", "body", "--evaluation_data", tmp_path / "held.jsonl"]
+    (tmp_path / "held.jsonl").write_text(
+        "".join(json.dumps({"id": "x", "body": text}) + "\n" for text in documents[:9])
+    )
+    recorded = []
+    for number in (60, 50):
+        rows.write_text("".join(json.dumps({"id": "x", "body": text}) + "\n" for text in documents[:number]))
+        status, output = espalier(*argv, "--samples", 8, "--out", tmp_path / str(number))
+        assert status == 0, output.err
+        recorded.append(json.loads((tmp_path / str(number) / "history.json").read_text())["stages"][0])
+    assert recorded[0]["data"]["fingerprint"] == recorded[1]["data"]["fingerprint"]
+    assert recorded[0]["data"]["training_fingerprint"] != recorded[1]["data"]["training_fingerprint"]
+    assert recorded[0]["fingerprint"] != recorded[1]["fingerprint"]
 
 
 def test_structured_pruning_shrinks_the_files(teacher, espalier, tmp_path):
