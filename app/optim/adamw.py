@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from app.optim.base import Optimization, keep_options, parameters_by_role
+from app.optim.base import Optimization, check_numbers, keep_options, parameters_by_role
 
 
 class AdamW(Optimization):
@@ -15,6 +15,9 @@ class AdamW(Optimization):
         betas: decay of the running mean and of the running square.
         eps: added to the root of the running square.
         weight_decay: of matrices; norms, biases and embeddings have none.
+
+    Raises:
+        UserError: a negative number, or betas outside 0 to 1.
     """
 
     def __init__(
@@ -24,6 +27,7 @@ class AdamW(Optimization):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
+        check_numbers("AdamW", betas, lr=lr, eps=eps, weight_decay=weight_decay)
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
 
     def build(self, model: nn.Module) -> Optimizer:

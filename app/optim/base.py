@@ -9,10 +9,13 @@ Weight decay and Muon act on matrices that map hidden states to hidden states. E
     vector      norms and biases                                   no              no
 """
 
+import math
 from abc import ABC, abstractmethod
 
 from torch import nn
 from torch.optim import Optimizer
+
+from models.errors import UserError
 
 ROLES = ("hidden", "head", "embedding", "vector")
 
@@ -23,6 +26,21 @@ class Optimization(ABC):
     @abstractmethod
     def build(self, model: nn.Module) -> Optimizer:
         """Return the optimizer of all parameters of `model` that require a gradient."""
+
+
+def check_numbers(name: str, betas: tuple[float, float], **values: float) -> None:
+    """Raise UserError for what no update can be made with: a negative rate or decay, or a running mean that grows.
+
+    Args:
+        name: of the optimizer.
+        betas: decays of running means.
+        values: numbers that must be at least 0, by their names.
+    """
+    for key, value in values.items():
+        if not 0 <= value < math.inf:
+            raise UserError(f"{key} of {name} must be a number of at least 0, not {value}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"betas of {name} must be two numbers of at least 0 and below 1, not {list(betas)}")
 
 
 def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:

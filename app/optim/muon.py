@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from app.optim.base import Optimization, keep_options, parameters_by_role
+from app.optim.base import Optimization, check_numbers, keep_options, parameters_by_role
 from models.errors import UserError
 
 
@@ -23,6 +23,9 @@ class Muon(Optimization):
         weight_decay: of the hidden matrices and the head.
         adamw_lr: highest learning rate of everything else; by default `lr`.
         betas, eps: of AdamW.
+
+    Raises:
+        UserError: a negative number, or a momentum or betas outside 0 to 1.
     """
 
     def __init__(
@@ -34,8 +37,12 @@ class Muon(Optimization):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
+        adamw_lr = lr if adamw_lr is None else adamw_lr
+        check_numbers("Muon", betas, lr=lr, momentum=momentum, weight_decay=weight_decay, adamw_lr=adamw_lr, eps=eps)
+        if momentum >= 1:
+            raise UserError(f"momentum of Muon must be below 1, not {momentum}")
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.adamw_lr, self.betas, self.eps = lr if adamw_lr is None else adamw_lr, tuple(betas), eps
+        self.adamw_lr, self.betas, self.eps = adamw_lr, tuple(betas), eps
 
     def build(self, model: nn.Module) -> Optimizer:
         roles = parameters_by_role(model)

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from models.errors import UserError
+
+
+def check_max_norm(max_norm: float | None) -> None:
+    """Raise UserError for a largest norm below 0, which would turn every gradient round, or one that is no number."""
+    if max_norm is not None and not max_norm >= 0:
+        raise UserError(f"gradient_clip_val must be at least 0 (0 or null does not clip), not {max_norm}")
+
 
 def scale_and_clip(parameters: Iterable[nn.Parameter], scale: Tensor, max_norm: float | None) -> Tensor:
     """Multiply all gradients by `scale`, then by what brings their joint 2-norm down to `max_norm`.
@@ -17,7 +25,11 @@ def scale_and_clip(parameters: Iterable[nn.Parameter], scale: Tensor, max_norm: 
 
     Returns:
         () float32: the norm after scaling and before clipping.
+
+    Raises:
+        UserError: `max_norm` is below 0.
     """
+    check_max_norm(max_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float() * scale

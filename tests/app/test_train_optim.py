@@ -195,3 +195,25 @@ def test_a_gradient_within_the_limit_is_left_alone():
     before = [parameter.grad.clone() for parameter in model.parameters()]
     scale_and_clip(model.parameters(), torch.tensor(1.0), 1e6)
     assert all(torch.equal(a, b.grad) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, math.nan])
+def test_a_norm_below_zero_is_refused(max_norm):
+    with pytest.raises(UserError, match="gradient_clip_val must be at least 0"):
+        scale_and_clip(build().parameters(), torch.tensor(1.0), max_norm)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (AdamW, {"lr": -1.0}, "lr of AdamW must be a number of at least 0, not -1.0"),
+        (AdamW, {"betas": (0.9, 1.0)}, "betas of AdamW"),
+        (AdamW, {"weight_decay": math.nan}, "weight_decay of AdamW"),
+        (Muon, {"lr": -1.0}, "lr of Muon"),
+        (Muon, {"adamw_lr": -1.0}, "adamw_lr of Muon"),
+        (Muon, {"momentum": 1.0}, "momentum of Muon must be below 1"),
+    ],
+)
+def test_numbers_that_no_optimizer_takes_are_refused(kind, options, message):
+    with pytest.raises(UserError, match=message):
+        kind(**options)
