@@ -7,7 +7,6 @@ and one clear sentence for an unknown key or flag.
 
 import copy
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from models.errors import UserError, did_you_mean
 from recipes.stages.parser import read_recipe
 
 ARCHITECTURE = "model.architecture"
-ALIASES = {  # a flag of DESIGN 2.2 -> the keys of a recipe that it sets
+ALIASES = {  # a flag that every verb understands alike -> the keys of a recipe that it sets
     "data": ("data.source",),
     "sequence_length": ("data.sequence_length",),
     "seed": ("seed_everything", "data.seed"),
@@ -97,8 +96,8 @@ def check_keys(values: Mapping[str, Any], keys: set[str], where: str | Path, pre
 
 
 def trusting(argv: list[str]) -> bool:
-    """Whether recipes may name any class: `--trust`, or a parent process that was told so."""
-    return "--trust" in argv or os.environ.get("ESPALIER_TRUST", "") not in ("", "0")
+    """Whether recipes may name any class. The processes that Lightning starts for other devices get the same `argv`."""
+    return "--trust" in argv
 
 
 def _split(verb: str, argv: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:

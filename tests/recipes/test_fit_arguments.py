@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from models.errors import UserError
-from recipes.fit_arguments import changed, check_keys, prepare
+from recipes.fit_arguments import changed, check_keys, prepare, trusting
 
 KEYS = {
     *(
@@ -128,3 +128,9 @@ def test_changing_leaves_the_original_alone():
     assert original == {"attention": {"heads": 4}}
     with pytest.raises(UserError, match="width is 3 and has no keys"):
         changed({"width": 3}, {"width.x": 1})
+
+
+def test_only_the_flag_allows_other_classes(monkeypatch):
+    monkeypatch.setenv("ESPALIER_TRUST", "1")
+    assert not trusting(["-c", "recipe.yaml"])
+    assert trusting(["-c", "recipe.yaml", "--trust"])
