@@ -25,6 +25,7 @@ class Verb:
     help: str
 
 
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 LIGHTNING = "recipes.fit:main"
 VERBS = {
     "fit": Verb(LIGHTNING, None, "pretrain a model: espalier fit -c recipes/pretrain/NAME.yaml"),
@@ -124,6 +125,8 @@ def _fault(error: Exception, debug: bool) -> tuple[str, int]:
     place = full_device(error)
     if place is not None:
         return f"no space left on the device{place}; free some, or write elsewhere (--out)", 2
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
+        return f"{error.filename}: {error.strerror}; name a file that may be read, or an --out that may be written", 2
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "out of memory; a smaller --batch_size or --sequence_length needs less", 1
     hint = "" if debug else " (--debug shows where)"

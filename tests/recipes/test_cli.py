@@ -152,6 +152,7 @@ def full_device_as_safetensors_says_it():
     [
         (UserError("a sentence\n  over two lines"), 2, "a sentence over two lines"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/model.safetensors"), 2, "/x/model.safetensors"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "/root/x: Permission denied; name a file"),
         (full_device_as_safetensors_says_it(), 2, "no space left on the device"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("division by zero"), 1, "division by zero (--debug shows where)"),
