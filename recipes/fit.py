@@ -30,11 +30,14 @@ from app.callbacks import (
     RunProgress,
     RunRecord,
     Samples,
+    StopEarly,
 )
 from app.callbacks.folder import Weights
 from app.data.module import TextData
 from app.memory import keep_freed_memory
 from app.strategies import FSDP2, WholeCheckpoints
+from app.tasks.architecture import resolve_architecture
+from app.tasks.gradients import check_max_norm
 from app.tasks.language import LanguageModel
 from models.errors import UserError, did_you_mean
 from recipes.fit_arguments import prepare, trusting
@@ -115,6 +118,7 @@ class FitCLI(LightningCLI):
         parser.add_argument("--overwrite", type=bool, default=False, help="replace what --out holds and train anew")
         parser.add_argument("--weights", type=Weights, default="last", help="which weights --out gets")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(StopEarly, "early_stopping")
         parser.add_lightning_class_args(Metrics, "metrics")
         parser.add_lightning_class_args(Samples, "samples")
 
@@ -132,6 +136,8 @@ class FitCLI(LightningCLI):
         config = self.config[self.subcommand]
         check_device(config.trainer.accelerator)
         check_strategy(config.trainer.strategy)
+        check_max_norm(config.trainer.gradient_clip_val)
+        resolve_architecture(config.model.architecture, 1, config.data.sequence_length)  # 1: no tokenizer is known yet
         self.recipe = self._plain_recipe()
         out = None if config.out is None else Path(config.out).expanduser()
         self.root = run_folder(out) if out is not None else None
@@ -187,12 +193,18 @@ class FitCLI(LightningCLI):
             callbacks.append(RunProgress())
         if self.subcommand == "fit":
             settings = self.config[self.subcommand]
-            callbacks.append(RunRecord(self.recipe, fresh=self.plan.fresh))
+            callbacks.append(RunRecord(self.recipe, self.plan.stale))
             out = Path(settings.out).expanduser()
             callbacks.append(ModelFolder(out, self.recipe, settings.seed_everything, settings.weights))
         return callbacks
 
     def after_fit(self) -> None:
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, StopEarly) and callback.stops:
+                say(
+                    f"stopped early after {self.trainer.global_step} steps: {callback.monitor} has not improved for "
+                    f"{callback.waited} validations in a row; with more --early_stopping.patience it goes on"
+                )
         say(f"the trained model is in {self.config[self.subcommand].out}")
 
     def _run_subcommand(self, subcommand: str) -> None:

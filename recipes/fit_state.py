@@ -5,12 +5,13 @@ OUT.run    the run itself: checkpoints/, recipe.json, tokenizer.json, TensorBoar
            looked at and lengthened
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.callbacks.checkpoints import newest_checkpoint
+from app.callbacks.checkpoints import checkpoints_in, newest_checkpoint
 from app.callbacks.folder import COMPLETE
 from app.callbacks.record import FORMAT_VERSION, KEY, RECIPE
 from app.history import read_history
@@ -19,7 +20,7 @@ from app.strategies.checkpoint_io import METADATA
 from models.errors import UserError
 from models.files import read_json
 
-LIMITS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time")
+LIMITS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "early_stopping.patience")
 NOT_OF_THE_RUN = ("ckpt_path", "out", "overwrite", "config", "weights_only")
 MACHINERY = (  # where and how a run is done and watched: it is the same run on another machine
     *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.enable_progress_bar"),
@@ -33,12 +34,12 @@ class Plan:
 
     Attributes:
         resume: the checkpoint to go on from, or None to start.
-        fresh: whether the run's folder is emptied first.
+        stale: what an earlier run left in the run's folder and this one removes.
         done: the sentence to say when there is nothing to do.
     """
 
     resume: Path | None = None
-    fresh: bool = False
+    stale: tuple[Path, ...] = ()
     done: str | None = None
 
 
@@ -57,20 +58,30 @@ def plan_fit(out: Path, recipe: Mapping[str, Any], ckpt_path: str | None, overwr
         overwrite: whether what `out` holds may be replaced.
 
     Raises:
-        UserError: `out` holds something else, or there is no such checkpoint.
+        UserError: `out` holds something else or cannot be written, or there is no such checkpoint.
     """
     run = run_folder(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out must name a folder")
+    _check_writable(out)
     if overwrite:
         return _overwriting(out, run, recipe, ckpt_path)
     if out.exists() and any(out.iterdir()):
         finished = _finished(out, run, recipe, ckpt_path)
         if finished is not None:
             return finished
-    elif ckpt_path is None and newest_checkpoint(run / "checkpoints") is not None:
+    elif ckpt_path is None and _checkpoints(run):
         raise UserError(f"{run} holds an unfinished run; go on with --ckpt_path last, or start anew with --overwrite")
     return Plan(resume=find_checkpoint(ckpt_path, run))
+
+
+def _check_writable(out: Path) -> None:
+    """Raise UserError where `out` cannot be made, before any work is done."""
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise UserError(f"{out} cannot be written: {place} is a file; --out must name a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{out} cannot be written: {place} allows no writing; choose another --out")
 
 
 def _overwriting(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | None) -> Plan:
@@ -79,8 +90,19 @@ def _overwriting(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str
     unfinished = started is not None and not (run / COMPLETE).exists()
     if unfinished and ckpt_path == "last" and not differences(started, recipe, MACHINERY):
         return Plan(resume=find_checkpoint(ckpt_path, run))
-    explicit = ckpt_path not in (None, "last", "best")
-    return Plan(resume=find_checkpoint(ckpt_path, run) if explicit else None, fresh=True)
+    resume = None if ckpt_path in (None, "last") else find_checkpoint(ckpt_path, run)
+    for folder in (run, out):
+        if resume is not None and resume.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--overwrite would empty {folder}, and {resume} is in it; leave --overwrite out, or copy the "
+                "checkpoint to another place first"
+            )
+    return Plan(resume, stale=tuple(run.iterdir()) if run.is_dir() else ())
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """All that a run has saved, the newest and the best."""
+    return [*checkpoints_in(run / "checkpoints"), *checkpoints_in(run / "checkpoints", "best")]
 
 
 def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | None) -> Plan | None:
@@ -100,6 +122,10 @@ def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | 
     limit = flatten(recipe).get("trainer.max_steps", -1)
     if isinstance(limit, int) and 0 < limit <= steps:
         return Plan(done=f"{out} is complete: it was trained for {steps} steps, and max_steps is {limit}.")
+    if ckpt_path is None:
+        raise UserError(
+            f"{out} holds a finished run of {steps} steps; go on with --ckpt_path last, or start anew with --overwrite"
+        )
     if ckpt_path == "last" and newest_checkpoint(run / "checkpoints") is None:
         raise UserError(f"{run} has no checkpoint left to train {out} further; --overwrite trains anew")
     return None

@@ -1,6 +1,7 @@
 """What watches a run: checkpoints, figures, samples, progress, random state, and the model folder at its end."""
 
 from app.callbacks.checkpoints import Checkpoints, newest_checkpoint
+from app.callbacks.early_stopping import StopEarly
 from app.callbacks.finite import FiniteGuard, NonFiniteLoss
 from app.callbacks.folder import ModelFolder
 from app.callbacks.metrics import Metrics
@@ -19,5 +20,6 @@ __all__ = [
     "RunProgress",
     "RunRecord",
     "Samples",
+    "StopEarly",
     "newest_checkpoint",
 ]

@@ -1,6 +1,7 @@
 """What a run leaves beside its weights: its recipe, in checkpoints and TensorBoard too, and its tokenizer."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,36 @@ RECIPE = "recipe.json"
 class RunRecord(Callback):
     """Writes `recipe.json` and the tokenizer into the run's folder and the recipe into checkpoints and TensorBoard.
 
+    Nothing is removed or written before the data, the model and the optimizer are made: an input that one of them
+    refuses leaves an earlier run as it was.
+
     Args:
         recipe: the resolved recipe, plain values.
-        fresh: whether to remove first what an earlier run left in the folder.
+        stale: what an earlier run left in the folder, to be removed.
     """
 
-    def __init__(self, recipe: dict[str, Any], fresh: bool = False) -> None:
-        self.recipe, self.fresh = recipe, fresh
+    def __init__(self, recipe: dict[str, Any], stale: Sequence[Path] = ()) -> None:
+        self.recipe, self.stale = recipe, stale
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
-        if stage != "fit":
-            return
         if trainer.is_global_zero:
-            if self.fresh and folder.exists():
-                shutil.rmtree(folder)
+            for path in sorted(self.stale, key=lambda path: path.name != RECIPE):  # without it nothing is resumed
+                _remove(path)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / RECIPE, self.recipe)
             if getattr(trainer.datamodule, "tokenizer", None) is not None:
                 trainer.datamodule.tokenizer.save(folder)
         trainer.strategy.barrier("run folder")
-
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         text = yaml.safe_dump(self.recipe, sort_keys=False)
         log_text(trainer, "recipe", f"```yaml\n{text}```")
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = {"format_version": FORMAT_VERSION, "recipe": self.recipe}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

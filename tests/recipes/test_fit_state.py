@@ -39,7 +39,7 @@ def finished(out, steps=10, stage="pretrain"):
 
 def test_nothing_there_starts(out):
     plan = plan_fit(out, RECIPE_VALUES, "last", overwrite=False)
-    assert (plan.resume, plan.fresh, plan.done) == (None, False, None)
+    assert (plan.resume, plan.stale, plan.done) == (None, (), None)
 
 
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(out):
@@ -88,15 +88,58 @@ def test_an_unfinished_run_is_not_mixed_with_a_new_one(out):
         plan_fit(out, RECIPE_VALUES, None, overwrite=False)
 
 
+def test_a_finished_run_is_lengthened_only_on_purpose(out):
+    checkpoint(out, 10)
+    finished(out)
+    with pytest.raises(UserError, match="finished run of 10 steps; go on with --ckpt_path last"):
+        plan_fit(out, other(max_steps=20), None, overwrite=False)
+    assert "is complete" in plan_fit(out, RECIPE_VALUES, None, overwrite=False).done
+
+
+def test_a_run_with_a_best_checkpoint_alone_is_not_mixed_with_a_new_one(out):
+    newest = checkpoint(out, 4)
+    newest.rename(newest.with_name("best-00000004.ckpt"))
+    with pytest.raises(UserError, match="unfinished run"):
+        plan_fit(out, RECIPE_VALUES, None, overwrite=False)
+
+
+def test_more_patience_lengthens_a_run_that_stopped_early(out):
+    newest = checkpoint(out, 5)
+    finished(out, steps=5)
+    plan = plan_fit(out, {**RECIPE_VALUES, "early_stopping": {"patience": 3}}, "last", overwrite=False)
+    assert (plan.resume, plan.done) == (newest, None)
+
+
 def test_overwriting_starts_anew_but_repeating_a_killed_overwrite_goes_on(out):
     newest = checkpoint(out, 10)
     finished(out)
     plan = plan_fit(out, RECIPE_VALUES, "last", overwrite=True)
-    assert (plan.fresh, plan.resume) == (True, None)
+    assert (set(plan.stale), plan.resume) == (set(run_folder(out).iterdir()), None)
     (run_folder(out) / COMPLETE).unlink()  # the new run has begun, and was killed
     plan = plan_fit(out, RECIPE_VALUES, "last", overwrite=True)
-    assert (plan.fresh, plan.resume) == (False, newest)
-    assert plan_fit(out, other(max_steps=20), "last", overwrite=True).fresh
+    assert (plan.stale, plan.resume) == ((), newest)
+    assert plan_fit(out, other(max_steps=20), "last", overwrite=True).stale
+
+
+def test_a_checkpoint_that_would_be_removed_is_not_resumed(out, tmp_path):
+    newest = checkpoint(out, 10)
+    best = newest.with_name("best-00000008.ckpt")
+    best.touch()
+    finished(out)
+    for ckpt_path in (str(newest), str(run_folder(out) / "checkpoints" / ".." / "checkpoints" / newest.name), "best"):
+        with pytest.raises(UserError, match="--overwrite would empty"):
+            plan_fit(out, RECIPE_VALUES, ckpt_path, overwrite=True)
+    elsewhere = newest.rename(tmp_path / newest.name)
+    assert plan_fit(out, RECIPE_VALUES, str(elsewhere), overwrite=True).resume == elsewhere
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file is a file; --out must name a folder"):
+        plan_fit(tmp_path / "file" / "model", RECIPE_VALUES, "last", overwrite=False)
+    monkeypatch.setattr("os.access", lambda place, mode: False)
+    with pytest.raises(UserError, match=r"allows no writing; choose another --out"):
+        plan_fit(tmp_path / "deep" / "model", RECIPE_VALUES, "last", overwrite=False)
 
 
 def test_checkpoints_that_are_not_there(out, tmp_path):
