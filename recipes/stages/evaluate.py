@@ -1,5 +1,8 @@
 """`espalier evaluate`: one or more models on the same held-out text."""
 
+import contextlib
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,11 @@ from recipes.stages.text import Text, speed_protocol
 
 def main(chosen: options.Evaluate) -> None:
     """Run `espalier evaluate`: print a table, and write `{"models": {path: figures}, "baselines": {...}}` to --out."""
-    if options.names(chosen.tasks):
-        raise UserError(
-            f"there is no task '{options.names(chosen.tasks)[0]}'; this version measures held-out text only"
-        )
+    options.check_least(chosen, batch_size=1, seed=0)
     out = checked_file(chosen.out, chosen.overwrite)
     figures = measure(chosen)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, figures)
+        write_figures(out, figures)
     out_console().print(table(figures))
     if out is not None:
         say(f"written to {out}")
@@ -54,7 +53,7 @@ def checked_file(out: str | None, overwrite: bool) -> Path | None:
     """Return --out as a path.
 
     Raises:
-        UserError: it is a folder, or a file that exists and is not to be replaced.
+        UserError: it is a folder, a file that exists and is not to be replaced, or where nothing can be written.
     """
     if out is None:
         return None
@@ -63,7 +62,30 @@ def checked_file(out: str | None, overwrite: bool) -> Path | None:
         raise UserError(f"{path} is a folder; --out names the JSON file to write")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already; name another file or pass --overwrite")
+    place = next(parent for parent in path.parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path
+
+
+def write_figures(path: Path, figures: dict[str, Any]) -> None:
+    """Write JSON to `path` whole or not at all, making the folders above it.
+
+    Raises:
+        UserError: it cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(temporary, figures)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def table(figures: dict[str, Any]) -> Table:

@@ -5,9 +5,8 @@ from rich.table import Table
 from app.evaluation import wording
 from app.evaluation.size import layer_sizes, size_figures
 from app.loading import load_model
-from models.files import write_json
 from recipes.stages import options
-from recipes.stages.evaluate import checked_file
+from recipes.stages.evaluate import checked_file, write_figures
 from recipes.stages.terminal import out_console, say
 
 
@@ -42,5 +41,5 @@ def main(chosen: options.Inspect) -> None:
         f"{model.config.context}, {wording.size(model.cache_bytes_per_token(dtype))} of cache for each"
     )
     if out is not None:
-        write_json(out, {"layers": [layer.to_dict() for layer in layers], "size": size})
+        write_figures(out, {"layers": [layer.to_dict() for layer in layers], "size": size})
         say(f"written to {out}")

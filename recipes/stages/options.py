@@ -56,6 +56,14 @@ def settle(chosen: Options, key: str, own: Mapping[str, Mapping[str, Any]]) -> O
     return replace(chosen, **{name: default for name, default in has.items() if getattr(chosen, name) is None})
 
 
+def check_least(chosen: Any, **least: float) -> None:
+    """Raise UserError for an option that is given and not at least the number beside its name."""
+    for name, bound in least.items():
+        value = getattr(chosen, name)
+        if value is not None and not value >= bound:  # NaN neither
+            raise UserError(f"{name} is {value:g}; it must be at least {bound:g}")
+
+
 @dataclass(kw_only=True)
 class Compute:
     """Where and in which number format a model runs."""
@@ -210,7 +218,6 @@ class Evaluate(Measure):
     """Measure one or more models on the same held-out text."""
 
     models: list[str] = positional("model folders, Lightning checkpoints, or Hugging Face folders", "MODEL", many=True)
-    tasks: Names = option("further tasks to measure, comma-separated", "")
     out: str | None = option("also write the figures as JSON to this file", None)
     overwrite: bool = option("replace --out if it exists", False)
 

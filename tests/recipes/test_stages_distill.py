@@ -95,6 +95,8 @@ def test_student_from_an_architecture_file(teacher, espalier, tmp_path):
         (["--student_layers", "2", "--losses", "logits"], ["logits", "did you mean 'logit'"]),
         (["--student_layers", "2", "--max_steps", "0"], ["max_steps is 0"]),
         (["--student", "TEACHER", "--initialization", "layers"], ["initialization", "weights of its own"]),
+        (["--learning_rate", "-1"], ["learning_rate is -1"]),
+        (["--clip", "-1"], ["clip is -1", "at least 0"]),
         (["--losses", "feature", "--temperature", "3"], ["temperature is an option of the loss logit"]),
         (["--student", "no/such.yaml"], ["no/such.yaml"]),
     ],

@@ -184,8 +184,39 @@ def test_models_of_different_tokenizers(teacher, copy, refused):
     refused("compare", teacher, copy, *QUICK, words=["tokenizer"])
 
 
-def test_unknown_task(teacher, refused):
-    refused("evaluate", teacher, *QUICK, "--tasks", "hellaswag", words=["hellaswag"])
+@pytest.mark.parametrize("verb", ["prune", "evaluate", "compare"])
+@pytest.mark.parametrize(("option", "value"), [("batch_size", -1), ("batch_size", 0), ("seed", -1)])
+def test_numbers_that_are_too_small(verb, option, value, teacher, refused, tmp_path):
+    models = [teacher, teacher] if verb == "compare" else [teacher]
+    argv = [verb, *models, "--out", tmp_path / "out", *QUICK, f"--{option}", value]
+    refused(*argv, words=[f"{option} is {value}", "at least"])
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "evaluate"])
+def test_json_where_nothing_can_be_written(verb, teacher, refused, tmp_path, monkeypatch):
+    """Said before anything is loaded."""
+    monkeypatch.setattr(f"recipes.stages.{verb}.load_model", None)
+    (tmp_path / "file").write_text("")
+    refused(verb, teacher, "--out", tmp_path / "file" / "new" / "x.json", words=["x.json cannot be written"])
+    assert_nothing_written(tmp_path, "file")
+
+
+def test_json_in_a_new_folder_is_whole_or_not_there(teacher, espalier, refused, tmp_path, monkeypatch):
+    out = tmp_path / "new" / "folder" / "layers.json"
+    status, output = espalier("inspect", teacher, "--out", out)
+    assert status == 0, output.err
+    before = json.loads(out.read_text())
+    assert before["layers"]
+
+    def cut_off(path, content):
+        path.write_text("{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("recipes.stages.evaluate.write_json", cut_off)
+    refused("inspect", teacher, "--out", out, "--overwrite", words=["layers.json cannot be written", "No space left"])
+    assert json.loads(out.read_text()) == before
+    assert [path.name for path in out.parent.iterdir()] == ["layers.json"]
 
 
 def test_json_file_that_exists(teacher, refused, tmp_path):

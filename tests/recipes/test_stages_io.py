@@ -70,6 +70,20 @@ def test_compressed_tensors_export_holds_our_weights(teacher, espalier, tmp_path
     torch.testing.assert_close(theirs.detach().float(), ours, atol=0, rtol=0)
 
 
+def test_a_checkpoint_is_exported_with_its_tokenizer(teacher, espalier, tmp_path):
+    checkpoint, model = tmp_path / "step.ckpt", models.load(teacher)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"hyper_parameters": {"architecture": model.config.to_dict()}, "state_dict": state}, checkpoint)
+    status, output = espalier("export", checkpoint, "--out", tmp_path / "bare")
+    assert status == 0, output.err
+    assert "no tokenizer is written" in output.err
+    load_tokenizer(teacher).save(tmp_path)  # where a run has its own
+    status, output = espalier("export", checkpoint, "--out", tmp_path / "exported")
+    assert status == 0, output.err
+    assert "no tokenizer" not in output.err
+    assert load_tokenizer(tmp_path / "exported").sha256 == load_tokenizer(teacher).sha256
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
