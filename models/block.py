@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from models.attention import Context
-from models.cache import ContiguousCache
+from models.cache import LayerCache
 
 if TYPE_CHECKING:
     from models.config import LayerConfig, ModelConfig
@@ -40,14 +40,14 @@ class Block(nn.Module):
                 self.feedforward_out_norm = model.norm.build(model.width)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor, context: Context, cache: ContiguousCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         if self.order == "parallel":
             return x + self._attend(x, context, cache) + self._feed(x)
         if self.order == "feedforward_first":
             return self._attention_step(self._feedforward_step(x), context, cache)
         return self._feedforward_step(self._attention_step(x, context, cache))
 
-    def _attend(self, x: Tensor, context: Context, cache: ContiguousCache | None) -> Tensor:
+    def _attend(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         """The attention branch, normalised as `pre` and `sandwich` want it: (B, T, D) -> (B, T, D)."""
         y = self.attention(x if self.norm_position == "post" else self.attention_norm(x), context, cache)
         return self.dropout(self.attention_out_norm(y) if self.norm_position == "sandwich" else y)
@@ -57,7 +57,7 @@ class Block(nn.Module):
         y = self.feedforward(x if self.norm_position == "post" else self.feedforward_norm(x))
         return self.dropout(self.feedforward_out_norm(y) if self.norm_position == "sandwich" else y)
 
-    def _attention_step(self, x: Tensor, context: Context, cache: ContiguousCache | None) -> Tensor:
+    def _attention_step(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         if self.attention is None:
             return x
         x = x + self._attend(x, context, cache)

@@ -137,7 +137,7 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
     if longest + max_new_tokens <= context:
         return
     asked = f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's context of {context}"
-    if model.config.position.level == "input":
+    if model.config.position.bounded:
         raise UserError(
             f"{asked}, where its {model.config.position.kind} positions end; shorten the prompt or ask for fewer"
         )

@@ -47,7 +47,7 @@ class Transformer(nn.Module):
         self.positions = nn.ModuleList()
         self._position_index: dict[object, int] = {}
         if config.position.level == "input":
-            self._position(config.position, head_width=0)
+            self._position(config.position, heads=0, head_width=0)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self._block(layer) for layer in config.layers)
         self.norm = nn.Identity() if config.norm.position == "post" else config.norm.build(config.width)
@@ -60,17 +60,18 @@ class Transformer(nn.Module):
         positional = 0
         if layer.attention is not None:
             spec = layer.attention.position or self.config.position
-            positional = self._position(spec, layer.attention.head_width)
+            positional = self._position(spec, layer.attention.heads, layer.attention.head_width)
         return Block(layer, self.config, positional)
 
-    def _position(self, spec, head_width: int) -> int:
+    def _position(self, spec, heads: int, head_width: int) -> int:
         """Index of the module for this spec, shared by the layers that agree on it."""
-        key = (spec, 0 if spec.level == "input" else head_width)
+        key = (spec, 0 if spec.level == "input" else head_width, heads if spec.per_head else 0)
         if spec.level == "input" and self.positions:
             return 0
         if key not in self._position_index:
             self._position_index[key] = len(self.positions)
-            built = spec.build(width=self.config.width, head_width=head_width, context=self.config.context)
+            width, context = self.config.width, self.config.context
+            built = spec.build(width=width, heads=heads, head_width=head_width, context=context)
             self.positions.append(built)
         return self._position_index[key]
 
@@ -119,7 +120,7 @@ class Transformer(nn.Module):
         """Embed tokens (B, T) as (B, T, D) and gather what every block needs to know about them."""
         new = tokens.shape[1]
         past = 0 if cache is None else cache.length
-        if self.config.position.level == "input" and past + new > self.config.context:
+        if self.config.position.bounded and past + new > self.config.context:
             raise UserError(
                 f"{past + new} tokens are more than this model's context of {self.config.context}, "
                 f"and {self.config.position.kind} positions end there"
@@ -133,13 +134,15 @@ class Transformer(nn.Module):
                 documents = latest if documents is None else documents
                 seen = torch.cat([cache.documents, documents], dim=1)  # (B, S)
             cache.advance(positions, seen)
-        mask, causal = self._mask(tokens, documents, seen, past)
         tables = tuple(position(positions) for position in self.positions)
         x = self.embedding(tokens)  # (B, T, D)
         if tables and tables[0].added is not None:
             x = x + tables[0].added.to(x.dtype)
-        bias = training_bias(x, mask) if cache is None else None
-        return self.dropout(x), Context(tables, mask, causal, bias)
+        mask, causal, bias = None, False, None
+        if any(layer.attention is not None and layer.attention.sees_all for layer in self.config.layers):
+            mask, causal = self._mask(tokens, documents, seen, past)
+            bias = training_bias(x, mask) if cache is None else None
+        return self.dropout(x), Context(tables, mask, causal, bias, seen, past)
 
     @staticmethod
     def _default_positions(tokens: Tensor, documents: Tensor | None, cache: ModelCache | None) -> Tensor:
@@ -210,7 +213,7 @@ class Transformer(nn.Module):
         """FLOPs of forward and backward for one token; recomputation is not counted."""
         return 3 * self.flops_per_token(length)
 
-    def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes that one more token adds to the cache, over all layers."""
+    def cache_bytes(self, tokens: int, dtype: torch.dtype | None = None) -> int:
+        """Bytes that the cache of a sequence of so many tokens holds, over all layers."""
         attentions = [layer.attention for layer in self.config.layers if layer.attention is not None]
-        return itemsize(dtype) * sum(attention.cache_elements_per_token() for attention in attentions)
+        return itemsize(dtype) * sum(attention.cache_elements(tokens) for attention in attentions)

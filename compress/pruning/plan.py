@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from compress.pruning.allocation import Allocation
 from models.attention.full import FullAttention
+from models.config import ModelConfig
 from models.errors import UserError, did_you_mean
 
 TARGETS = ("neurons", "heads", "groups")
@@ -123,6 +124,8 @@ def plan(model: nn.Module, cut: Cut, scores: Callable[[str], Mapping[int, Tensor
     kept: dict[str, dict[int, int]] = {}
     for target, ratio in cut.ratios.items():
         counts = units[target]
+        if target != "neurons":
+            _require_free_heads(model.config)
         if not counts:
             raise UserError(f"target '{target}': no block of this model has any")
         multiple = cut.round_to if target == "neurons" else 1
@@ -132,6 +135,19 @@ def plan(model: nn.Module, cut: Cut, scores: Callable[[str], Mapping[int, Tensor
         index: Keep(**{target: blocks[index] for target, blocks in kept.items() if index in blocks})
         for index in range(len(model.blocks))
     }
+
+
+def _require_free_heads(config: ModelConfig) -> None:
+    """Refuse to cut heads that have numbers of their own outside the maps that are cut."""
+    for index, layer in enumerate(config.layers):
+        if layer.attention is None:
+            continue
+        position = layer.attention.position or config.position
+        own = f"{position.kind} positions" if position.per_head else "an attention sink" if layer.attention.sink else ""
+        if own:
+            raise UserError(
+                f"the heads of block {index} cannot be cut: {own} belong to each of them; cut neurons instead"
+            )
 
 
 def _require_possible(target: str, ratio: float, counts: dict[int, int], kept: dict[int, int], multiple: int) -> None:

@@ -2,5 +2,6 @@
 
 from models.attention.full import Full
 from models.attention.protocol import ATTENTIONS, Context
+from models.attention.window import Window
 
-__all__ = ["ATTENTIONS", "Context", "Full"]
+__all__ = ["ATTENTIONS", "Context", "Full", "Window"]

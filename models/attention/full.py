@@ -1,15 +1,16 @@
 """Causal softmax attention over all earlier tokens, with grouped key/value heads (arXiv 1706.03762, GQA 2305.13245)."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from models.attention.options import QK_NORMS, SINKS
 from models.attention.protocol import ATTENTIONS, Context
-from models.attention.standard import attend
-from models.cache.contiguous import ContiguousCache
-from models.errors import UserError
+from models.attention.standard import Scoring, attend
+from models.cache import ContiguousCache, Kept, LayerCache
+from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
 from models.positions import POSITIONS
 
@@ -27,7 +28,13 @@ class Full:
         out_bias: whether the output map has one.
         dropout: of the attention probabilities, in training.
         position: this layer's own position encoding. Nothing: the model's.
+        scale: of the scores. Nothing: 1 / sqrt(head_width).
+        qk_norm: normalisation of every query and key head before the rotation (arXiv 2302.05442), or nothing.
+        softcap: c, where scores become c tanh(scores / c) (Gemma 2); nothing leaves them.
+        sink: one more logit in every softmax, without a value: `learned` by each head (gpt-oss), `zero`, or nothing.
     """
+
+    sees_all = True  # needs the mask of all pairs
 
     heads: int
     kv_heads: int | None = None
@@ -36,6 +43,10 @@ class Full:
     out_bias: bool = False
     dropout: float = 0.0
     position: Any = field(default=None, metadata={"registry": POSITIONS})
+    scale: float | None = None
+    qk_norm: Any = field(default=None, metadata={"registry": QK_NORMS})
+    softcap: float | None = None
+    sink: str | None = None
 
     def __post_init__(self) -> None:
         if self.heads < 1:
@@ -46,14 +57,19 @@ class Full:
             raise UserError(f"kv_heads must divide heads, got {self.heads} heads and {self.kv_heads} kv_heads")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        for name in ("scale", "softcap"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.sink not in (None, *SINKS):
+            raise UserError(f"unknown sink {self.sink!r}{did_you_mean(self.sink, SINKS)}")
 
-    def resolve(self, width: int) -> "Full":
+    def resolve(self, width: int) -> Self:
         """The same attention with its head width spelled out for a model of this width."""
         if self.head_width is not None:
             return self
         if width % self.heads:
             raise UserError(f"width {width} is not a multiple of {self.heads} heads: give head_width")
-        return Full(**{**self.__dict__, "head_width": width // self.heads})
+        return replace(self, head_width=width // self.heads)
 
     def build(self, width: int, branches: int, positional: int) -> nn.Module:
         return FullAttention(self, width, branches, positional)
@@ -63,8 +79,13 @@ class Full:
         projections = 2 * width * self.head_width * (2 * self.heads + 2 * self.kv_heads)
         return projections + 4 * self.heads * self.head_width * length
 
-    def cache_elements_per_token(self) -> int:
-        return 2 * self.kv_heads * self.head_width
+    def cache_elements(self, tokens: int) -> int:
+        """Numbers that the cache holds for a sequence of so many tokens."""
+        return 2 * self.kv_heads * self.head_width * tokens
+
+    def extras(self) -> list[str]:
+        """The options that go beyond softmax(Q K^T / sqrt(d)) V, by name."""
+        return [name for name in ("scale", "qk_norm", "softcap", "sink") if getattr(self, name) is not None]
 
 
 class FullAttention(nn.Module):
@@ -74,24 +95,52 @@ class FullAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_width = spec.heads, spec.kv_heads, spec.head_width
         self.dropout, self.positional = spec.dropout, positional
+        self.scale, self.softcap = spec.scale, spec.softcap
         self.q = Linear(width, self.heads * self.head_width, bias=spec.bias, std=0.02)
         self.k = Linear(width, self.kv_heads * self.head_width, bias=spec.bias, std=0.02)
         self.v = Linear(width, self.kv_heads * self.head_width, bias=spec.bias, std=0.02)
         self.o = Linear(self.heads * self.head_width, width, bias=spec.out_bias, std=residual_std(0.02, branches))
+        if spec.qk_norm is not None:
+            self.q_norm, self.k_norm = (spec.qk_norm.build(self.head_width) for _ in range(2))
+        self.normalises = spec.qk_norm is not None
+        self.sink = None if spec.sink is None else SINKS[spec.sink](self.heads)
 
-    def forward(self, x: Tensor, context: Context, cache: ContiguousCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         batch, new, _ = x.shape
         positional = context.positional[self.positional]
         q = self.q(x).view(batch, new, self.heads, self.head_width).transpose(1, 2)  # (B, H, T, head_width)
         k = self.k(x).view(batch, new, self.kv_heads, self.head_width).transpose(1, 2)  # (B, G, T, head_width)
         v = self.v(x).view(batch, new, self.kv_heads, self.head_width).transpose(1, 2)  # (B, G, T, head_width)
+        if self.normalises:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = positional.rotate(q), positional.rotate(k)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, G, S, head_width)
-        dropout = self.dropout if self.training else 0.0
-        seen = {"mask": context.mask, "causal": context.causal, "bias": context.bias}
-        y = attend(q, k, v, **seen, dropout=dropout)  # (B, H, T, head_width)
+        y = self.mix(q, Kept(k, v, None) if cache is None else cache.append(k, v), context)  # (B, H, T, head_width)
         return self.o(y.transpose(1, 2).reshape(batch, new, self.heads * self.head_width))  # (B, T, D)
 
-    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> ContiguousCache:
+    def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
+        """Attention of the new queries (B, H, T, head_width) over what is kept: (B, H, T, head_width)."""
+        biases = context.positional[self.positional].biases
+        scoring = self.scoring(q, context, token_distance(q, kept, context) if biases else None)
+        return attend(q, kept.keys, kept.values, context.visible, scoring, self.drop())
+
+    def scoring(self, q: Tensor, context: Context, distance: Tensor | None) -> Scoring:
+        """What is done to the scores of queries q (B, H, T, d) that are `distance` (T, S) tokens behind their keys.
+
+        The distance is read only where the position encoding adds something to the scores.
+        """
+        positional = context.positional[self.positional]
+        position = positional.bias(distance) if positional.biases else None  # (H, T, S)
+        return Scoring(self.scale, position, self.softcap, None if self.sink is None else self.sink(q))
+
+    def drop(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
         return ContiguousCache(batch, self.kv_heads, capacity, self.head_width, device, dtype)
+
+
+def token_distance(q: Tensor, kept: Kept, context: Context) -> Tensor:
+    """Tokens from each key that is kept to each new query: (T, K)."""
+    rows = context.past + torch.arange(q.shape[2], device=q.device)
+    columns = torch.arange(kept.keys.shape[2], device=q.device) if kept.columns is None else kept.columns
+    return rows[:, None] - columns

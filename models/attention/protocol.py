@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from models.cache.contiguous import ContiguousCache
+from models.attention.standard import Visible
+from models.cache.protocol import LayerCache
 from models.positions import Positional
 from models.registry import Registry
 
@@ -23,21 +24,30 @@ class Context(NamedTuple):
         mask: (B or 1, 1, T, S) bool, True = may attend; None when the pattern is plain causal or everything is visible.
         causal: without a mask, whether a token sees only itself and the tokens before it (False: it sees all S).
         bias: the same as an fp32 addend of the scores, where a training step wants it (models/attention/standard.py).
+        documents: (B or 1, S) of every token so far, the T new ones last, or None when all are of one document. The
+            mask holds the same; mechanisms whose pattern is sparse read this instead, and then no mask is made.
+        past: tokens before the new ones, S - T.
     """
 
     positional: tuple[Positional, ...]
     mask: Tensor | None
     causal: bool
     bias: Tensor | None = None
+    documents: Tensor | None = None
+    past: int = 0
+
+    @property
+    def visible(self) -> Visible:
+        return Visible(self.mask, self.causal, self.bias)
 
 
 class Attention(Protocol):
     """A built mechanism: new tokens in, new tokens out."""
 
-    def __call__(self, x: Tensor, context: Context, cache: ContiguousCache | None = None) -> Tensor:
+    def __call__(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """Mix x (B, T, D) over the tokens that it may see; append to the cache when there is one."""
 
-    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> ContiguousCache:
+    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
         """An empty cache for `capacity` tokens."""
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention by PyTorch's kernel, or as two matrix products where those are faster.
+"""Softmax attention by PyTorch's kernel, or as two matrix products where that is faster or the only way.
 
 B batch, G key/value heads, R query heads of each, T tokens, d channels of a head.
 
@@ -12,6 +12,7 @@ output O and the logsumexp L (here to the base 2, whose exponential torch.compil
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +24,70 @@ from models.products import NATIVE_BF16, attention_dtype
 LONGEST = 512  # tokens, for which one layer keeps 2 * 512 * 512 bytes of scores for each head
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, bias: Tensor | None, dropout: float
-) -> Tensor:
+@dataclass(frozen=True)
+class Visible:
+    """Which keys a query may see.
+
+    Attributes:
+        mask: (B or 1, 1, T, S) bool, True = may attend, no row empty; or None.
+        causal: without a mask, whether query i sees only the keys up to i (False: all of them).
+        bias: the same as `training_bias` made it, or None.
+    """
+
+    mask: Tensor | None
+    causal: bool
+    bias: Tensor | None = None
+
+    def dense(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """The mask spelled out, or None where everything is visible."""
+        if self.mask is not None or not self.causal:
+            return self.mask
+        return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is done to the scores, beside dividing them by sqrt(d).
+
+    Attributes:
+        scale: takes the place of 1 / sqrt(d).
+        position: (H, T, S), added to them.
+        softcap: c, where they become c tanh(scores / c) (Gemma 2, arXiv 2408.00118, section 2.2), before `position`.
+        sink: (H,) logit of one more key without a value, which takes the attention that no key deserves.
+    """
+
+    scale: float | None = None
+    position: Tensor | None = None
+    softcap: float | None = None
+    sink: Tensor | None = None
+
+
+PLAIN = Scoring()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring = PLAIN, dropout: float = 0.0) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V over the keys that each query may see.
 
     Args:
         q: (B, G * R, T, d).
         k, v: (B, G, S, d).
-        mask: (B or 1, 1, T, S) bool, True = may attend, no row empty; or None.
-        causal: without a mask, whether query i sees only the keys up to i.
-        bias: the same as `training_bias` made it, or None.
+        visible: which keys those are.
+        scoring: what else becomes of the scores.
         dropout: of the probabilities.
 
     Returns:
         (B, G * R, T, d).
     """
-    if bias is not None and torch.compiler.is_compiling() and q.requires_grad and not dropout:
-        return StandardAttention.apply(q, k, v, bias)
-    dtype = attention_dtype(q)
+    if scoring.softcap is not None or scoring.sink is not None:
+        return reference_attention(q, k, v, visible, scoring, dropout)
+    plain = scoring.scale is None and scoring.position is None
+    if plain and visible.bias is not None and torch.compiler.is_compiling() and q.requires_grad and not dropout:
+        return StandardAttention.apply(q, k, v, visible.bias)
+    dtype, mask, causal = attention_dtype(q), visible.mask, visible.causal
+    if scoring.position is not None:
+        mask, causal = scoring.position[None].to(dtype), False  # (1, H, T, S)
+        if (seen := visible.dense(q, k)) is not None:
+            mask = mask.masked_fill(~seen, -math.inf)
     y = F.scaled_dot_product_attention(
         q.to(dtype),
         k.to(dtype),
@@ -49,9 +95,32 @@ def attend(
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=causal,
+        scale=scoring.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return y.to(q.dtype)
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring = PLAIN, dropout: float = 0.0
+) -> Tensor:
+    """The same as `attend`, written down plainly: all scores in memory, softmax in at least fp32."""
+    batch, groups, seen, width = k.shape
+    grouped = q.view(batch, groups, -1, *q.shape[2:])  # (B, G, R, T, d)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scale = width**-0.5 if scoring.scale is None else scoring.scale
+    scores = ((grouped @ k[:, :, None].transpose(-1, -2)).to(exact) * scale).flatten(1, 2)  # (B, H, T, S)
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    if scoring.position is not None:
+        scores = scores + scoring.position
+    if (mask := visible.dense(q, k)) is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    if scoring.sink is not None:
+        sink = scoring.sink.to(exact)[:, None, None].expand(*scores.shape[:3], 1)  # (B, H, T, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    p = F.dropout(scores.softmax(-1)[..., :seen].to(q.dtype), dropout)
+    return (p.view(batch, groups, -1, *p.shape[2:]) @ v[:, :, None]).view(*q.shape[:3], -1)
 
 
 def training_bias(x: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from models.cache.protocol import Kept
+
 
 class ContiguousCache:
     """Keys and values (B, G, capacity, head_width) of one layer, filled from the left."""
@@ -14,10 +16,13 @@ class ContiguousCache:
         self.values = torch.empty_like(self.keys)
         self.length = 0
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, G, T, head_width) and return all that is stored (B, G, S, head_width)."""
+    def append(self, k: Tensor, v: Tensor) -> Kept:
+        """Store k, v (B, G, T, head_width) and return all that is stored."""
         end = self.length + k.shape[2]
         self.keys[:, :, self.length : end] = k
         self.values[:, :, self.length : end] = v
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return Kept(self.keys[:, :, :end], self.values[:, :, :end], None)
+
+    def bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from models.cache.contiguous import ContiguousCache
+from models.cache.protocol import LayerCache
 
 
 class ModelCache:
@@ -17,7 +17,7 @@ class ModelCache:
         documents: (B, length) document of every stored token, or None when no row is padded.
     """
 
-    def __init__(self, layers: list[ContiguousCache | None], batch: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, layers: list[LayerCache | None], batch: int, capacity: int, device: torch.device) -> None:
         self.layers = layers
         self.capacity = capacity
         self.length = 0

@@ -6,9 +6,10 @@ structured pruning makes it. Such a model is written as a Mistral without a slid
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from models.attention import Full
+from models.attention import Full, Window
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.families.uniform import common, flag, integer, number, word
@@ -33,15 +34,14 @@ class Llama:
 
     def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
         context = integer(values, "max_position_embeddings", 2048 if self.model_type == "llama" else 131072)
-        window = integer(values, "sliding_window", context)
-        if self.model_type == "mistral" and window < context:
-            raise UserError(f"sliding_window {window} is shorter than max_position_embeddings {context}: not supported")
+        window = integer(values, "sliding_window", context) if self.model_type == "mistral" else context
         width, heads = integer(values, "hidden_size"), integer(values, "num_attention_heads")
         attention_bias, mlp_bias = flag(values, "attention_bias"), flag(values, "mlp_bias")
         activation = word(values, "hidden_act", "silu")
         if activation not in ACTIVATIONS:
             raise UserError(f"hidden_act {activation!r} is not supported (one of: {', '.join(ACTIVATIONS)})")
-        attention = Full(
+        kind = partial(Window, window=window) if window < context else Full
+        attention = kind(
             heads=heads,
             kv_heads=integer(values, "num_key_value_heads", heads),
             head_width=integer(values, "head_dim", width // heads),
@@ -68,7 +68,11 @@ class Llama:
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         if not isinstance(config.norm, Rms) or config.norm.position != "pre":
             raise UserError(f"it has RMS norms in position pre, not {config.norm.kind} {config.norm.position}")
-        attention, feedforward = common(config, Full, Swiglu)
+        attention, feedforward = common(config, (Full, Window), Swiglu)
+        if extras := config.layers[0].attention.extras():
+            raise UserError(f"its attention has no {extras[0]}")
+        if self.model_type == "llama" and "window" in attention:
+            raise UserError("its attention has no window")
         if not isinstance(config.position, Rope) or attention["position"] not in (None, config.position):
             raise UserError(f"it has one rope position in all layers, not {config.position.kind} with exceptions")
         biases = self._biases(config)
@@ -96,7 +100,7 @@ class Llama:
             "tie_word_embeddings": config.head == "tied",
             **write_rope(config.position),
         }
-        return values | (biases if self.model_type == "llama" else {"sliding_window": None})
+        return values | (biases if self.model_type == "llama" else {"sliding_window": attention.get("window")})
 
     @staticmethod
     def _biases(config: ModelConfig) -> dict[str, bool]:
@@ -152,6 +156,8 @@ def read_rope(values: Mapping[str, Any], context: int) -> Rope:
 
 def write_rope(rope: Rope) -> dict[str, Any]:
     """RoPE as transformers 5 reads it, and beside it as version 4 does, which would silently take a base of 10000."""
+    if rope.layout != "half":
+        raise UserError(f"its RoPE pairs the halves of a head, not {rope.layout} channels")
     if rope.fraction != 1.0:
         raise UserError(f"it rotates all channels of a head, not a fraction of {rope.fraction}")
     scaling: dict[str, Any] = {"rope_type": "default"}

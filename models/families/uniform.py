@@ -44,18 +44,21 @@ def _typed(values: Mapping[str, Any], key: str, default: Any, types: tuple[type,
     return value
 
 
-def common(config: ModelConfig, attention: type, feedforward: type) -> tuple[dict[str, Any], dict[str, Any]]:
+def common(
+    config: ModelConfig, attentions: tuple[type, ...], feedforward: type
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of the attention and of the feed-forward that every layer has.
 
     Raises:
         UserError: a layer without one of the two, of another kind or order, or layers whose numbers differ.
     """
     for i, layer in enumerate(config.layers):
-        for name, kind in (("attention", attention), ("feedforward", feedforward)):
-            spec = getattr(layer, name)
-            if not isinstance(spec, kind):
+        for name, kinds in (("attention", attentions), ("feedforward", (feedforward,))):
+            spec, first = getattr(layer, name), getattr(config.layers[0], name)
+            if type(spec) not in kinds or type(spec) is not type(first):
                 has = "none" if spec is None else spec.kind
-                raise UserError(f"every layer has a {kind.kind} {name}, and layer {i} has {has}")
+                wanted = type(first).kind if type(first) in kinds else kinds[0].kind
+                raise UserError(f"every layer has a {wanted} {name}, and layer {i} has {has}")
         if layer.order != "attention_first":
             raise UserError(f"every layer has its attention first, and layer {i} is {layer.order}")
     return _same(config, "attention"), _same(config, "feedforward")

@@ -1,8 +1,12 @@
-"""Position encodings, one a file. A spec's `level` says where it acts: on the embeddings (`input`) or in attention."""
+"""Position encodings, one a file. A spec's `level` says where it acts: on the embeddings (`input`) or in attention;
+`per_head` whether each query head has numbers of its own; `bounded` whether they end at the context length."""
 
+from models.positions.alibi import Alibi
 from models.positions.learned import Learned
 from models.positions.none import NoPosition
 from models.positions.protocol import POSITIONS, Positional
 from models.positions.rope import Rope
+from models.positions.sinusoidal import Sinusoidal
+from models.positions.t5 import T5
 
-__all__ = ["POSITIONS", "Learned", "NoPosition", "Positional", "Rope"]
+__all__ = ["POSITIONS", "T5", "Alibi", "Learned", "NoPosition", "Positional", "Rope", "Sinusoidal"]

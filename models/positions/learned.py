@@ -14,8 +14,10 @@ class Learned:
     """One learned vector per position below the context length; longer inputs are an error."""
 
     level = "input"
+    per_head = False
+    bounded = True
 
-    def build(self, *, width: int, head_width: int, context: int) -> nn.Module:
+    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
         return LearnedPositions(width, context)
 
 

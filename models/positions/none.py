@@ -13,11 +13,13 @@ class NoPosition:
     """No position encoding."""
 
     level = "attention"
+    per_head = False
+    bounded = False
 
     def check(self, head_width: int) -> None:
         """Heads of any width will do."""
 
-    def build(self, *, width: int, head_width: int, context: int) -> nn.Module:
+    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
         return _None()
 
 

@@ -1,16 +1,23 @@
-"""Rotary positions (arXiv 2104.09864), half-split pairs (c, c + R) as in Llama; angles in fp32."""
+"""Rotary positions (arXiv 2104.09864) and how they are stretched over longer contexts; angles in fp32."""
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.errors import UserError
+from models.errors import UserError, did_you_mean
 from models.positions.protocol import POSITIONS, Positional
 from models.registry import Registry
 
 ROPE_SCALINGS = Registry("RoPE scaling")
+LAYOUTS = ("half", "interleaved")
+
+
+def _above_one(factor: float) -> None:
+    if factor < 1:
+        raise UserError(f"factor must be at least 1, got {factor}")
 
 
 @ROPE_SCALINGS.register("linear")
@@ -20,8 +27,66 @@ class LinearScaling:
 
     factor: float
 
-    def apply(self, frequencies: Tensor) -> Tensor:  # (R,) -> (R,)
+    amplitude = 1.0
+
+    def apply(self, frequencies: Tensor, base: float) -> Tensor:  # (R,) -> (R,)
         return frequencies / self.factor
+
+
+@ROPE_SCALINGS.register("ntk")
+@dataclass(frozen=True)
+class NtkScaling:
+    """A larger base (NTK-aware scaling): the slowest rotation is slowed by `factor`, the fastest not at all."""
+
+    factor: float
+    amplitude = 1.0
+
+    def __post_init__(self) -> None:
+        _above_one(self.factor)
+
+    def apply(self, frequencies: Tensor, base: float) -> Tensor:  # (R,) -> (R,)
+        count = len(frequencies)
+        exponents = torch.arange(count, device=frequencies.device) / max(1, count - 1)  # 0 to 1
+        return frequencies / self.factor**exponents
+
+
+@ROPE_SCALINGS.register("yarn")
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): fast rotations are kept, slow ones divided by `factor`, those between blended; and the
+    tables grow by 0.1 ln(factor) + 1, so that the softmax stays as sharp over more tokens.
+
+    Args:
+        factor: how much longer the context becomes.
+        original_context: context length of the pretraining.
+        beta_fast, beta_slow: rotations over `original_context` above which a frequency is kept, below which divided.
+    """
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        _above_one(self.factor)
+        if not self.beta_fast > self.beta_slow > 0:
+            raise UserError(f"beta_fast must be above beta_slow, got {self.beta_fast} and {self.beta_slow}")
+
+    @property
+    def amplitude(self) -> float:
+        return 0.1 * math.log(self.factor) + 1.0
+
+    def apply(self, frequencies: Tensor, base: float) -> Tensor:  # (R,) -> (R,)
+        count = len(frequencies)
+        low, high = (self._channel(turns, 2 * count, base) for turns in (self.beta_fast, self.beta_slow))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * count - 1)
+        channels = torch.arange(count, device=frequencies.device, dtype=frequencies.dtype)
+        divided = ((channels - low) / max(high - low, 0.001)).clamp(0, 1)  # (R,) 0 = kept, 1 = divided
+        return frequencies * (1 - divided) + frequencies / self.factor * divided
+
+    def _channel(self, turns: float, rotated: int, base: float) -> float:
+        """The pair of channels that turns so often over the original context (paper, section 3.2)."""
+        return rotated * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
 @ROPE_SCALINGS.register("llama3")
@@ -40,7 +105,9 @@ class Llama3Scaling:
     high_frequency_factor: float
     original_context: int
 
-    def apply(self, frequencies: Tensor) -> Tensor:  # (R,) -> (R,)
+    amplitude = 1.0
+
+    def apply(self, frequencies: Tensor, base: float) -> Tensor:  # (R,) -> (R,)
         wavelength = 2 * math.pi / frequencies
         low, high = self.low_frequency_factor, self.high_frequency_factor
         blend = (self.original_context / wavelength - low) / (high - low)
@@ -58,16 +125,24 @@ class Rope:
     Args:
         base: theta of the slowest rotation.
         fraction: share of the head's channels that is rotated (1.0 = all).
-        scaling: how frequencies are changed for contexts beyond the trained one (`linear`, `llama3`), or nothing.
+        scaling: how frequencies are changed for contexts beyond the trained one (`linear`, `ntk`, `yarn`, `llama3`), or
+            nothing.
+        layout: which channels of a head are a pair: `half` (c, c + R) as in Llama, or `interleaved` (2c, 2c + 1) as in
+            RoFormer and GPT-J. The same up to an order of the channels.
     """
 
     level = "attention"
+    per_head = False
+    bounded = False
 
     base: float = 10000.0
     fraction: float = 1.0
-    scaling: LinearScaling | Llama3Scaling | None = field(default=None, metadata={"registry": ROPE_SCALINGS})
+    scaling: Any = field(default=None, metadata={"registry": ROPE_SCALINGS})
+    layout: str = "half"
 
     def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UserError(f"unknown layout {self.layout!r}{did_you_mean(self.layout, LAYOUTS)}")
         if not 0 < self.fraction <= 1:
             raise UserError(f"fraction must be above 0 and at most 1, got {self.fraction}")
 
@@ -77,7 +152,7 @@ class Rope:
         if rotated < 2 or rotated % 2:
             raise UserError(f"rope rotates channels in pairs: {rotated} of {head_width} channels cannot be paired")
 
-    def build(self, *, width: int, head_width: int, context: int) -> nn.Module:
+    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
         return RotaryPositions(self, int(head_width * self.fraction))
 
 
@@ -91,7 +166,10 @@ class RotaryPositions(nn.Module):
     def forward(self, positions: Tensor) -> Positional:  # (B or 1, T)
         channels = torch.arange(0, self.rotated, 2, dtype=torch.int64, device=positions.device).float()  # (R,)
         frequencies = 1.0 / self.spec.base ** (channels / self.rotated)  # (R,)
+        amplitude = 1.0
         if self.spec.scaling is not None:
-            frequencies = self.spec.scaling.apply(frequencies)
+            frequencies = self.spec.scaling.apply(frequencies, self.spec.base)
+            amplitude = self.spec.scaling.amplitude
         angles = positions[:, None, :, None].float() * frequencies  # (B or 1, 1, T, R)
-        return Positional(cos=angles.cos(), sin=angles.sin())
+        cos, sin = amplitude * angles.cos(), amplitude * angles.sin()
+        return Positional(cos=cos, sin=sin, interleaved=self.spec.layout == "interleaved")

@@ -38,7 +38,7 @@ def main(chosen: options.Inspect) -> None:
         f"{wording.count(size['parameters'])} parameters ({wording.count(size['nonzero_parameters'])} not 0), "
         f"{wording.size(size['stored_bytes'])} on disk, {wording.size(size['memory_bytes'])} in memory; "
         f"{wording.flops(model.flops_per_token(model.config.context))} for a token at the full context of "
-        f"{model.config.context}, {wording.size(model.cache_bytes_per_token(dtype))} of cache for each"
+        f"{model.config.context}, {wording.size(model.cache_bytes(model.config.context, dtype))} of cache"
     )
     if out is not None:
         write_figures(out, {"layers": [layer.to_dict() for layer in layers], "size": size})

@@ -1,6 +1,6 @@
 """`make bench`: every benchmark in one process each after the other, one table, and `results.json` beside this file.
 
-python -m tests.benchmarks [--only training,lightning,decode,gptq] [--threads N] [--out FILE]
+python -m tests.benchmarks [--only training,lightning,decode,gptq,attention] [--threads N] [--out FILE]
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 
 from app.evaluation.environment import environment
 from app.memory import keep_freed_memory
-from tests.benchmarks import bench_decode, bench_gptq, bench_lightning, bench_training
+from tests.benchmarks import bench_attention, bench_decode, bench_gptq, bench_lightning, bench_training
 from tests.benchmarks.timing import say, table
 
 BENCHMARKS = {
@@ -24,6 +24,7 @@ BENCHMARKS = {
     "lightning": bench_lightning.run,
     "decode": bench_decode.run,
     "gptq": bench_gptq.run,
+    "attention": bench_attention.run,
 }
 RESULTS = Path(__file__).parent / "results.json"
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.benchmarks import bench_decode, bench_gptq, bench_lightning, bench_training
+from tests.benchmarks import bench_attention, bench_decode, bench_gptq, bench_lightning, bench_training
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.timing import fastest, rate_row, table, take_turns
 
@@ -50,6 +50,27 @@ def test_gptq_and_kernels_are_timed():
         bench_gptq.Quantizing(TINY, samples=4, length=16, size=64, batches=(1,), rounds=1, kernel_rounds=1, repeats=1)
     )
     assert {row.benchmark for row in rows} == {"gptq", "kernels"}
+
+
+def test_attention_is_measured_over_the_length():
+    lengths = bench_attention.Lengths((16, 32, 64), quadratic_to=32, heads=2, width=4, rounds=1, decoded=2, cached=300)
+    rows = {row.case: row for row in bench_attention.run(lengths)}
+    assert "full, 64 tokens" not in rows
+    assert rows["window 256, 32 tokens"].ratio is not None
+    assert rows["window 256, cache at 300 tokens"].value < rows["full, cache at 300 tokens"].value
+    assert all(f"{name}, exponent of memory" in rows for name in bench_attention.MECHANISMS)
+
+
+def test_the_exponent_is_the_slope_of_the_logarithms():
+    assert bench_attention.exponent({size: 3 * size**2 for size in (1, 10, 20, 40)}) == pytest.approx(2)
+
+
+def test_peak_memory_is_that_of_one_moment():
+    def step():
+        for _ in range(3):
+            torch.empty(1000, dtype=torch.uint8)
+
+    assert 1000 <= bench_attention.peak(step) < 2000
 
 
 def test_cases_take_turns_in_both_orders():

@@ -50,6 +50,8 @@ CASES = [
     (GQA_BIASED, BIASED, ["neurons", "heads", "groups"], "rope"),
     (GQA_BIASED, GPT, ["groups", "neurons"], "learned"),
     ({"kind": "full", "heads": 4}, GPT, ["heads", "neurons"], "learned"),
+    ({**GQA, "kind": "window", "window": 5, "qk_norm": "rms"}, LLAMA, ["heads", "neurons"], "rope"),
+    (GQA, LLAMA, ["neurons"], "alibi"),
 ]
 
 
@@ -72,9 +74,9 @@ def test_the_pruned_forward_equals_the_zero_masked_one(attention, feedforward, t
 
 def test_tensors_config_and_cache_shrink_by_the_ratio(tmp_path):
     model = tiny(GQA_BIASED, BIASED)
-    before = model.cache_bytes_per_token(torch.float32), model.count_parameters()["total"]
+    before = model.cache_bytes(1, torch.float32), model.count_parameters()["total"]
     records = prune_structured(model, ["neurons", "groups"], 0.5, "variance", tokens())
-    assert model.cache_bytes_per_token(torch.float32) == before[0] // 2
+    assert model.cache_bytes(1, torch.float32) == before[0] // 2
     assert model.new_cache(1, 4).layers[0].keys.shape == (1, 2, 4, 6)
     layer = model.config.layers[1]
     assert (layer.attention.heads, layer.attention.kv_heads, layer.feedforward.width) == (4, 2, 24)
@@ -307,6 +309,17 @@ def test_impossible_requests_are_refused_before_anything_changes(targets, ratio,
     with pytest.raises(UserError, match=words):
         prune_structured(model, targets, ratio, **{"batches": tokens(), **options})
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("attention", "position", "words"),
+    [(GQA, "alibi", "alibi positions"), (GQA, "t5", "t5 positions"), ({**GQA, "sink": "learned"}, "rope", "sink")],
+)
+@pytest.mark.parametrize("target", ["heads", "groups"])
+def test_heads_with_numbers_of_their_own_are_not_cut(target, attention, position, words):
+    model = tiny(attention, position=position)
+    with pytest.raises(UserError, match=f"heads of block 0 cannot be cut: .*{words}.* cut neurons instead"):
+        prune_structured(model, [target], 0.5, "magnitude", tokens())
 
 
 def test_a_block_without_attention_or_feedforward_is_passed_over():

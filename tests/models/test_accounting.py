@@ -45,6 +45,7 @@ MODELS = {
     "wide heads": {"attention": {"kind": "full", "heads": 3, "head_width": 20}},
     "sub-layers": {"order": "ssfsff"},
     "pruned": {"change": pruned},
+    "window": {"attention": {"kind": "window", "heads": 6, "kv_heads": 2, "window": LENGTH}},
 }
 
 
@@ -113,5 +114,4 @@ def test_cache_bytes_are_those_of_the_cache(name, dtype):
     cache = model.new_cache(3, 40, dtype)
     held = [layer for layer in cache.layers if layer is not None]
     assert len(held) == sum(layer.attention is not None for layer in model.config.layers)
-    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
-    assert stored == 3 * 40 * model.cache_bytes_per_token(dtype)
+    assert sum(layer.bytes() for layer in held) == 3 * model.cache_bytes(40, dtype)

@@ -169,10 +169,19 @@ def test_mistral_is_read_and_written(tmp_path):
     assert (logits(model) - logits(theirs)).abs().max() < 1e-5
     export_folder(model, tmp_path / "out")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is MistralForCausalLM
-    values = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(values | {"sliding_window": 32}))
-    with pytest.raises(UserError, match="sliding_window 32 is shorter"):
-        import_folder(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("window", [1, 5, 16])
+def test_mistral_with_a_sliding_window_is_read_and_written(tmp_path, window):
+    small = SMALL | {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8, "sliding_window": window}
+    theirs = randomise(MistralForCausalLM(MistralConfig(**small)))
+    model = import_folder(saved(theirs, tmp_path / "hf"))
+    assert {layer.attention.window for layer in model.config.layers} == {window}
+    assert (logits(model) - logits(theirs)).abs().max() < 1e-5
+    export_folder(model, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.config.sliding_window == window
+    assert torch.equal(logits(again), logits(theirs))
 
 
 def ours(layers=None, **changes):

@@ -33,6 +33,7 @@ EXAMPLES = {
     "low_frequency_factor": 1.0,
     "high_frequency_factor": 4.0,
     "original_context": 8,
+    "window": 4,
 }
 
 
@@ -53,11 +54,15 @@ AXES = {
         *(example(ATTENTIONS, kind) for kind in ATTENTIONS),
         *(example(ATTENTIONS, kind, kv_heads=2) for kind in ATTENTIONS if has(ATTENTIONS, kind, "kv_heads")),
         example(ATTENTIONS, "full", kv_heads=1, head_width=6, bias=True, out_bias=True),
+        example(ATTENTIONS, "full", kv_heads=2, qk_norm="rms", scale=0.7),
+        *(example(ATTENTIONS, kind, softcap=2.0, sink="learned") for kind in ("full", "window")),
+        example(ATTENTIONS, "full", sink="zero"),
     ],
     "position": [
         *(example(POSITIONS, kind) for kind in POSITIONS),
         *(example(POSITIONS, "rope", scaling=example(ROPE_SCALINGS, kind)) for kind in ROPE_SCALINGS),
         example(POSITIONS, "rope", fraction=0.5),
+        example(POSITIONS, "rope", layout="interleaved"),
     ],
     "norm": [example(NORMS, kind, position=position) for kind in NORMS for position in NORM_POSITIONS],
     "order": [*ORDERS, "sandwich(1)", "ssff"],

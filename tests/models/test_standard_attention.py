@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from models.attention import standard
 from models.attention.protocol import causal_document_mask
-from models.attention.standard import StandardAttention, attend, training_bias
+from models.attention.standard import StandardAttention, Visible, attend, training_bias
 
 CASES = {
     "as many groups as heads": (2, 3, 3, 7, 4),
@@ -101,7 +101,7 @@ def test_a_compiled_step_takes_it_and_stays_near_the_kernel(fast_products, packe
 
     @torch.compile(backend=keep, fullgraph=True)
     def step(q, k, v):
-        return attend(q, k, v, mask=mask, causal=mask is None, bias=bias, dropout=0.0)
+        return attend(q, k, v, Visible(mask, causal=mask is None, bias=bias))
 
     q, k, v = inputs(batch, heads, groups, length, width, dtype=torch.bfloat16)
     y, exact = step(q, k, v), kernel(q.double(), k.double(), v.double(), mask)

@@ -32,7 +32,7 @@ def test_gpt2_small_has_the_published_number_of_parameters():
 
 
 def test_rotation_depends_on_the_distance_only_and_keeps_the_norm():
-    table = Rope().build(width=32, head_width=8, context=64)
+    table = Rope().build(width=32, heads=4, head_width=8, context=64)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
     products = []
     for shift in (0, 3, 40):
@@ -46,19 +46,21 @@ def test_rotation_depends_on_the_distance_only_and_keeps_the_norm():
 
 def test_partial_rotation_leaves_the_other_channels():
     x = torch.randn(1, 1, 3, 8)
-    rotated = Rope(fraction=0.5).build(width=8, head_width=8, context=8)(torch.arange(3)[None]).rotate(x)
+    rotated = Rope(fraction=0.5).build(width=8, heads=1, head_width=8, context=8)(torch.arange(3)[None]).rotate(x)
     assert torch.equal(rotated[..., 4:], x[..., 4:])
     assert not torch.equal(rotated[:, :, 1:, :4], x[:, :, 1:, :4])
 
 
 def test_linear_scaling_is_position_interpolation():
-    plain, scaled = (Rope(scaling=s).build(width=8, head_width=8, context=8) for s in (None, LinearScaling(4.0)))
+    plain, scaled = (
+        Rope(scaling=s).build(width=8, heads=1, head_width=8, context=8) for s in (None, LinearScaling(4.0))
+    )
     torch.testing.assert_close(scaled(torch.tensor([[12]])).cos, plain(torch.tensor([[3]])).cos)
 
 
 def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
     frequencies = torch.tensor([1.0, 1e-6])
-    scaled = Llama3Scaling(8.0, 1.0, 4.0, 8192).apply(frequencies)
+    scaled = Llama3Scaling(8.0, 1.0, 4.0, 8192).apply(frequencies, 500000.0)
     torch.testing.assert_close(scaled, torch.tensor([1.0, 1e-6 / 8]))
 
 

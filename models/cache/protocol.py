@@ -1,0 +1,28 @@
+"""What the cache of one layer offers to its attention, whichever tokens it keeps."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Kept(NamedTuple):
+    """What a cache holds after the new tokens.
+
+    Attributes:
+        keys, values: (B, G, K, head_width).
+        columns: (K,) int64, which of the S tokens so far these are, in any order; None: all of them, in order.
+    """
+
+    keys: Tensor
+    values: Tensor
+    columns: Tensor | None
+
+
+class LayerCache(Protocol):
+    """Keys and values of one layer."""
+
+    def append(self, k: Tensor, v: Tensor) -> Kept:
+        """Add k, v (B, G, T, head_width) of the next T tokens, and return what their queries can see."""
+
+    def bytes(self) -> int:
+        """Bytes that the cache occupies."""

@@ -1,0 +1,47 @@
+"""Attention with linear biases (arXiv 2108.12409): scores fall with the distance, at a fixed slope for each head."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.positions.protocol import POSITIONS, Positional
+
+
+@POSITIONS.register("alibi")
+@dataclass(frozen=True)
+class Alibi:
+    """q.k / sqrt(d) - m (i - j) with a fixed slope m of each query head; nothing is learned."""
+
+    level = "attention"
+    per_head = True
+    bounded = False
+
+    def check(self, head_width: int) -> None:
+        """Heads of any width will do."""
+
+    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
+        return LinearBiases(heads)
+
+
+class LinearBiases(nn.Module):
+    """Owns no state: the slopes follow from the number of heads."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, positions: Tensor) -> Positional:  # (B or 1, T)
+        return Positional(slopes=torch.tensor(slopes(self.heads), device=positions.device))
+
+
+def slopes(heads: int) -> list[float]:
+    """The slope of each head: 2^(-8k / H) for k = 1 to H when H is a power of two.
+
+    Otherwise those of the power of two below, and then every other one of the power of two above.
+    """
+    power = 2 ** int(math.log2(heads))
+    below = [2 ** (-8 * k / power) for k in range(1, power + 1)]
+    above = [2 ** (-8 * k / (2 * power)) for k in range(1, 2 * power + 1, 2)]
+    return below + above[: heads - power]

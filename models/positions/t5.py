@@ -1,0 +1,67 @@
+"""T5's relative positions (arXiv 1910.10683, section 2.1): a learned addend for each head and bucket of distances."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import UserError
+from models.linear import Embedding
+from models.positions.protocol import POSITIONS, Positional
+
+
+@POSITIONS.register("t5")
+@dataclass(frozen=True)
+class T5:
+    """One learned addend of the scores for each head and bucket, shared by all layers that name the same encoding.
+
+    T5 itself does not divide the scores by sqrt(d): give its attention `scale: 1.0`.
+
+    Args:
+        buckets: half of them hold one distance each, the others ranges that grow geometrically.
+        max_distance: from here on all distances are in the last bucket.
+    """
+
+    level = "attention"
+    per_head = True
+    bounded = False
+
+    buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        if self.buckets < 2 or self.buckets % 2:
+            raise UserError(f"buckets must be even and at least 2, got {self.buckets}")
+        if self.max_distance <= self.buckets // 2:
+            raise UserError(
+                f"max_distance must be above {self.buckets // 2}, half the buckets, got {self.max_distance}"
+            )
+
+    def check(self, head_width: int) -> None:
+        """Heads of any width will do."""
+
+    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
+        return BucketBiases(self, heads)
+
+
+class BucketBiases(nn.Module):
+    """The learned table (buckets, H)."""
+
+    def __init__(self, spec: T5, heads: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.table = Embedding(spec.buckets, heads, std=0.02)
+
+    def forward(self, positions: Tensor) -> Positional:  # (B or 1, T)
+        distances = torch.arange(self.spec.max_distance + 1, device=positions.device)  # (N,)
+        rows = self.table(bucket(distances, self.spec.buckets, self.spec.max_distance))  # (N, H)
+        return Positional(table=rows.T)
+
+
+def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """The bucket of each distance (int64, at least 0) to a key behind the query, in a decoder."""
+    exact = buckets // 2
+    grown = torch.log(distance.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
+    ranged = (exact + (grown * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return torch.where(distance < exact, distance, ranged)
