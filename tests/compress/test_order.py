@@ -99,7 +99,7 @@ def distil(trained, student, steps: int, attach=None) -> Quality:
 def test_distillation_wins_back_most_of_what_structured_pruning_lost(trained, dense):
     student = copy.deepcopy(trained.model)
     prune_structured(student, ["neurons", "groups"], 0.5, "variance", trained.calibration)
-    assert student.cache_bytes_per_token() == trained.model.cache_bytes_per_token() // 2
+    assert student.cache_bytes(1) == trained.model.cache_bytes(1) // 2
     pruned = evaluate_quality(student, trained.held_out)
     lost = paired(dense, pruned)
     assert lost.low > 0

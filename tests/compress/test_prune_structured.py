@@ -112,10 +112,10 @@ def test_records_hold_what_was_asked_and_what_came_out():
 
 def test_query_heads_leave_every_group_alike_and_the_cache_stays():
     model = tiny({"kind": "full", "heads": 8, "kv_heads": 2, "head_width": 4})
-    cache = model.cache_bytes_per_token()
+    cache = model.cache_bytes(1)
     records = {r.name: r for r in prune_structured(model, ["heads"], 0.25, "magnitude")}
     assert (model.blocks[0].attention.heads, model.blocks[0].attention.kv_heads) == (6, 2)
-    assert model.cache_bytes_per_token() == cache
+    assert model.cache_bytes(1) == cache
     assert records["blocks.0.attention.k"].skipped
     assert records["blocks.0.attention.q"].achieved["heads"] == [8, 6]
 
