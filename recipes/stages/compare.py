@@ -15,7 +15,8 @@ from recipes.stages.text import Text, speed_protocol
 
 def main(chosen: options.Compare) -> None:
     """Run `espalier compare`."""
-    options.check_least(chosen, batch_size=1, seed=0)
+    options.check_least(chosen, batch_size=1)
+    options.check_seed(chosen.seed)
     out = None if chosen.out is None else Path(chosen.out).expanduser().absolute()
     if out is not None:
         partial.check_output(out, chosen.overwrite)

@@ -21,7 +21,8 @@ from recipes.stages.text import Text, speed_protocol
 
 def main(chosen: options.Evaluate) -> None:
     """Run `espalier evaluate`: print a table, and write `{"models": {path: figures}, "baselines": {...}}` to --out."""
-    options.check_least(chosen, batch_size=1, seed=0)
+    options.check_least(chosen, batch_size=1)
+    options.check_seed(chosen.seed)
     out = checked_file(chosen.out, chosen.overwrite)
     figures = measure(chosen)
     if out is not None:

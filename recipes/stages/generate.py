@@ -9,7 +9,7 @@ from recipes.stages import options
 
 def main(chosen: options.Generate) -> None:
     """Run `espalier generate`: print the prompt and what the model adds as it comes."""
-    options.check_least(chosen, seed=0)
+    options.check_seed(chosen.seed)
     sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
     loaded = load_model(chosen.model, resolve_device(chosen.device), resolve_dtype(chosen.dtype))
     tokenizer = loaded.text_tokenizer()

@@ -64,6 +64,12 @@ def check_least(chosen: Any, **least: float) -> None:
             raise UserError(f"{name} is {value:g}; it must be at least {bound:g}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that not every generator takes: NumPy's have 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be at least 0 and below 2^32")
+
+
 @dataclass(kw_only=True)
 class Compute:
     """Where and in which number format a model runs."""

@@ -28,7 +28,7 @@ from models.errors import UserError
 from models.files import read_json, writing
 from models.transformer import Transformer
 from recipes.stages import partial
-from recipes.stages.options import StageOptions, check_least
+from recipes.stages.options import StageOptions, check_least, check_seed
 from recipes.stages.terminal import Bars, print_summary, say
 from recipes.stages.text import Text, speed_protocol
 
@@ -92,7 +92,8 @@ class Stage(ABC, Generic[Options]):
     def run(self) -> dict[str, Any]:
         """Do the stage and return its report."""
         partial.check_output(self.out, self.options.overwrite)
-        check_least(self.options, batch_size=1, seed=0)
+        check_least(self.options, batch_size=1)
+        check_seed(self.options.seed)
         self.check()
         torch.manual_seed(self.options.seed)
         parents = self.parents()

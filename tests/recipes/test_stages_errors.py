@@ -185,8 +185,8 @@ def test_models_of_different_tokenizers(teacher, copy, refused):
 
 
 @pytest.mark.parametrize("verb", ["prune", "evaluate", "compare"])
-@pytest.mark.parametrize(("option", "value"), [("batch_size", -1), ("batch_size", 0), ("seed", -1)])
-def test_numbers_that_are_too_small(verb, option, value, teacher, refused, tmp_path):
+@pytest.mark.parametrize(("option", "value"), [("batch_size", -1), ("batch_size", 0), ("seed", -1), ("seed", 2**32)])
+def test_numbers_out_of_range(verb, option, value, teacher, refused, tmp_path):
     models = [teacher, teacher] if verb == "compare" else [teacher]
     argv = [verb, *models, "--out", tmp_path / "out", *QUICK, f"--{option}", value]
     refused(*argv, words=[f"{option} is {value}", "at least"])
