@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.callbacks.checkpoints import checkpoints_in, newest_checkpoint
+from app.callbacks.checkpoints import checkpoints_in, newest_checkpoint, step_of
 from app.callbacks.folder import COMPLETE
 from app.callbacks.record import FORMAT_VERSION, KEY, RECIPE
 from app.history import read_history
@@ -72,7 +72,21 @@ def plan_fit(out: Path, recipe: Mapping[str, Any], ckpt_path: str | None, overwr
             return finished
     elif ckpt_path is None and _checkpoints(run):
         raise UserError(f"{run} holds an unfinished run; go on with --ckpt_path last, or start anew with --overwrite")
-    return Plan(resume=find_checkpoint(ckpt_path, run))
+    resume = find_checkpoint(ckpt_path, run)
+    _refuse_a_branch(resume, run / "checkpoints")
+    return Plan(resume=resume)
+
+
+def _refuse_a_branch(resume: Path | None, folder: Path) -> None:
+    """Refuse to go on from the middle of a run in that run's own folder: its later checkpoints would get mixed in."""
+    later = newest_checkpoint(folder)
+    if resume is None or later is None or resume.resolve().parent != folder.resolve():
+        return
+    step = step_of(resume)
+    if step is not None and step < step_of(later):
+        raise UserError(
+            f"{folder} goes on to {later.name} after {resume.name}; go on with --ckpt_path last, or name another --out"
+        )
 
 
 def _check_writable(out: Path) -> None:

@@ -124,6 +124,12 @@ def checkpoints_in(folder: Path, kind: str = "step") -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """The optimizer step that the name of a checkpoint tells; None for a name of another form."""
+    name = NAME.fullmatch(checkpoint.name)
+    return int(name[2]) if name else None
+
+
 def newest_checkpoint(folder: Path, kind: str = "step") -> Path | None:
     """The checkpoint of a kind with the highest step, or None."""
     found = checkpoints_in(folder, kind)

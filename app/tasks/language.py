@@ -151,7 +151,13 @@ class LanguageModel(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Divide the gradient by the step's targets, then clip its norm; keep the figures of the step."""
+        """Divide the gradient by the step's targets, then clip its norm; keep the figures of the step.
+
+        Raises:
+            UserError: another algorithm than the norm.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise UserError(f"gradient_clip_algorithm {gradient_clip_algorithm!s} is not supported; norm is")
         nll, tokens = (torch.stack(parts).sum() for parts in zip(*self._window, strict=True))
         ranks = self.trainer.world_size
         everywhere = self._sum_over_ranks(tokens)

@@ -237,3 +237,9 @@ def test_another_architecture_than_the_checkpoints_is_refused(tmp_path, cache):
     model.expect(stored, path)
     with pytest.raises(UserError, match=r"embedding\.weight is \(\d+, 32\) there and \(\d+, 48\)"):
         fit(make_trainer(tmp_path / "other"), model, text_data(cache), path)
+
+
+def test_clipping_by_value_is_refused():
+    module = LanguageModel({}, AdamW(), Constant())
+    with pytest.raises(UserError, match="gradient_clip_algorithm value is not supported; norm is"):
+        module.configure_gradient_clipping(None, 1.0, "value")

@@ -133,6 +133,17 @@ def test_a_checkpoint_that_would_be_removed_is_not_resumed(out, tmp_path):
     assert plan_fit(out, RECIPE_VALUES, str(elsewhere), overwrite=True).resume == elsewhere
 
 
+def test_a_run_is_not_continued_from_its_middle(out, tmp_path):
+    """The later checkpoints of the branch that is left would pass for newer ones of the branch that is taken."""
+    newest = checkpoint(out, 10)
+    older = newest.with_name("step-00000004.ckpt")
+    older.touch()
+    with pytest.raises(UserError, match="goes on to step-00000010.ckpt after step-00000004.ckpt"):
+        plan_fit(out, RECIPE_VALUES, str(older), overwrite=False)
+    assert plan_fit(out, RECIPE_VALUES, "last", overwrite=False).resume == newest
+    assert plan_fit(tmp_path / "another", RECIPE_VALUES, str(older), overwrite=False).resume == older
+
+
 def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file is a file; --out must name a folder"):
