@@ -279,7 +279,7 @@ def _gather(part: Part, kinds: dict[str, StatisticType], chain: Chain) -> None:
     if part.module is part.model:
 
         def observe(x: Tensor, context: Any) -> Tensor:
-            hidden = part.model.norm(x)  # (B, T, D)
+            hidden = part.model.finish(x)  # (B, T, D)
             for name in kinds:
                 observer.take(name, hidden)
             return hidden

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from models.attention import Context
+from models.attention import Context, Place
 from models.cache import LayerCache
 
 if TYPE_CHECKING:
@@ -23,19 +23,18 @@ ORDERS = ("attention_first", "feedforward_first", "parallel")
 class Block(nn.Module):
     """One layer of the Transformer: x (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, layer: "LayerConfig", model: "ModelConfig", positional: int) -> None:
+    def __init__(self, layer: "LayerConfig", model: "ModelConfig", place: Place) -> None:
         super().__init__()
         self.order, self.norm_position = layer.order, model.norm.position
-        branches = model.residual_branches()
         self.attention = self.feedforward = None
         if layer.attention is not None:
             self.attention_norm = model.norm.build(model.width)
-            self.attention = layer.attention.build(model.width, branches, positional)
+            self.attention = layer.attention.build(place)
             if self.norm_position == "sandwich":
                 self.attention_out_norm = model.norm.build(model.width)
         if layer.feedforward is not None:
             self.feedforward_norm = model.norm.build(model.width)
-            self.feedforward = layer.feedforward.build(model.width, branches)
+            self.feedforward = layer.feedforward.build(model.width, place.branches)
             if self.norm_position == "sandwich":
                 self.feedforward_out_norm = model.norm.build(model.width)
         self.dropout = nn.Dropout(model.dropout)

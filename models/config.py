@@ -24,6 +24,7 @@ from models.positions import POSITIONS, Rope
 from models.registry import dump_dataclass, read_dataclass
 
 HEADS = ("tied", "untied")
+DIRECTIONS = ("causal", "bidirectional")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ModelConfig:
         position: position encoding of every attention that names none of its own.
         head: `tied` (the embedding is also the output projection) or `untied`.
         dropout: on the embeddings and on every residual branch, in training.
+        direction: `causal`, where a token sees itself and those before it, or `bidirectional`, an encoder.
         compression: module name -> stored form, for modules that are not plain dense weights.
     """
 
@@ -73,6 +75,7 @@ class ModelConfig:
     position: Any = field(default_factory=Rope, metadata={"registry": POSITIONS})
     head: str = "tied"
     dropout: float = 0.0
+    direction: str = "causal"
     compression: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,6 +84,8 @@ class ModelConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.head not in HEADS:
             raise UserError(f"unknown head {self.head!r}{did_you_mean(self.head, HEADS)}")
+        if self.direction not in DIRECTIONS:
+            raise UserError(f"unknown direction {self.direction!r}{did_you_mean(self.direction, DIRECTIONS)}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.layers:
@@ -90,17 +95,35 @@ class ModelConfig:
                 "norm position post normalises after each sub-layer, and a parallel layer has no such place"
             )
         object.__setattr__(self, "layers", tuple(self._resolved(layer) for layer in self.layers))
+        attentions = [layer.attention for layer in self.layers if layer.attention is not None]
+        if self.position.acts not in ("input", "nothing") and attentions and not any(a.takes for a in attentions):
+            raise UserError(
+                f"position {self.position.kind!r} acts in the attention, and no layer has one that knows positions; "
+                "give position: none, or one that is added to the embeddings"
+            )
 
     def _resolved(self, layer: LayerConfig) -> LayerConfig:
         if layer.attention is None:
             return layer
         attention = layer.attention.resolve(self.width)
-        if attention.position is not None and attention.position.level != "attention":
+        if self.direction not in attention.directions:
+            raise UserError(f"attention {attention.kind!r} cannot be {self.direction}: {attention.directions_because}")
+        if attention.takes:
+            self._check_position(attention)
+        return replace(layer, attention=attention)
+
+    def _check_position(self, attention: Any) -> None:
+        if attention.position is not None and attention.position.acts == "input":
             raise UserError(f"position {attention.position.kind!r} acts on the embeddings: give it to the model")
         position = attention.position or self.position
-        if position.level == "attention":
-            position.check(attention.head_width)
-        return replace(layer, attention=attention)
+        if position.acts == "input":
+            return
+        if position.acts not in ("nothing", *attention.takes):
+            raise UserError(
+                f"attention {attention.kind!r} works with positions that act on {' or '.join(attention.takes)}, "
+                f"and {position.kind!r} acts on {position.acts}"
+            )
+        position.check(attention.head_width)
 
     def residual_branches(self) -> int:
         """Number of sub-layers that write into the residual stream."""
@@ -147,6 +170,7 @@ class _Plain:
     position: Any = field(default_factory=Rope, metadata={"registry": POSITIONS})
     head: str = "tied"
     dropout: float = 0.0
+    direction: str = "causal"
 
 
 _SHORT_KEYS = ("depth", "attention", "feedforward", "layers", "order")

@@ -174,7 +174,7 @@ def _next_logits(model: Transformer, tokens: Tensor, documents: Tensor | None, c
     x, context = model.embed(tokens, documents=documents, cache=cache)
     for block, layer in zip(model.blocks, cache.layers, strict=True):
         x = block(x, context, layer)  # (B, T, D)
-    return model.project(model.norm(x[:, -1]))  # only the last position pays for the vocabulary
+    return model.project(model.finish(x[:, -1]))  # only the last position pays for the vocabulary
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Context
-from models.attention.protocol import causal_document_mask
+from models.attention import Context, Place
+from models.attention.protocol import document_mask
 from models.attention.standard import training_bias
 from models.block import Block
 from models.cache import ModelCache
-from models.config import ModelConfig
+from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.linear import Embedding, Linear, itemsize
 from models.losses import IGNORED, SoftmaxError, linear_cross_entropy
@@ -29,16 +29,18 @@ class Output(NamedTuple):
         loss: mean negative log-likelihood of the targets in nats, or None without targets.
         z_loss: mean squared log-partition, unweighted, or None when it was not asked for.
         states: block index -> that block's output (B, T, D), for the blocks asked for.
+        auxiliary: name -> training losses of the mechanisms, weighted and summed over the layers; empty in evaluation.
     """
 
     logits: Tensor | None
     loss: Tensor | None
     z_loss: Tensor | None
     states: dict[int, Tensor]
+    auxiliary: dict[str, Tensor]
 
 
 class Transformer(nn.Module):
-    """A causal language model of any `ModelConfig`; also builds under `torch.device("meta")`."""
+    """A language model or an encoder of any `ModelConfig`; also builds under `torch.device("meta")`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -46,27 +48,30 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.width, std=0.02)
         self.positions = nn.ModuleList()
         self._position_index: dict[object, int] = {}
-        if config.position.level == "input":
+        if config.position.acts == "input":
             self._position(config.position, heads=0, head_width=0)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(self._block(layer) for layer in config.layers)
+        self.blocks = nn.ModuleList(self._block(i, layer) for i, layer in enumerate(config.layers))
         self.norm = nn.Identity() if config.norm.position == "post" else config.norm.build(config.width)
         self.compiled_softmax_error: SoftmaxError | None = None
         self.head = None
         if config.head == "untied":
             self.head = Linear(config.width, config.vocab_size, bias=False, std=0.02)
 
-    def _block(self, layer) -> Block:
-        positional = 0
-        if layer.attention is not None:
-            spec = layer.attention.position or self.config.position
+    def _block(self, number: int, layer: LayerConfig) -> Block:
+        positional, config = 0, self.config
+        if layer.attention is not None and layer.attention.takes:
+            spec = layer.attention.position or config.position
             positional = self._position(spec, layer.attention.heads, layer.attention.head_width)
-        return Block(layer, self.config, positional)
+        bidirectional = config.direction == "bidirectional"
+        branches = config.residual_branches()
+        place = Place(config.width, branches, positional, number, config.context, bidirectional)
+        return Block(layer, config, place)
 
     def _position(self, spec, heads: int, head_width: int) -> int:
         """Index of the module for this spec, shared by the layers that agree on it."""
-        key = (spec, 0 if spec.level == "input" else head_width, heads if spec.per_head else 0)
-        if spec.level == "input" and self.positions:
+        key = (spec, 0 if spec.acts == "input" else head_width, heads if spec.per_head else 0)
+        if spec.acts == "input" and self.positions:
             return 0
         if key not in self._position_index:
             self._position_index[key] = len(self.positions)
@@ -103,11 +108,24 @@ class Transformer(nn.Module):
             x = block(x, context) if cache is None else block(x, context, cache.layers[i])  # (B, T, D)
             if i in keep:
                 states[i] = x
-        hidden = self.norm(x)  # (B, T, D)
+        hidden, auxiliary = self.finish(x), self._auxiliary()  # (B, T, D)
         if targets is None:
-            return Output(self.project(hidden), None, None, states)
+            return Output(self.project(hidden), None, None, states, auxiliary)
         loss, z_term = self.loss(hidden, targets, z_loss=z_loss)
-        return Output(None, loss, z_term, states)
+        return Output(None, loss, z_term, states, auxiliary)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What the head reads, (..., D), of the last block's output (..., D)."""
+        return self.norm(x)
+
+    def _auxiliary(self) -> dict[str, Tensor]:
+        """The training losses that this forward left in the blocks, summed by name."""
+        found: dict[str, Tensor] = {}
+        if self.training:
+            for block in self.blocks:
+                for name, value in getattr(block.attention, "auxiliary", {}).items():
+                    found[name] = found[name] + value if name in found else value
+        return found
 
     def embed(
         self,
@@ -141,7 +159,7 @@ class Transformer(nn.Module):
         mask, causal, bias = None, False, None
         if any(layer.attention is not None and layer.attention.sees_all for layer in self.config.layers):
             mask, causal = self._mask(tokens, documents, seen, past)
-            bias = training_bias(x, mask) if cache is None else None
+            bias = training_bias(x, mask, causal) if cache is None else None
         return self.dropout(x), Context(tables, mask, causal, bias, seen, past)
 
     @staticmethod
@@ -155,16 +173,18 @@ class Transformer(nn.Module):
         start = torch.where(F.pad(begins, (1, 0), value=True), steps, 0).cummax(dim=1).values  # (B, T)
         return steps - start
 
-    @staticmethod
-    def _mask(tokens: Tensor, documents: Tensor | None, seen: Tensor | None, past: int) -> tuple[Tensor | None, bool]:
+    def _mask(
+        self, tokens: Tensor, documents: Tensor | None, seen: Tensor | None, past: int
+    ) -> tuple[Tensor | None, bool]:
         """The attention mask (B or 1, 1, T, S), or None with whether plain causality holds."""
+        causal = self.config.direction == "causal"
         if documents is not None:
-            return causal_document_mask(documents, seen), False
+            return document_mask(documents, seen, causal), False
         new = tokens.shape[1]
         if past == 0 or new == 1:
-            return None, past == 0
+            return None, causal and past == 0
         row = torch.zeros(1, past + new, dtype=torch.int64, device=tokens.device)
-        return causal_document_mask(row[:, past:], row), False
+        return document_mask(row[:, past:], row, causal), False
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D) that have passed the final norm."""
@@ -183,7 +203,13 @@ class Transformer(nn.Module):
         return nll, logits[targets.flatten() != IGNORED].logsumexp(-1).square().mean()
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> ModelCache:
-        """An empty cache for `capacity` tokens in each of `batch` rows; by default in the dtype of the weights."""
+        """An empty cache for `capacity` tokens in each of `batch` rows; by default in the dtype of the weights.
+
+        Raises:
+            UserError: the model is bidirectional: every new token would change all earlier ones.
+        """
+        if self.config.direction != "causal":
+            raise UserError("a bidirectional model cannot generate: what it makes of a token depends on later ones")
         reference = next(self.parameters())
         dtype, device = dtype or reference.dtype, reference.device
         layers = [

@@ -181,7 +181,7 @@ def final_hidden(model: nn.Module, tokens: Tensor, documents: Tensor | None) -> 
     x, context = model.embed(tokens, documents=documents)  # (B, T, D)
     for block in model.blocks:
         x = block(x, context)
-    return model.norm(x)
+    return model.finish(x)
 
 
 class Ledger:

@@ -92,6 +92,11 @@ class LanguageModel(LightningModule):
     def _settle(self, vocab_size: int | None = None, context: int | None = None) -> None:
         if self.config is None:
             self.config = resolve_architecture(self.architecture, vocab_size, context)
+            if self.config.direction != "causal":
+                raise UserError(
+                    "model.architecture.direction is bidirectional, and the next token is no riddle to a model that "
+                    "sees it; train with direction: causal"
+                )
             self._check_expected()
         # plain values only, so that a checkpoint describes itself and loads with weights_only=True
         self._set_hparams({"architecture": self.config.to_dict()})
@@ -146,6 +151,7 @@ class LanguageModel(LightningModule):
             self._unit = targets.numel()
         self._window.append((output.loss.detach().float() * count, count))
         loss = output.loss if output.z_loss is None else output.loss + self.z_loss * output.z_loss
+        loss = loss + sum(output.auxiliary.values())
         return loss * (count / self._unit)
 
     def configure_gradient_clipping(

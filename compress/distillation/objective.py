@@ -84,7 +84,7 @@ def run_blocks(
         x = block(x, context)  # (B, T, D)
         if index in keep:
             states[index] = x
-    return model.norm(x), states
+    return model.finish(x), states
 
 
 def output_weight(model: Transformer) -> Tensor:

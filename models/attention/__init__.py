@@ -1,7 +1,7 @@
 """Attention mechanisms, one a file, behind the protocol of `protocol.py`."""
 
 from models.attention.full import Full
-from models.attention.protocol import ATTENTIONS, Context
+from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.window import Window
 
-__all__ = ["ATTENTIONS", "Context", "Full", "Window"]
+__all__ = ["ATTENTIONS", "Context", "Full", "Place", "Window"]

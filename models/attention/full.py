@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.options import QK_NORMS, SINKS
-from models.attention.protocol import ATTENTIONS, Context
+from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import Scoring, attend
-from models.cache import ContiguousCache, Kept, LayerCache
+from models.cache import ContiguousCache, Kept, KeyValueCache
 from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
 from models.positions import POSITIONS
@@ -34,7 +34,9 @@ class Full:
         sink: one more logit in every softmax, without a value: `learned` by each head (gpt-oss), `zero`, or nothing.
     """
 
-    sees_all = True  # needs the mask of all pairs
+    sees_all = True
+    directions = ("causal", "bidirectional")
+    takes = ("rotation", "scores")
 
     heads: int
     kv_heads: int | None = None
@@ -71,8 +73,8 @@ class Full:
             raise UserError(f"width {width} is not a multiple of {self.heads} heads: give head_width")
         return replace(self, head_width=width // self.heads)
 
-    def build(self, width: int, branches: int, positional: int) -> nn.Module:
-        return FullAttention(self, width, branches, positional)
+    def build(self, place: Place) -> nn.Module:
+        return FullAttention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
         """Forward FLOPs of one token that sees `length` tokens (as in PaLM: the causal half is not subtracted)."""
@@ -91,21 +93,22 @@ class Full:
 class FullAttention(nn.Module):
     """The module of `Full`: query head h reads key/value head h * kv_heads // heads."""
 
-    def __init__(self, spec: Full, width: int, branches: int, positional: int) -> None:
+    def __init__(self, spec: Full, place: Place) -> None:
         super().__init__()
+        width = place.width
         self.heads, self.kv_heads, self.head_width = spec.heads, spec.kv_heads, spec.head_width
-        self.dropout, self.positional = spec.dropout, positional
+        self.dropout, self.positional, self.bidirectional = spec.dropout, place.positional, place.bidirectional
         self.scale, self.softcap = spec.scale, spec.softcap
         self.q = Linear(width, self.heads * self.head_width, bias=spec.bias, std=0.02)
         self.k = Linear(width, self.kv_heads * self.head_width, bias=spec.bias, std=0.02)
         self.v = Linear(width, self.kv_heads * self.head_width, bias=spec.bias, std=0.02)
-        self.o = Linear(self.heads * self.head_width, width, bias=spec.out_bias, std=residual_std(0.02, branches))
+        self.o = Linear(self.heads * self.head_width, width, bias=spec.out_bias, std=residual_std(0.02, place.branches))
         if spec.qk_norm is not None:
             self.q_norm, self.k_norm = (spec.qk_norm.build(self.head_width) for _ in range(2))
         self.normalises = spec.qk_norm is not None
         self.sink = None if spec.sink is None else SINKS[spec.sink](self.heads)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
         batch, new, _ = x.shape
         positional = context.positional[self.positional]
         q = self.q(x).view(batch, new, self.heads, self.head_width).transpose(1, 2)  # (B, H, T, head_width)
@@ -120,11 +123,11 @@ class FullAttention(nn.Module):
     def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
         """Attention of the new queries (B, H, T, head_width) over what is kept: (B, H, T, head_width)."""
         biases = context.positional[self.positional].biases
-        scoring = self.scoring(q, context, token_distance(q, kept, context) if biases else None)
+        scoring = self.scoring(q, kept.keys, token_distance(q, kept, context) if biases else None, context)
         return attend(q, kept.keys, kept.values, context.visible, scoring, self.drop())
 
-    def scoring(self, q: Tensor, context: Context, distance: Tensor | None) -> Scoring:
-        """What is done to the scores of queries q (B, H, T, d) that are `distance` (T, S) tokens behind their keys.
+    def scoring(self, q: Tensor, k: Tensor, distance: Tensor | None, context: Context) -> Scoring:
+        """What is done to the scores of q (B, H, T, d), `distance` (T, S) tokens behind their keys k (B, G, S, d).
 
         The distance is read only where the position encoding adds something to the scores.
         """
@@ -135,7 +138,7 @@ class FullAttention(nn.Module):
     def drop(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
+    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
         return ContiguousCache(batch, self.kv_heads, capacity, self.head_width, device, dtype)
 
 

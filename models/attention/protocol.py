@@ -6,14 +6,34 @@ B batch, T new tokens, S tokens that can be seen (cached and new), D model width
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.attention.standard import Visible
-from models.cache.protocol import LayerCache
+from models.cache import LayerCache
 from models.positions import Positional
 from models.registry import Registry
 
 ATTENTIONS = Registry("attention")
+
+
+class Place(NamedTuple):
+    """Where in a model a mechanism is built.
+
+    Attributes:
+        width: D.
+        branches: sub-layers of the model that write into the residual stream.
+        positional: which of `Context.positional` is this layer's.
+        layer: number of the layer, from 0.
+        context: tokens of the longest training sequence.
+        bidirectional: whether a token also sees those behind it.
+    """
+
+    width: int
+    branches: int = 2
+    positional: int = 0
+    layer: int = 0
+    context: int = 1024
+    bidirectional: bool = False
 
 
 class Context(NamedTuple):
@@ -27,6 +47,8 @@ class Context(NamedTuple):
         documents: (B or 1, S) of every token so far, the T new ones last, or None when all are of one document. The
             mask holds the same; mechanisms whose pattern is sparse read this instead, and then no mask is made.
         past: tokens before the new ones, S - T.
+        notes: what a layer leaves for its own recomputation or for later layers, by (layer, name); None where no layer
+            of the model does so.
     """
 
     positional: tuple[Positional, ...]
@@ -35,14 +57,46 @@ class Context(NamedTuple):
     bias: Tensor | None = None
     documents: Tensor | None = None
     past: int = 0
+    notes: dict[tuple[int, str], Tensor] | None = None
 
     @property
     def visible(self) -> Visible:
         return Visible(self.mask, self.causal, self.bias)
 
 
+class AttentionSpec(Protocol):
+    """What an attention in a config offers; `heads` and `head_width` are those that its position encoding gets.
+
+    Attributes:
+        sees_all: whether it needs the mask of all pairs (`Context.mask`).
+        directions: of `causal` and `bidirectional`, what it can be; where it is one, `directions_because` says why.
+        takes: which position encodings it works with, by how they act (models/positions/protocol.py), beside those
+            that act on the embeddings or not at all. Empty: it ignores them.
+    """
+
+    sees_all: bool
+    directions: tuple[str, ...]
+    takes: tuple[str, ...]
+
+    def resolve(self, width: int) -> "AttentionSpec":
+        """The same with everything spelled out that follows from the model's width."""
+
+    def build(self, place: Place) -> nn.Module:
+        """The module, an `Attention`."""
+
+    def flops_per_token(self, width: int, length: int) -> int:
+        """Forward FLOPs of one token that sees `length` tokens."""
+
+    def cache_elements(self, tokens: int) -> int:
+        """Numbers that the cache holds for a sequence of so many tokens."""
+
+
 class Attention(Protocol):
-    """A built mechanism: new tokens in, new tokens out."""
+    """A built mechanism: new tokens in, new tokens out.
+
+    One with a training loss of its own leaves it, weighted, in an attribute `auxiliary` (name -> scalar) in every
+    forward in training mode.
+    """
 
     def __call__(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """Mix x (B, T, D) over the tokens that it may see; append to the cache when there is one."""
@@ -51,17 +105,19 @@ class Attention(Protocol):
         """An empty cache for `capacity` tokens."""
 
 
-def causal_document_mask(documents: Tensor, seen_documents: Tensor) -> Tensor:
-    """Causal mask within documents.
+def document_mask(documents: Tensor, seen_documents: Tensor, causal: bool) -> Tensor:
+    """Mask within documents.
 
     Args:
         documents: (B or 1, T) number of the document of each new token.
         seen_documents: (B or 1, S) of each token that can be seen; the new ones are the last T of them.
+        causal: whether a token sees none behind it.
 
     Returns:
         (B or 1, 1, T, S) bool. Padding (document -1) attends to padding, so no row is empty.
     """
-    new, seen = documents.shape[1], seen_documents.shape[1]
-    order = torch.ones(new, seen, dtype=torch.bool, device=documents.device).tril(seen - new)  # (T, S)
     same = documents[:, :, None] == seen_documents[:, None, :]  # (B, T, S)
-    return (same & order)[:, None]
+    if causal:
+        new, seen = documents.shape[1], seen_documents.shape[1]
+        same = same & torch.ones(new, seen, dtype=torch.bool, device=documents.device).tril(seen - new)  # (T, S)
+    return same[:, None]

@@ -51,7 +51,7 @@ class Scoring:
 
     Attributes:
         scale: takes the place of 1 / sqrt(d).
-        position: (H, T, S), added to them.
+        position: (H, T, S) or (B, H, T, S), added to them.
         softcap: c, where they become c tanh(scores / c) (Gemma 2, arXiv 2408.00118, section 2.2), before `position`.
         sink: (H,) logit of one more key without a value, which takes the attention that no key deserves.
     """
@@ -85,7 +85,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring =
         return StandardAttention.apply(q, k, v, visible.bias)
     dtype, mask, causal = attention_dtype(q), visible.mask, visible.causal
     if scoring.position is not None:
-        mask, causal = scoring.position[None].to(dtype), False  # (1, H, T, S)
+        mask, causal = scoring.position.to(dtype), False  # (H, T, S) or (B, H, T, S)
+        mask = mask[None] if mask.ndim == 3 else mask
         if (seen := visible.dense(q, k)) is not None:
             mask = mask.masked_fill(~seen, -math.inf)
     y = F.scaled_dot_product_attention(
@@ -123,12 +124,13 @@ def reference_attention(
     return (p.view(batch, groups, -1, *p.shape[2:]) @ v[:, :, None]).view(*q.shape[:3], -1)
 
 
-def training_bias(x: Tensor, mask: Tensor | None) -> Tensor | None:
+def training_bias(x: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
     """What is added to the scores of a training step that `StandardAttention` should compute, None for any other.
 
     Args:
         x: (B, T, D) embedded tokens, none of them cached.
-        mask: (B or 1, 1, T, T) bool, or None for plain causality.
+        mask: (B or 1, 1, T, T) bool, or None.
+        causal: without a mask, whether a token sees none behind it.
 
     Returns:
         (B or 1, 1, T, T) fp32: 0 where a query may look, -inf elsewhere.
@@ -138,7 +140,8 @@ def training_bias(x: Tensor, mask: Tensor | None) -> Tensor | None:
     if not (NATIVE_BF16 and fits and torch.is_grad_enabled()):
         return None
     if mask is None:
-        return x.new_full((1, 1, length, length), -math.inf, dtype=torch.float32).triu(1)
+        bias = x.new_full((1, 1, length, length), -math.inf if causal else 0.0, dtype=torch.float32)
+        return bias.triu(1)
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -math.inf)
 
 

@@ -2,7 +2,7 @@
 
 from models.cache.contiguous import ContiguousCache
 from models.cache.model import ModelCache
-from models.cache.protocol import Kept, LayerCache
+from models.cache.protocol import Kept, KeyValueCache, LayerCache
 from models.cache.rolling import RollingCache
 
-__all__ = ["ContiguousCache", "Kept", "LayerCache", "ModelCache", "RollingCache"]
+__all__ = ["ContiguousCache", "Kept", "KeyValueCache", "LayerCache", "ModelCache", "RollingCache"]

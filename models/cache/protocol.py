@@ -19,10 +19,14 @@ class Kept(NamedTuple):
 
 
 class LayerCache(Protocol):
+    """What one layer remembers of the tokens so far. Only the layer's own attention knows more about it than this."""
+
+    def bytes(self) -> int:
+        """Bytes that the cache occupies."""
+
+
+class KeyValueCache(LayerCache, Protocol):
     """Keys and values of one layer."""
 
     def append(self, k: Tensor, v: Tensor) -> Kept:
         """Add k, v (B, G, T, head_width) of the next T tokens, and return what their queries can see."""
-
-    def bytes(self) -> int:
-        """Bytes that the cache occupies."""

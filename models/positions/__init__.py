@@ -1,5 +1,6 @@
-"""Position encodings, one a file. A spec's `level` says where it acts: on the embeddings (`input`) or in attention;
-`per_head` whether each query head has numbers of its own; `bounded` whether they end at the context length."""
+"""Position encodings, one a file. A spec's `acts` says where it acts: on the embeddings (`input`), by `rotation` of
+queries and keys, on the `scores`, or `nothing`; `per_head` whether each query head has numbers of its own; `bounded`
+whether they end at the context length."""
 
 from models.positions.alibi import Alibi
 from models.positions.learned import Learned

@@ -14,7 +14,7 @@ from models.positions.protocol import POSITIONS, Positional
 class Alibi:
     """q.k / sqrt(d) - m (i - j) with a fixed slope m of each query head; nothing is learned."""
 
-    level = "attention"
+    acts = "scores"
     per_head = True
     bounded = False
 

@@ -13,7 +13,7 @@ from models.positions.protocol import POSITIONS, Positional
 class Learned:
     """One learned vector per position below the context length; longer inputs are an error."""
 
-    level = "input"
+    acts = "input"
     per_head = False
     bounded = True
 

@@ -12,7 +12,7 @@ from models.positions.protocol import POSITIONS, Positional
 class NoPosition:
     """No position encoding."""
 
-    level = "attention"
+    acts = "nothing"
     per_head = False
     bounded = False
 

@@ -61,7 +61,7 @@ class Positional(NamedTuple):
             (H, T, S), finite also for keys ahead (negative distance).
         """
         if self.slopes is not None:
-            return -self.slopes[:, None, None] * distance
+            return -self.slopes[:, None, None] * distance.abs()
         return self.table[:, distance.clamp(0, self.table.shape[1] - 1)]
 
 

@@ -131,7 +131,7 @@ class Rope:
             RoFormer and GPT-J. The same up to an order of the channels.
     """
 
-    level = "attention"
+    acts = "rotation"
     per_head = False
     bounded = False
 

@@ -18,7 +18,7 @@ class Sinusoidal:
         base: the longest wavelength is 2 pi times this.
     """
 
-    level = "input"
+    acts = "input"
     per_head = False
     bounded = False
 

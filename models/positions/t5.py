@@ -23,7 +23,7 @@ class T5:
         max_distance: from here on all distances are in the last bucket.
     """
 
-    level = "attention"
+    acts = "scores"
     per_head = True
     bounded = False
 

@@ -37,7 +37,7 @@ class Text:
         self.length = chosen.sequence_length or min(config.context, LONGEST)
         if self.length < 2:
             raise UserError(f"sequence_length {self.length} is too short: a prediction needs a token before it")
-        if config.position.level == "input" and self.length > config.context:
+        if config.position.acts == "input" and self.length > config.context:
             raise UserError(
                 f"sequence_length {self.length} is more than the model's context of {config.context} tokens"
             )

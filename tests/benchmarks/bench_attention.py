@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from models.attention import ATTENTIONS
-from models.attention.protocol import Context
+from models.attention.protocol import Context, Place
 from models.cache import Kept
 from models.positions import Positional
 from tests.benchmarks.timing import Row, rate_row, take_turns
@@ -71,7 +71,7 @@ def run(settings: Lengths | None = None) -> list[Row]:
 def mechanism(settings: Lengths, spec: dict) -> torch.nn.Module:
     """The module of a mechanism, of which `mix` is measured."""
     width = settings.heads * settings.width
-    return ATTENTIONS.parse({**spec, "heads": settings.heads}, "attention").resolve(width).build(width, 2, 0)
+    return ATTENTIONS.parse({**spec, "heads": settings.heads}, "attention").resolve(width).build(Place(width))
 
 
 def inputs(settings: Lengths, length: int) -> tuple[list[Tensor], Context]:

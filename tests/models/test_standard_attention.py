@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.attention import standard
-from models.attention.protocol import causal_document_mask
+from models.attention.protocol import document_mask
 from models.attention.standard import StandardAttention, Visible, attend, training_bias
 
 CASES = {
@@ -25,7 +25,7 @@ def inputs(batch, heads, groups, length, width, dtype=torch.float64):
 def mask_of(batch, length):
     documents = (torch.arange(length) >= length // 2).long().expand(batch, -1).clone()
     documents[0, -2:] = -1  # padding
-    return causal_document_mask(documents, documents)
+    return document_mask(documents, documents, causal=True)
 
 
 def bias_of(mask, length):
@@ -74,7 +74,7 @@ def fast_products(monkeypatch):
 
 def test_only_a_short_training_step_in_bf16_asks_for_it(fast_products, monkeypatch):
     def asked(dtype=torch.bfloat16, length=8):
-        return training_bias(torch.zeros(2, length, 4, dtype=dtype), None) is not None
+        return training_bias(torch.zeros(2, length, 4, dtype=dtype), None, True) is not None
 
     assert asked()
     assert asked(length=standard.LONGEST)
@@ -91,7 +91,7 @@ def test_a_compiled_step_takes_it_and_stays_near_the_kernel(fast_products, packe
     """No call of PyTorch's kernel is left in the traced graph, and the results agree to bf16's rounding."""
     batch, heads, groups, length, width = 2, 4, 2, 16, 8
     mask = mask_of(batch, length) if packed else None
-    bias = training_bias(torch.zeros(batch, length, 4, dtype=torch.bfloat16), mask)
+    bias = training_bias(torch.zeros(batch, length, 4, dtype=torch.bfloat16), mask, True)
     assert bias.shape == (batch if packed else 1, 1, length, length)
     graphs = []
 
