@@ -25,7 +25,7 @@ class Block(nn.Module):
 
     def __init__(self, layer: "LayerConfig", model: "ModelConfig", place: Place) -> None:
         super().__init__()
-        self.order, self.norm_position = layer.order, model.norm.position
+        self.place, self.order, self.norm_position = place, layer.order, model.norm.position
         self.attention = self.feedforward = None
         if layer.attention is not None:
             self.attention_norm = model.norm.build(model.width)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -142,12 +143,18 @@ def _require_free_heads(config: ModelConfig) -> None:
     for index, layer in enumerate(config.layers):
         if layer.attention is None:
             continue
-        position = layer.attention.position or config.position
-        own = f"{position.kind} positions" if position.per_head else "an attention sink" if layer.attention.sink else ""
-        if own:
-            raise UserError(
-                f"the heads of block {index} cannot be cut: {own} belong to each of them; cut neurons instead"
-            )
+        if why := _bound(layer.attention, config):
+            raise UserError(f"the heads of block {index} cannot be cut: {why}; cut neurons instead")
+
+
+def _bound(attention: Any, config: ModelConfig) -> str | None:
+    """Why the heads of this attention are not free to go, or None."""
+    position = attention.position or config.position if attention.takes else None
+    if position is not None and position.per_head:
+        return f"{position.kind} positions belong to each of them"
+    if getattr(attention, "sink", None):
+        return "an attention sink belongs to each of them"
+    return None if attention.free_heads else attention.heads_because
 
 
 def _require_possible(target: str, ratio: float, counts: dict[int, int], kept: dict[int, int], multiple: int) -> None:

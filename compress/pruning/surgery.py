@@ -108,7 +108,7 @@ def adopt(model: Transformer, index: int, layer: LayerConfig, state: dict[str, T
     layers = (*model.config.layers[:index], layer, *model.config.layers[index + 1 :])
     config = replace(model.config, layers=layers)
     with torch.device("meta"):
-        block = Block(config.layers[index], config, 0 if old.attention is None else old.attention.positional)
+        block = Block(config.layers[index], config, old.place)
     block.load_state_dict(state, strict=True, assign=True)
     model.blocks[index] = block.train(old.training)
     model.config = config

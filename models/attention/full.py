@@ -37,6 +37,7 @@ class Full:
     sees_all = True
     directions = ("causal", "bidirectional")
     takes = ("rotation", "scores")
+    free_heads = True
 
     heads: int
     kv_heads: int | None = None

@@ -72,11 +72,13 @@ class AttentionSpec(Protocol):
         directions: of `causal` and `bidirectional`, what it can be; where it is one, `directions_because` says why.
         takes: which position encodings it works with, by how they act (models/positions/protocol.py), beside those
             that act on the embeddings or not at all. Empty: it ignores them.
+        free_heads: whether any of its heads can be taken away; where not, `heads_because` says why.
     """
 
     sees_all: bool
     directions: tuple[str, ...]
     takes: tuple[str, ...]
+    free_heads: bool
 
     def resolve(self, width: int) -> "AttentionSpec":
         """The same with everything spelled out that follows from the model's width."""
