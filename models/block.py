@@ -4,15 +4,18 @@
     feedforward_first   x = x + F(N(x)); x = x + A(N(x))
     parallel            x = x + A(N(x)) + F(N(x))          one norm each
 
-written for norm position `pre`; `post` and `sandwich` move the norm (models/norms.py).
+written for norm position `pre`; the other positions move the norm (models/norms.py).
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from models.attention import Context, Place
 from models.cache import LayerCache
+from models.norms import AFTER, draw_deepnorm, residual_gain
 
 if TYPE_CHECKING:
     from models.config import LayerConfig, ModelConfig
@@ -26,18 +29,27 @@ class Block(nn.Module):
     def __init__(self, layer: "LayerConfig", model: "ModelConfig", place: Place) -> None:
         super().__init__()
         self.place, self.order, self.norm_position = place, layer.order, model.norm.position
+        self.gain = residual_gain(self.norm_position, place.branches)
         self.attention = self.feedforward = None
         if layer.attention is not None:
             self.attention_norm = model.norm.build(model.width)
-            self.attention = layer.attention.build(place)
+            self.attention = self._drawn(lambda: layer.attention.build(place), ("v", "o"))
             if self.norm_position == "sandwich":
                 self.attention_out_norm = model.norm.build(model.width)
         if layer.feedforward is not None:
             self.feedforward_norm = model.norm.build(model.width)
-            self.feedforward = layer.feedforward.build(model.width, place.branches)
+            self.feedforward = self._drawn(lambda: layer.feedforward.build(model.width, place.branches), None)
             if self.norm_position == "sandwich":
                 self.feedforward_out_norm = model.norm.build(model.width)
         self.dropout = nn.Dropout(model.dropout)
+
+    def _drawn(self, build: Callable[[], nn.Module], small: tuple[str, ...] | None) -> nn.Module:
+        """The sub-layer with the weights that it starts from; in deepnorm the maps `small` (all: None) are smaller."""
+        if self.norm_position != "deepnorm":
+            return build()
+        with torch.device("meta"):  # nothing is drawn twice
+            module = build()
+        return draw_deepnorm(module, small, self.place.branches)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         if self.order == "parallel":
@@ -48,22 +60,22 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         """The attention branch, normalised as `pre` and `sandwich` want it: (B, T, D) -> (B, T, D)."""
-        y = self.attention(x if self.norm_position == "post" else self.attention_norm(x), context, cache)
+        y = self.attention(x if self.norm_position in AFTER else self.attention_norm(x), context, cache)
         return self.dropout(self.attention_out_norm(y) if self.norm_position == "sandwich" else y)
 
     def _feed(self, x: Tensor) -> Tensor:
         """The feed-forward branch, normalised likewise: (B, T, D) -> (B, T, D)."""
-        y = self.feedforward(x if self.norm_position == "post" else self.feedforward_norm(x))
+        y = self.feedforward(x if self.norm_position in AFTER else self.feedforward_norm(x))
         return self.dropout(self.feedforward_out_norm(y) if self.norm_position == "sandwich" else y)
 
     def _attention_step(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         if self.attention is None:
             return x
-        x = x + self._attend(x, context, cache)
-        return self.attention_norm(x) if self.norm_position == "post" else x
+        y = self._attend(x, context, cache)
+        return self.attention_norm(self.gain * x + y) if self.norm_position in AFTER else x + y
 
     def _feedforward_step(self, x: Tensor) -> Tensor:
         if self.feedforward is None:
             return x
-        x = x + self._feed(x)
-        return self.feedforward_norm(x) if self.norm_position == "post" else x
+        y = self._feed(x)
+        return self.feedforward_norm(self.gain * x + y) if self.norm_position in AFTER else x + y

@@ -19,7 +19,7 @@ from models.attention import ATTENTIONS
 from models.block import ORDERS
 from models.errors import UserError, did_you_mean
 from models.feedforward import FEEDFORWARDS
-from models.norms import NORMS, Rms
+from models.norms import AFTER, NORMS, Rms
 from models.positions import POSITIONS, Rope
 from models.registry import dump_dataclass, read_dataclass
 
@@ -90,9 +90,10 @@ class ModelConfig:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.layers:
             raise UserError("an architecture needs at least one layer")
-        if self.norm.position == "post" and any(layer.order == "parallel" for layer in self.layers):
+        if self.norm.position in AFTER and any(layer.order == "parallel" for layer in self.layers):
             raise UserError(
-                "norm position post normalises after each sub-layer, and a parallel layer has no such place"
+                f"norm position {self.norm.position} normalises after each sub-layer, "
+                "and a parallel layer has no such place"
             )
         object.__setattr__(self, "layers", tuple(self._resolved(layer) for layer in self.layers))
         attentions = [layer.attention for layer in self.layers if layer.attention is not None]

@@ -1,14 +1,25 @@
-"""Normalisation: what is computed (RMSNorm, LayerNorm) and where it stands in a block (`position`)."""
+"""Normalisation: what is computed (RMSNorm, LayerNorm) and where it stands in a block (`position`).
+
+    pre        x + f(N(x))
+    post       N(x + f(x))
+    sandwich   x + N(f(N(x)))
+    deepnorm   N(a x + f(x)), a = (2 L)^(1/4) in L layers (DeepNet, arXiv 2203.00555, section 4.1)
+
+DeepNet also draws its maps from Xavier's normal distribution, those of the feed-forwards and of v and o with the gain
+(8 L)^(-1/4), so that the outputs of a model of any depth change by little in an update.
+"""
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from models.errors import UserError, did_you_mean
 from models.registry import Registry
 
 NORMS = Registry("norm")
-NORM_POSITIONS = ("pre", "post", "sandwich")
+NORM_POSITIONS = ("pre", "post", "sandwich", "deepnorm")
+AFTER = ("post", "deepnorm")  # the positions that normalise the stream itself, behind each sub-layer
 
 
 def _check(position: str, eps: float) -> None:
@@ -25,7 +36,7 @@ class Rms:
 
     Args:
         eps: added to the mean square.
-        position: `pre` x + f(N(x)); `post` N(x + f(x)); `sandwich` x + N(f(N(x))).
+        position: `pre`, `post`, `sandwich` or `deepnorm`, as above.
     """
 
     eps: float = 1e-5
@@ -58,3 +69,27 @@ class Layer:
 
     def build(self, width: int) -> nn.Module:
         return nn.LayerNorm(width, eps=self.eps, bias=self.bias)
+
+
+def residual_gain(position: str, branches: int) -> float:
+    """The factor of the stream before a branch is added to it, in a model of so many branches (two a layer)."""
+    return max(1, branches) ** 0.25 if position == "deepnorm" else 1.0
+
+
+def draw_deepnorm(module: nn.Module, names: tuple[str, ...] | None, branches: int) -> nn.Module:
+    """Give a sub-layer on the meta device the weights that DeepNet starts from, on the default device.
+
+    Args:
+        module: a sub-layer; its linear maps draw with their `std` from here on.
+        names: its maps whose gain is (4 branches)^(-1/4), the others' being 1; None means all of them.
+        branches: sub-layers of the model.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            gain = (4 * max(1, branches)) ** -0.25 if names is None or name in names else 1.0
+            part.std = gain * (2 / (part.in_features + part.out_features)) ** 0.5
+    module.to_empty(device=torch.get_default_device())
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    return module

@@ -19,6 +19,7 @@ from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.linear import Embedding, Linear, itemsize
 from models.losses import IGNORED, SoftmaxError, linear_cross_entropy
+from models.norms import AFTER
 
 
 class Output(NamedTuple):
@@ -52,7 +53,7 @@ class Transformer(nn.Module):
             self._position(config.position, heads=0, head_width=0)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self._block(i, layer) for i, layer in enumerate(config.layers))
-        self.norm = nn.Identity() if config.norm.position == "post" else config.norm.build(config.width)
+        self.norm = nn.Identity() if config.norm.position in AFTER else config.norm.build(config.width)
         self.compiled_softmax_error: SoftmaxError | None = None
         self.head = None
         if config.head == "untied":

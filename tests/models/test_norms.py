@@ -1,0 +1,74 @@
+"""Norm positions written down by hand, and what DeepNet (arXiv 2203.00555) starts from."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.block import Block
+from models.config import ModelConfig
+from models.errors import UserError
+from models.transformer import Transformer
+
+CONFIG = {
+    "vocab_size": 40,
+    "width": 16,
+    "depth": 3,
+    "position": "none",
+    "attention": {"kind": "full", "heads": 4, "kv_heads": 2},
+    "feedforward": {"kind": "swiglu", "width": 24},
+}
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return Transformer(ModelConfig.from_dict({**CONFIG, **changes})).eval()
+
+
+@pytest.mark.parametrize("order", ["attention_first", "feedforward_first"])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize(("position", "gain"), [("post", 1.0), ("deepnorm", (2 * 3) ** 0.25)])
+def test_the_stream_is_normalised_behind_each_branch(kind, order, position, gain):
+    model = build(norm={"kind": kind, "position": position}, order=order)
+    tokens = torch.randint(40, (2, 7))
+    x, context = model.embed(tokens)
+    for block in model.blocks:
+        steps = [
+            (block.attention_norm, lambda y, block=block: block.attention(y, context)),
+            (block.feedforward_norm, block.feedforward),
+        ]
+        for norm, branch in steps if order == "attention_first" else steps[::-1]:
+            x = norm(gain * x + branch(x))
+    torch.testing.assert_close(model(tokens).logits, model.project(x))
+    assert isinstance(model.norm, nn.Identity)  # the stream is normalised already
+
+
+def test_deepnorm_counts_sub_layers_where_layers_have_only_one():
+    whole, halves = (build(norm={"kind": "rms", "position": "deepnorm"}, order=order) for order in ("sfsfsf", "sssfff"))
+    assert len(halves.blocks) > len(whole.blocks)
+    assert {block.gain for block in whole.blocks} == {block.gain for block in halves.blocks} == {6**0.25}
+
+
+def test_deepnorm_starts_from_smaller_values_the_deeper_the_model():
+    model = build(width=128, depth=2, norm={"kind": "layer", "position": "deepnorm"})
+    beta = (8 * 2) ** -0.25
+    for block in model.blocks:
+        gains = {"q": 1.0, "k": 1.0, "v": beta, "o": beta}
+        maps = [(getattr(block.attention, name), gain) for name, gain in gains.items()]
+        maps += [(getattr(block.feedforward, name), beta) for name in ("gate", "up", "down")]
+        for linear, gain in maps:
+            expected = gain * (2 / (linear.in_features + linear.out_features)) ** 0.5  # Xavier's
+            assert linear.weight.std().item() == pytest.approx(expected, rel=0.06)
+            assert linear.weight.mean().abs().item() < expected / 10
+
+
+def test_deepnorm_is_there_after_a_block_is_built_anew():
+    model = build(norm={"kind": "rms", "position": "deepnorm"})
+    old = model.blocks[1]
+    new = Block(model.config.layers[1], model.config, old.place)
+    assert (new.gain, new.feedforward.up.std) == (old.gain, old.feedforward.up.std)
+
+
+def test_a_parallel_layer_has_no_place_behind_a_branch():
+    for position in ("post", "deepnorm"):
+        with pytest.raises(UserError, match=f"norm position {position} normalises after each sub-layer"):
+            build(norm={"kind": "rms", "position": position}, order="parallel")
