@@ -18,6 +18,7 @@ from typing import Any
 from models.attention import ATTENTIONS
 from models.block import ORDERS
 from models.errors import UserError, did_you_mean
+from models.exits import EXITS
 from models.feedforward import FEEDFORWARDS
 from models.norms import AFTER, NORMS, Rms
 from models.positions import POSITIONS, Rope
@@ -64,6 +65,7 @@ class ModelConfig:
         head: `tied` (the embedding is also the output projection) or `untied`.
         dropout: on the embeddings and on every residual branch, in training.
         direction: `causal`, where a token sees itself and those before it, or `bidirectional`, an encoder.
+        exits: after which layers a token may leave early (models/exits.py), or nothing.
         compression: module name -> stored form, for modules that are not plain dense weights.
     """
 
@@ -76,6 +78,7 @@ class ModelConfig:
     head: str = "tied"
     dropout: float = 0.0
     direction: str = "causal"
+    exits: Any = field(default=None, metadata={"registry": EXITS})
     compression: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,6 +98,8 @@ class ModelConfig:
                 f"norm position {self.norm.position} normalises after each sub-layer, "
                 "and a parallel layer has no such place"
             )
+        if self.exits is not None:
+            self.exits.check(len(self.layers))
         object.__setattr__(self, "layers", tuple(self._resolved(layer) for layer in self.layers))
         attentions = [layer.attention for layer in self.layers if layer.attention is not None]
         if self.position.acts not in ("input", "nothing") and attentions and not any(a.takes for a in attentions):
@@ -172,6 +177,7 @@ class _Plain:
     head: str = "tied"
     dropout: float = 0.0
     direction: str = "causal"
+    exits: Any = field(default=None, metadata={"registry": EXITS})
 
 
 _SHORT_KEYS = ("depth", "attention", "feedforward", "layers", "order")

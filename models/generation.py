@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.errors import UserError
+from models.exits import EarlyExit, check_confidence
 from models.transformer import Transformer
 
 PAD = -1  # the document of padding, which nothing attends to
@@ -78,6 +79,8 @@ def generate(
     top_p: float | None = None,
     stop_tokens: Collection[int] = (),
     seed: int = 0,
+    exit_confidence: float | None = None,
+    layers_used: list[int] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt, and return its new tokens: at most `max_new_tokens`, ending before the first stop token.
 
@@ -87,7 +90,14 @@ def generate(
     continued: list[list[int]] = [[] for _ in prompts]
     sampling = Sampling(temperature, top_k, top_p)
     for step in stream(
-        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, seed=seed
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        seed=seed,
+        exit_confidence=exit_confidence,
+        layers_used=layers_used,
     ):
         for tokens, token in zip(continued, step, strict=True):
             if token is not None:
@@ -103,6 +113,8 @@ def stream(
     sampling: Sampling = Sampling(),
     stop_tokens: Collection[int] = (),
     seed: int = 0,
+    exit_confidence: float | None = None,
+    layers_used: list[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the next token of every prompt, or None for a prompt that has met a stop token.
 
@@ -113,13 +125,20 @@ def stream(
         sampling: how a token is drawn.
         stop_tokens: ids that end a prompt's continuation; they are not part of it.
         seed: of the draws.
+        exit_confidence: probability that the likeliest token needs at an early exit of the model, in every prompt that
+            goes on, for the step to be drawn from there (models/exits.py). By default all layers run.
+        layers_used: gets the number of layers that each step has run, step by step.
 
     Raises:
-        UserError: an empty prompt, an id outside the vocabulary, or more tokens than learned positions reach. Positions
-            that are computed (RoPE) can go beyond the context that the model was trained with; then there is a warning.
+        UserError: an empty prompt, an id outside the vocabulary, more tokens than learned positions reach, or a
+            confidence for a model without early exits. Positions that are computed (RoPE) can go beyond the context
+            that the model was trained with; then there is a warning.
     """
     _check(model, prompts, max_new_tokens)
-    return _steps(model, prompts, max_new_tokens, sampling, frozenset(stop_tokens), seed)
+    if exit_confidence is not None:
+        check_confidence(model, exit_confidence)
+    used = [] if layers_used is None else layers_used
+    return _steps(model, prompts, max_new_tokens, sampling, frozenset(stop_tokens), seed, exit_confidence, used)
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -151,16 +170,24 @@ def _steps(
     sampling: Sampling,
     stop_tokens: frozenset[int],
     seed: int,
+    exit_confidence: float | None,
+    layers_used: list[int],
 ) -> Iterator[list[int | None]]:
     device = next(model.parameters()).device
     tokens, documents = _left_padded(prompts, device)  # (B, T) each
     uniforms = _uniforms(sampling, len(prompts), max_new_tokens, seed).to(device)  # (N, B)
     alive = [True] * len(prompts)
     cache = model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens)
+    early = None if exit_confidence is None else EarlyExit(model, cache, exit_confidence)
     for uniform in uniforms:
         # inference mode is left before every yield: it would leak into the code between two steps
         with torch.inference_mode(), _evaluating(model):
-            tokens = sampling.draw(_next_logits(model, tokens, documents, cache), uniform)[:, None]  # (B, 1)
+            if early is None:
+                logits = _next_logits(model, tokens, documents, cache)  # (B, V)
+            else:
+                logits = early.step(tokens, documents, torch.tensor(alive, device=device))  # (B, V)
+            tokens = sampling.draw(logits, uniform)[:, None]  # (B, 1)
+        layers_used.append(len(model.blocks) if early is None else early.layers_used[-1])
         documents = None
         drawn = tokens[:, 0].tolist()
         alive = [living and token not in stop_tokens for living, token in zip(alive, drawn, strict=True)]

@@ -17,6 +17,7 @@ from models.block import Block
 from models.cache import ModelCache
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
+from models.exits import ExitNorms
 from models.linear import Embedding, Linear, itemsize
 from models.losses import IGNORED, SoftmaxError, linear_cross_entropy
 from models.norms import AFTER
@@ -54,6 +55,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self._block(i, layer) for i, layer in enumerate(config.layers))
         self.norm = nn.Identity() if config.norm.position in AFTER else config.norm.build(config.width)
+        self.exits = None if config.exits is None else ExitNorms(config)
         self.compiled_softmax_error: SoftmaxError | None = None
         self.head = None
         if config.head == "untied":
@@ -104,15 +106,19 @@ class Transformer(nn.Module):
             z_loss: whether to compute the z-loss (arXiv 2204.02311) beside the loss.
         """
         x, context = self.embed(tokens, documents=documents, positions=positions, cache=cache)
-        states = {}
+        teaches = self.exits is not None and targets is not None and self.training
+        states, taught = {}, self.exits.blocks if teaches else ()
         for i, block in enumerate(self.blocks):
             x = block(x, context) if cache is None else block(x, context, cache.layers[i])  # (B, T, D)
-            if i in keep:
+            if i in keep or i in taught:
                 states[i] = x
         hidden, auxiliary = self.finish(x), self._auxiliary()  # (B, T, D)
         if targets is None:
             return Output(self.project(hidden), None, None, states, auxiliary)
         loss, z_term = self.loss(hidden, targets, z_loss=z_loss)
+        if teaches:
+            auxiliary["exits"] = self.exits.loss(self, states, targets)
+            states = {i: x for i, x in states.items() if i in keep}
         return Output(None, loss, z_term, states, auxiliary)
 
     def finish(self, x: Tensor) -> Tensor:
@@ -145,7 +151,7 @@ class Transformer(nn.Module):
                 f"and {self.config.position.kind} positions end there"
             )
         if positions is None:
-            positions = self._default_positions(tokens, documents, cache)  # (B or 1, T)
+            positions = self.default_positions(tokens, documents, cache)  # (B or 1, T)
         seen = documents
         if cache is not None:
             if past and cache.documents is not None:
@@ -153,18 +159,32 @@ class Transformer(nn.Module):
                 documents = latest if documents is None else documents
                 seen = torch.cat([cache.documents, documents], dim=1)  # (B, S)
             cache.advance(positions, seen)
-        tables = tuple(position(positions) for position in self.positions)
         x = self.embedding(tokens)  # (B, T, D)
-        if tables and tables[0].added is not None:
-            x = x + tables[0].added.to(x.dtype)
+        context = self.context(x, positions, seen, past, cached=cache is not None)
+        if context.positional and context.positional[0].added is not None:
+            x = x + context.positional[0].added.to(x.dtype)
+        return self.dropout(x), context
+
+    def context(self, x: Tensor, positions: Tensor, documents: Tensor | None, past: int, *, cached: bool) -> Context:
+        """What every block needs to know about the last T of S tokens.
+
+        Args:
+            x: (B, T, D), embedded.
+            positions: (B or 1, T) of the T tokens.
+            documents: (B, S) of all tokens so far, or None when all are of one document.
+            past: S - T.
+            cached: whether keys and values are kept.
+        """
+        tables = tuple(position(positions) for position in self.positions)
         mask, causal, bias = None, False, None
         if any(layer.attention is not None and layer.attention.sees_all for layer in self.config.layers):
-            mask, causal = self._mask(tokens, documents, seen, past)
-            bias = training_bias(x, mask, causal) if cache is None else None
-        return self.dropout(x), Context(tables, mask, causal, bias, seen, past)
+            mask, causal = self._mask(x, documents, past)
+            bias = None if cached else training_bias(x, mask, causal)
+        return Context(tables, mask, causal, bias, documents, past)
 
     @staticmethod
-    def _default_positions(tokens: Tensor, documents: Tensor | None, cache: ModelCache | None) -> Tensor:
+    def default_positions(tokens: Tensor, documents: Tensor | None, cache: ModelCache | None) -> Tensor:
+        """Positions (B or 1, T) of the next tokens (B, T): how far each is from the first of its document."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         if cache is not None and cache.length:
             return cache.next_position + steps  # (B, T)
@@ -174,17 +194,15 @@ class Transformer(nn.Module):
         start = torch.where(F.pad(begins, (1, 0), value=True), steps, 0).cummax(dim=1).values  # (B, T)
         return steps - start
 
-    def _mask(
-        self, tokens: Tensor, documents: Tensor | None, seen: Tensor | None, past: int
-    ) -> tuple[Tensor | None, bool]:
+    def _mask(self, x: Tensor, documents: Tensor | None, past: int) -> tuple[Tensor | None, bool]:
         """The attention mask (B or 1, 1, T, S), or None with whether plain causality holds."""
         causal = self.config.direction == "causal"
         if documents is not None:
-            return document_mask(documents, seen, causal), False
-        new = tokens.shape[1]
+            return document_mask(documents[:, past:], documents, causal), False
+        new = x.shape[1]
         if past == 0 or new == 1:
             return None, causal and past == 0
-        row = torch.zeros(1, past + new, dtype=torch.int64, device=tokens.device)
+        row = torch.zeros(1, past + new, dtype=torch.int64, device=x.device)
         return document_mask(row[:, past:], row, causal), False
 
     def project(self, hidden: Tensor) -> Tensor:
