@@ -36,6 +36,7 @@ VERBS = {
     "prune": Verb("recipes.stages.prune:main", options.Prune, "take weights, neurons or heads away"),
     "distill": Verb("recipes.stages.distill:main", options.Distill, "train a student on what a teacher predicts"),
     "run": Verb("recipes.stages.run:main", options.Run, "run the stages of a pipeline in a row"),
+    "sweep": Verb("recipes.stages.sweep:main", options.Sweep, "train variants of one recipe, and compare them"),
     "evaluate": Verb("recipes.stages.evaluate:main", options.Evaluate, "measure models on the same held-out text"),
     "compare": Verb("recipes.stages.compare:main", options.Compare, "set two models side by side"),
     "generate": Verb("recipes.stages.generate:main", options.Generate, "continue a text"),

@@ -299,3 +299,11 @@ class Run(Written):
     trust: bool = option(
         "allow a pretraining recipe to name classes other than those of Espalier, torch, Lightning", False
     )
+
+
+@dataclass(kw_only=True)
+class Sweep(Written):
+    """Train one small recipe with one choice changed at a time, each with several seeds; the same command goes on."""
+
+    recipe: str = positional("a sweep file: recipes/sweep/NAME.yaml", "RECIPE")
+    parallel: int = option("runs at a time; each gets its share of the cores", 1)

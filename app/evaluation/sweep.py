@@ -1,0 +1,193 @@
+"""Many small trainings that differ in one choice each: their losses, how they compare, a table and a picture.
+
+A variant is trained with every seed of the sweep; so is the baseline. What is reported is the paired difference: the
+seed settles the initial weights and the order of the text, so loss(variant, seed) - loss(baseline, seed) has most of
+that in common. The 95 % interval is Student's t over the seeds; with three of them it is wide, and says so.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from app.data.blocks import TokenBlocks
+from app.evaluation import wording
+from app.evaluation.charts import ACCENT, INK, MUTED, Chart
+from app.evaluation.intervals import Interval, t_quantile
+from app.evaluation.quality import IGNORED, Part, evaluate_quality
+
+PADDING = -1
+
+
+class Sliding(Sequence):
+    """Blocks that overlap by half: each token, but those of the first half block, has at least half a block before it.
+
+    Args:
+        halves: blocks of half the length, in order; every one of their targets is predicted once.
+    """
+
+    def __init__(self, halves: Sequence[dict[str, Tensor]]) -> None:
+        self.halves = halves
+
+    def __len__(self) -> int:
+        return len(self.halves)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        now = self.halves[index]
+        now = {"documents": torch.zeros_like(now["tokens"])} | now
+        before = self.halves[index - 1] if index else {name: torch.full_like(x, PADDING) for name, x in now.items()}
+        before = {"documents": torch.zeros_like(now["tokens"])} | before
+        before = before | {"tokens": before["tokens"].clamp(min=0), "targets": torch.full_like(now["targets"], IGNORED)}
+        return {name: torch.cat([before[name], now[name]]) for name in ("tokens", "targets", "documents")}
+
+
+def losses(model: nn.Module, blocks: TokenBlocks, lengths: Sequence[int], tokens: int) -> dict[str, dict[str, float]]:
+    """Nats per token on the first `tokens` tokens of a split, read in blocks of each length.
+
+    Args:
+        model: a Transformer.
+        blocks: any blocks of the split; only the text behind them is used.
+        lengths: tokens in a block. The first is the one of the training.
+        tokens: how many are predicted, rounded down to whole blocks of the longest length.
+
+    Returns:
+        length -> {"blocks": blocks side by side, "sliding": blocks that overlap by half}; a length beyond bounded
+        positions is left out.
+    """
+    count = max(1, tokens // max(lengths)) * max(lengths)
+    found = {}
+    for length in lengths:
+        if model.config.position.bounded and length > model.config.context:
+            continue
+        whole, halves = (TokenBlocks(blocks.folder, size, last="drop") for size in (length, length // 2))
+        found[str(length)] = {
+            "blocks": evaluate_quality(model, Part.first(whole, count // length)).loss.value,
+            "sliding": evaluate_quality(model, Sliding(Part.first(halves, 2 * count // length))).loss.value,
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One variant over all seeds.
+
+    Attributes:
+        axis, name: which choice it is.
+        parameters: of the model.
+        losses: nats per token of each seed at the length of the training.
+        difference: to the baseline, paired by seed, with its interval.
+        lengths: length -> (blocks, sliding): perplexity, the geometric mean over the seeds.
+    """
+
+    axis: str
+    name: str
+    parameters: int
+    losses: tuple[float, ...]
+    difference: Interval
+    lengths: Mapping[str, tuple[float, float]]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(statistics.fmean(self.losses))
+
+
+def mean_over_seeds(values: Sequence[float]) -> Interval:
+    """The mean and Student's 95 % interval of it."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return Interval(mean, mean - half, mean + half)
+
+
+def outcome(axis: str, name: str, runs: Sequence[Mapping], baseline: Sequence[Mapping]) -> Outcome:
+    """What the runs of one variant (one a seed, in the order of the baseline's) amount to."""
+    trained = next(iter(baseline[0]["losses"]))
+    own = tuple(run["losses"][trained]["blocks"] for run in runs)
+    base = [run["losses"][trained]["blocks"] for run in baseline]
+    difference = mean_over_seeds([a - b for a, b in zip(own, base, strict=True)])
+    lengths = {
+        length: tuple(
+            math.exp(statistics.fmean(run["losses"][length][form] for run in runs)) for form in ("blocks", "sliding")
+        )
+        for length in runs[0]["losses"]
+    }
+    return Outcome(axis, name, runs[0]["parameters"], own, difference, lengths)
+
+
+def table(outcomes: Sequence[Outcome], baseline: Outcome) -> str:
+    """One row a variant as Markdown: perplexity, its range over the seeds, and the difference to the baseline."""
+    lines = [
+        "| axis | variant | parameters | perplexity (range over seeds) | difference in nats [95 %] |",
+        "|---|---|---|---|---|",
+        f"| | **{baseline.name}** (baseline) | {wording.count(baseline.parameters)} | {_ranged(baseline)} | |",
+    ]
+    for one in outcomes:
+        low, high = (wording.signed(f"{end:+.3f}") for end in (one.difference.low, one.difference.high))
+        middle = wording.signed(f"{one.difference.value:+.3f}")
+        verdict = "" if one.difference.beyond_noise else " (within noise)"
+        lines.append(
+            f"| {one.axis} | {one.name} | {wording.count(one.parameters)} | {_ranged(one)} | "
+            f"{middle} [{low}, {high}]{verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def _ranged(one: Outcome) -> str:
+    low, high = (wording.number(math.exp(end), 3) for end in (min(one.losses), max(one.losses)))
+    return f"{wording.number(one.perplexity)} ({low} to {high})"
+
+
+def extrapolation(outcomes: Sequence[Outcome]) -> str:
+    """Perplexity at each length as Markdown: blocks side by side, and blocks that overlap by half."""
+    lengths = list(max(outcomes, key=lambda one: len(one.lengths)).lengths)
+    lines = [
+        "| variant | " + " | ".join(f"{length} tokens" for length in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for one in outcomes:
+        cells = [
+            " / ".join(wording.number(value, 3) for value in one.lengths[length])
+            if length in one.lengths
+            else "ends before"
+            for length in lengths
+        ]
+        lines.append(f"| {one.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences(outcomes: Sequence[Outcome], baseline: Outcome) -> Chart:
+    """The difference of every variant to the baseline with its interval, a group of rows for each axis."""
+    rows: list[Outcome | str] = []
+    for axis in dict.fromkeys(one.axis for one in outcomes):
+        rows += [axis, *sorted((one for one in outcomes if one.axis == axis), key=lambda one: one.difference.value)]
+
+    def draw(figure: Figure) -> None:
+        panel = figure.subplots()
+        for row, one in enumerate(rows):
+            if isinstance(one, str):
+                continue
+            colour = ACCENT if one.difference.beyond_noise else MUTED
+            found = one.difference
+            panel.plot([found.low, found.high], [row, row], color=colour, linewidth=4, alpha=0.3, solid_capstyle="butt")
+            panel.plot(found.value, row, "o", color=colour, markersize=5)
+        panel.axvline(0, color=INK, linewidth=1)
+        panel.set_yticks(range(len(rows)), [row if isinstance(row, str) else row.name for row in rows])
+        for label, row in zip(panel.get_yticklabels(), rows, strict=True):
+            label.set_fontweight("bold" if isinstance(row, str) else "normal")
+        panel.set_ylim(len(rows) - 0.4, -0.8)
+        middle = [one.difference.value for one in outcomes]
+        reach = 1.4 * max(map(abs, middle), default=1.0) + 0.02
+        panel.set_xlim(max(-reach, 1.6 * min([0.0, *middle]) - 0.05), reach)
+        panel.set_title(f"Nats per token above or below {baseline.name}: left is better")
+
+    caption = (
+        f"Difference in held-out loss of each variant to {baseline.name} (perplexity "
+        f"{wording.number(baseline.perplexity)}), paired by seed, with 95% t intervals over "
+        f"{len(baseline.losses)} seeds; grey intervals contain zero"
+    )
+    return Chart("differences", caption, draw, 7.6, 0.9 + 0.21 * len(rows))

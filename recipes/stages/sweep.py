@@ -1,0 +1,230 @@
+"""`espalier sweep`: the same small training with one choice changed at a time, each with several seeds.
+
+OUT/runs/NAME-sS.yaml is the recipe of one run, NAME-sS its model, NAME-sS.json its figures, NAME-sS.log what it said.
+The same command again goes on after the runs that are finished. OUT/sweep.md, .json and plots/ are written at the end.
+"""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from app.data.blocks import token_blocks
+from app.evaluation import sweep
+from app.evaluation.environment import environment
+from app.loading import load_model
+from app.tasks.architecture import resolve_architecture
+from models.errors import UserError, did_you_mean
+from models.files import read_json, write_json
+from recipes.stages import options
+from recipes.stages.parser import check_keys, read_recipe
+from recipes.stages.terminal import Bars, out_console, say
+
+KEYS = {"pretrain", "baseline", "seeds", "lengths", "tokens", "extrapolate", "axes"}
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says, with the base recipe read.
+
+    Attributes:
+        base: the recipe of one training.
+        baseline: what the base is called in the table.
+        seeds: of every variant.
+        lengths: tokens in a block at which all are measured; the first is that of the training.
+        tokens: held-out tokens that are predicted.
+        extrapolate: axes whose variants get a table over the lengths.
+        variants: (axis, name) -> what the architecture has in place of the base's keys.
+    """
+
+    base: dict[str, Any]
+    baseline: str
+    seeds: list[int]
+    lengths: list[int]
+    tokens: int
+    extrapolate: list[str]
+    variants: dict[tuple[str, str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: which variant, which seed, and where it goes."""
+
+    axis: str
+    name: str
+    seed: int
+    recipe: dict[str, Any]
+    folder: Path
+
+    @property
+    def figures(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".json")
+
+
+def main(chosen: options.Sweep) -> int:
+    """Run `espalier sweep`."""
+    options.check_least(chosen, parallel=1)
+    plan = read_sweep(Path(chosen.recipe))
+    out = Path(chosen.out).expanduser().absolute()
+    trainings = prepare(plan, out, chosen.overwrite)
+    missing = [training for training in trainings if not training.figures.exists()]
+    if len(missing) < len(trainings):
+        say(f"{len(trainings) - len(missing)} of {len(trainings)} runs are finished")
+    failed = train(plan, missing, chosen.parallel)
+    for name, sentence in failed.items():
+        say(f"{name} failed: {sentence} (its log: {out / 'runs' / name}.log)")
+    write(plan, trainings, out)
+    return 1 if failed else 0
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep file.
+
+    Raises:
+        UserError: an unknown or missing key, an axis without variants, a key that no architecture has.
+    """
+    values = read_recipe(path)
+    check_keys(values, KEYS, path)
+    if lacking := [key for key in ("pretrain", "seeds", "axes") if not values.get(key)]:
+        raise UserError(f"{path}: '{lacking[0]}' is missing")
+    recipe = next(
+        (place for place in (path.parent / values["pretrain"], Path(values["pretrain"])) if place.is_file()), None
+    )
+    if recipe is None:
+        raise UserError(f"{path}: there is no recipe {values['pretrain']} beside it or in the working directory")
+    base = read_recipe(recipe)
+    architecture = (base.get("model") or {}).get("architecture")
+    if not isinstance(architecture, dict):
+        raise UserError(f"{recipe}: a sweep changes keys of model.architecture, so they must stand in the recipe")
+    variants: dict[tuple[str, str], dict[str, Any]] = {}
+    for axis, choices in values["axes"].items():
+        if not isinstance(choices, dict) or not all(isinstance(change, dict) for change in choices.values()):
+            raise UserError(f"{path}: axes.{axis} must give each variant the keys that it changes")
+        variants |= {(axis, str(name)): change for name, change in choices.items()}
+    trained = base["data"]["sequence_length"]
+    extrapolate = list(values.get("extrapolate") or [])
+    if unknown := [axis for axis in extrapolate if axis not in values["axes"]]:
+        raise UserError(
+            f"{path}: extrapolate: there is no axis '{unknown[0]}'{did_you_mean(unknown[0], values['axes'])}"
+        )
+    lengths = [trained, *(length for length in values.get("lengths") or [] if length != trained)]
+    for (axis, name), change in variants.items():
+        try:
+            resolve_architecture(architecture | change, base["data"].get("vocab_size"), trained)
+        except UserError as error:
+            raise UserError(f"{path}: axes.{axis}.{name}: {error}") from None
+    baseline, tokens = str(values.get("baseline", BASELINE)), int(values.get("tokens", 2**16))
+    return Sweep(base, baseline, list(values["seeds"]), lengths, tokens, extrapolate, variants)
+
+
+def prepare(plan: Sweep, out: Path, overwrite: bool) -> list[Training]:
+    """Write the recipe of every run, and remove what is there of runs that have another recipe now.
+
+    Raises:
+        UserError: a run of another recipe is there and `overwrite` is false.
+    """
+    runs = out / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    trainings = []
+    for (axis, name), change in {("", plan.baseline): {}, **plan.variants}.items():
+        for seed in plan.seeds:
+            folder = runs / re.sub(r"[^\w.-]+", "-", f"{axis}-{name}-s{seed}".strip("-"))
+            model = plan.base["model"] | {"architecture": plan.base["model"]["architecture"] | change}
+            recipe = plan.base | {"model": model, "seed_everything": seed, "out": str(folder)}
+            recipe["data"] = plan.base["data"] | {"seed": seed}
+            trainings.append(Training(axis, name, seed, recipe, folder))
+    changed = [one for one in trainings if (kept := _kept(one)) is not None and kept != one.recipe]
+    if changed and not overwrite:
+        raise UserError(
+            f"{changed[0].folder} was trained with another recipe; name another --out, or pass --overwrite to train "
+            f"{len(changed)} of {len(trainings)} runs anew"
+        )
+    for one in changed:
+        for leftover in (one.folder, one.folder.with_name(f"{one.folder.name}.run")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        one.figures.unlink(missing_ok=True)
+    for one in trainings:
+        one.folder.with_name(f"{one.folder.name}.yaml").write_text(yaml.safe_dump(one.recipe, sort_keys=False))
+    return trainings
+
+
+def _kept(one: Training) -> dict[str, Any] | None:
+    path = one.folder.with_name(f"{one.folder.name}.yaml")
+    return read_recipe(path) if path.exists() else None
+
+
+def train(plan: Sweep, missing: list[Training], parallel: int) -> dict[str, str]:
+    """Train and measure what is missing, `parallel` runs at a time; returns the names of those that failed, and why."""
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    failed: dict[str, str] = {}
+    context = multiprocessing.get_context("spawn")
+    with Bars() as bars, concurrent.futures.ProcessPoolExecutor(parallel, context) as pool:
+        begun = {pool.submit(train_one, one, plan.lengths, plan.tokens, threads): one for one in missing}
+        for done, future in enumerate(concurrent.futures.as_completed(begun), start=1):
+            if sentence := future.result():
+                failed[begun[future].folder.name] = sentence
+            bars("training", done, len(missing), begun[future].folder.name)
+    return failed
+
+
+def train_one(one: Training, lengths: list[int], tokens: int, threads: int) -> str | None:
+    """Train one model in a process of its own and measure it here; returns why it failed, or None."""
+    torch.set_num_threads(threads)
+    recipe, log = (one.folder.with_name(f"{one.folder.name}.{end}") for end in ("yaml", "log"))
+    command = [sys.executable, "-m", "recipes.cli", "fit", "-c", str(recipe), "--ckpt_path=last"]
+    with log.open("w") as said:
+        environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        status = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, env=environ, check=False).returncode
+    if status:
+        last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+        return last[0].removeprefix("espalier: error: ") if last else f"exit status {status}"
+    loaded = load_model(one.folder)
+    blocks = token_blocks(one.recipe["data"]["source"], loaded.text_tokenizer(), "test", lengths[0])
+    found = sweep.losses(loaded.model, blocks, lengths, tokens)
+    parameters = loaded.model.count_parameters()["total"]
+    temporary = one.figures.with_suffix(".new")
+    write_json(temporary, {"losses": found, "parameters": parameters, "seed": one.seed})
+    temporary.replace(one.figures)
+    return None
+
+
+def write(plan: Sweep, trainings: list[Training], out: Path) -> None:
+    """Write the table, the figures and the picture over every variant that has all its seeds."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in trainings:
+        if one.figures.exists():
+            runs.setdefault((one.axis, one.name), []).append(read_json(one.figures))
+    base = runs.get(("", plan.baseline), [])
+    if len(base) < len(plan.seeds):
+        say("the baseline has not been trained with every seed: there is nothing to compare with")
+        return
+    whole = {key: found for key, found in runs.items() if len(found) == len(plan.seeds) and key[0]}
+    outcomes = [sweep.outcome(axis, name, found, base) for (axis, name), found in whole.items()]
+    baseline = sweep.outcome("", plan.baseline, base, base)
+    tables = [sweep.table(outcomes, baseline)]
+    for axis in plan.extrapolate:
+        own = [baseline, *(one for one in outcomes if one.axis == axis)]
+        tables.append(
+            f"Perplexity by length, blocks side by side / overlapping by half ({axis}):\n\n{sweep.extrapolation(own)}"
+        )
+    chart = sweep.differences(outcomes, baseline)
+    (out / "plots").mkdir(exist_ok=True)
+    chart.png(out / "plots")
+    text = f"# Sweep against {plan.baseline}\n\n![{chart.caption}](plots/{chart.name}.png)\n\n" + "\n\n".join(tables)
+    (out / "sweep.md").write_text(text + "\n", encoding="utf-8")
+    figures = {"environment": environment(), "seeds": plan.seeds, "lengths": plan.lengths, "tokens": plan.tokens}
+    figures["runs"] = {f"{axis}/{name}" if axis else name: found for (axis, name), found in runs.items()}
+    (out / "sweep.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    out_console().print("\n\n".join(tables))
+    say(f"written to {out}: sweep.md, sweep.json, plots/{chart.name}.png")

@@ -1,0 +1,87 @@
+"""`espalier sweep`: a tiny one from end to end, going on after an interruption, and wrong files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from models.errors import UserError
+from recipes.cli import main
+from recipes.stages.sweep import read_sweep
+
+ROOT = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A sweep file over a recipe that trains in seconds on a text of its own."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        words = " ".join(f"word{(number * step) % 17} and" for step in range(60))
+        (text / f"{number}.txt").write_text(f"Document {number}. {words}")
+    base = yaml.safe_load((ROOT / "pretrain" / "tiny.yaml").read_text())
+    base["model"]["architecture"] |= {"width": 16, "depth": 1, "feedforward": {"kind": "mlp", "width": 16}}
+    base["data"] |= {"source": str(text), "sequence_length": 16, "vocab_size": 300, "batch_size": 2}
+    base["model"]["schedule"]["init_args"]["warmup_steps"] = 1
+    base["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 1}
+    base["samples"] = {"prompts": []}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    values = {
+        "pretrain": "base.yaml",
+        "baseline": "the base",
+        "seeds": [1, 2],
+        "tokens": 64,
+        "lengths": [32],
+        "extrapolate": ["position"],
+        "axes": {"position": {"learned": {"position": "learned"}}},
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path, values
+
+
+def test_a_sweep_trains_measures_and_compares(recipe, tmp_path, capsys):
+    path, values = recipe
+    out = tmp_path / "out"
+    assert main(["sweep", str(path), "--out", str(out)]) == 0
+    text = (out / "sweep.md").read_text()
+    assert "| position | learned |" in text
+    assert "ends before" in text  # learned positions stop at 16
+    assert (out / "plots" / "differences.png").stat().st_size > 1000
+    figures = json.loads((out / "sweep.json").read_text())
+    assert [run["seed"] for run in figures["runs"]["position/learned"]] == [1, 2]
+    assert set(figures["runs"]["position/learned"][0]["losses"]) == {"16"}
+    assert set(figures["runs"]["the base"][0]["losses"]) == {"16", "32"}
+    before = {run.name: run.stat().st_mtime_ns for run in (out / "runs").glob("*.json")}
+    (out / "runs" / "position-learned-s2.json").unlink()
+    assert main(["sweep", str(path), "--out", str(out)]) == 0
+    after = {run.name: run.stat().st_mtime_ns for run in (out / "runs").glob("*.json")}
+    assert {name for name in after if after[name] != before[name]} == {"position-learned-s2.json"}
+    assert json.loads((out / "sweep.json").read_text())["runs"] == figures["runs"]
+    path.write_text(yaml.safe_dump(values | {"axes": {"position": {"learned": {"position": "alibi"}}}}))
+    assert main(["sweep", str(path), "--out", str(out)]) == 2
+    assert "was trained with another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sedes": [1]}, "unknown key 'sedes'"),
+        ({"seeds": []}, "'seeds' is missing"),
+        ({"pretrain": "nowhere.yaml"}, "there is no recipe nowhere.yaml"),
+        ({"axes": {"position": {"none": {"position": "nonne"}}}}, "axes.position.none: .*unknown position"),
+        ({"extrapolate": ["positions"]}, "there is no axis 'positions'"),
+    ],
+)
+def test_a_wrong_file_is_refused_before_anything_trains(recipe, change, sentence):
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | change))
+    with pytest.raises(UserError, match=sentence):
+        read_sweep(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweep").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_sweeps_that_come_with_espalier_can_be_read(path):
+    assert len(read_sweep(path).variants) > 10
