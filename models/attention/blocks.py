@@ -1,13 +1,15 @@
 """Softmax attention inside a band of the sequence, cut into blocks: time and memory O(T (before + after)).
 
 B batch, H query heads, G key/value heads, T tokens, d channels of a head, N blocks of c tokens, K = before + c + after
-keys that a block can see, X extra keys that every block can see.
+keys that a block can see, X keys beside the band, D dilation.
 
 The queries of a block see the keys from `before` tokens before its first to `after` tokens behind its last one. Each of
-the N blocks is an entry in the batch of a full attention, so no T x T matrix is made.
+the N blocks is an entry in the batch of a full attention, so no T x T matrix is made. A dilated band is a plain one on
+every D-th token, so the D sequences of tokens with the same remainder are entries in the batch too.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,14 +23,16 @@ SMALLEST, LARGEST = 64, 256  # tokens of a block: smaller ones copy their keys t
 
 
 class Band(NamedTuple):
-    """The keys around a query: i - before <= j <= i + after for query i and key j."""
+    """The keys around a query: i - before D <= j <= i + after D, every D-th of them, for query i and key j."""
 
     before: int
     after: int
+    dilation: int = 1
 
     def holds(self, distance: Tensor) -> Tensor:
         """Whether keys that lie `distance` tokens behind their query (negative: ahead) are in the band."""
-        return (distance <= self.before) & (distance >= -self.after)
+        near = (distance <= self.before * self.dilation) & (distance >= -self.after * self.dilation)
+        return near if self.dilation == 1 else near & (distance % self.dilation == 0)
 
 
 class Extra(NamedTuple):
@@ -37,7 +41,7 @@ class Extra(NamedTuple):
     Attributes:
         keys, values: (B, G, X, d).
         visible: (B or 1, T, X) bool, which of them each query sees.
-        position: (H, T, X), added to their scores, or None.
+        position: (H, T, X) or (B, H, T, X), added to their scores, or None.
     """
 
     keys: Tensor
@@ -71,6 +75,8 @@ def attend_band(
     Returns:
         (B, H, T, d).
     """
+    if band.dilation > 1:
+        return _by_remainder(q, k, v, band, scoring, documents, extra, dropout)
     batch, _, tokens, _ = q.shape
     block = min(max(band.before + band.after + 1, SMALLEST), LARGEST, tokens)
     blocks = -(-tokens // block)
@@ -85,6 +91,8 @@ def attend_band(
         own = F.pad(documents[0], (0, rest), value=OUTSIDE).unflatten(1, (blocks, block))  # (B or 1, N, c)
         theirs = _reach(documents[1][..., None], band, block, rest, OUTSIDE)[..., 0]  # (B or 1, N, K)
         mask = mask & (own[..., :, None] == theirs[..., None, :])
+    padding = torch.arange(blocks * block, device=q.device).view(blocks, block, 1) >= tokens  # (N, c, 1)
+    mask = mask | padding  # a row that sees nothing would be not a number, and so would be the gradients of its block
     q = F.pad(q, (0, 0, 0, rest)).unflatten(2, (blocks, block)).movedim(2, 1).flatten(0, 1)  # (B * N, H, c, d)
     k, v = (_reach(x, band, block, rest, 0).movedim(2, 1).flatten(0, 1) for x in (k, v))  # (B * N, G, K, d)
     found = scoring(q, k, distance)
@@ -99,6 +107,48 @@ def _reach(x: Tensor, band: Band, block: int, rest: int, outside: int) -> Tensor
     """The keys x (..., T, d) that each block can see, (..., N, K, d), with `outside` beyond both ends."""
     padded = F.pad(x, (0, 0, band.before, rest + band.after), value=outside)
     return padded.unfold(-2, band.before + block + band.after, block).transpose(-1, -2)
+
+
+def _by_remainder(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Band,
+    scoring: Callable[[Tensor, Tensor, Tensor], Scoring],
+    documents: tuple[Tensor, Tensor] | None,
+    extra: Extra | None,
+    dropout: float,
+) -> Tensor:
+    """The same for a dilated band: the tokens of each remainder modulo D are a sequence with a plain band."""
+    batch, _, tokens, _ = q.shape
+    dilation, rest = band.dilation, -tokens % band.dilation
+
+    def split(x: Tensor, dim: int, outside: int = 0) -> Tensor:
+        """(B or 1, ..., T, C) as (B * D, ..., T / D, C): the tokens are dimension `dim`, the last or the one before."""
+        ends = (0, rest) if dim == x.ndim - 1 else (0, 0, 0, rest)
+        parts = F.pad(x, ends, value=outside).unflatten(dim, (-1, dilation)).movedim(dim + 1, 1)  # (B or 1, D, ...)
+        return parts.expand(batch, *parts.shape[1:]).flatten(0, 1)
+
+    if documents is None and rest and band.after:  # those who look ahead must not see the padding
+        inside = q.new_zeros(1, tokens, dtype=torch.int64)
+        documents = (inside, inside)
+    if documents is not None:
+        documents = (split(documents[0], 1, OUTSIDE), split(documents[1], 1, OUTSIDE))
+    if extra is not None:
+        position = extra.position
+        if position is not None:
+            position = split(position if position.ndim == 4 else position[None], 2)  # (B * D, H, T / D, X)
+        keys, values = (x.repeat_interleave(dilation, 0) for x in (extra.keys, extra.values))  # (B * D, G, X, d)
+        extra = Extra(keys, values, split(extra.visible, 1), position)
+    y = attend_band(
+        *(split(x, 2) for x in (q, k, v)),
+        Band(band.before, band.after),
+        lambda q, k, distance: scoring(q, k, distance * dilation),
+        documents,
+        extra,
+        dropout,
+    )  # (B * D, H, T / D, d)
+    return y.unflatten(0, (batch, dilation)).movedim(1, 3).flatten(2, 3)[:, :, :tokens]
 
 
 def _with_extra(
@@ -120,7 +170,8 @@ def _with_extra(
     if extra.position is None:
         far = near.new_zeros(1, 1, 1, 1).expand(*near.shape[:3], count)
     else:
-        far = F.pad(extra.position, (0, 0, 0, rest)).unflatten(1, (blocks, -1)).movedim(1, 0)  # (N, H, c, X)
-        far = far.repeat(batch, 1, 1, 1)  # (B * N, H, c, X)
+        rows = extra.position if extra.position.ndim == 4 else extra.position[None]  # (B or 1, H, T, X)
+        far = F.pad(rows, (0, 0, 0, rest)).unflatten(2, (blocks, -1)).movedim(2, 1)  # (B or 1, N, H, c, X)
+        far = far.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # (B * N, H, c, X)
     position = torch.cat([near.to(far.dtype), far], dim=-1)  # (B * N, H, c, K + X)
-    return k, v, mask, Scoring(scoring.scale, position, scoring.softcap, scoring.sink)
+    return k, v, mask, replace(scoring, position=position)

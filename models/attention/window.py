@@ -1,14 +1,18 @@
-"""Sliding-window attention: query i sees the keys i - window < j <= i (Mistral, arXiv 2310.06825, section 2).
+"""Sliding windows, plain and dilated (Mistral, arXiv 2310.06825, section 2; Longformer, 2004.05150, section 3.1).
 
-B batch, H query heads, G key/value heads, T tokens, w window, d channels of a head.
+B batch, H query heads, G key/value heads, T tokens, K keys that are kept, w window, D dilation, d channels of a head.
 
-No T x T matrix is made: time and memory are O(T w) (models/attention/blocks.py).
+    decoder   i - w D < j <= i       w keys, and with D above 1 every D-th token: (i - j) mod D = 0
+    encoder   |i - j| <= w D / 2     w + 1 keys, w even (Longformer's and ModernBERT's convention), likewise
+
+No T x T matrix is made: time and memory are O(T w), also with a dilation (models/attention/blocks.py).
 """
 
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.blocks import Band, attend_band
@@ -22,22 +26,25 @@ from models.errors import UserError
 @ATTENTIONS.register("window")
 @dataclass(frozen=True, kw_only=True)
 class Window(Full):
-    """Causal attention over the last tokens; all other options are those of `full`.
+    """Attention over the tokens near by; all other options are those of `full`.
 
     Args:
-        window: tokens that a query sees, itself included.
+        window: in a decoder, tokens that a query sees, itself included; in an encoder, tokens around it that it sees
+            besides itself, half of them on each side.
+        dilation: distance between the tokens that it sees.
     """
 
     sees_all = False
-    directions = ("causal",)
-    directions_because = "its window lies behind the token"
+    takes = ("rotation", "scores", "queries")
 
     window: int
+    dilation: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 1:
-            raise UserError(f"window must be at least 1 token, got {self.window}")
+        for name in ("window", "dilation"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1 token, got {getattr(self, name)}")
 
     def build(self, place: Place) -> nn.Module:
         return WindowAttention(self, place)
@@ -46,7 +53,26 @@ class Window(Full):
         return super().flops_per_token(width, min(length, self.window))
 
     def cache_elements(self, tokens: int) -> int:
-        return super().cache_elements(min(tokens, self.window))
+        return super().cache_elements(min(tokens, self.span()))
+
+    def extras(self) -> list[str]:
+        return super().extras() + ["dilation"] * (self.dilation > 1)
+
+    def span(self) -> int:
+        """Tokens from the first to the last that a query of a decoder sees."""
+        return (self.window - 1) * self.dilation + 1
+
+    def band(self, bidirectional: bool) -> Band:
+        """The keys that a query sees.
+
+        Raises:
+            UserError: an odd window in an encoder.
+        """
+        if not bidirectional:
+            return Band(before=self.window - 1, after=0, dilation=self.dilation)
+        if self.window % 2:
+            raise UserError(f"window must be even in an encoder, half of it on each side of a token, got {self.window}")
+        return Band(before=self.window // 2, after=self.window // 2, dilation=self.dilation)
 
 
 class WindowAttention(FullAttention):
@@ -54,28 +80,39 @@ class WindowAttention(FullAttention):
 
     def __init__(self, spec: Window, place: Place) -> None:
         super().__init__(spec, place)
-        self.window = spec.window
-        self.band = Band(before=spec.window - 1, after=0)
+        self.window, self.span, self.band = spec.window, spec.span(), spec.band(place.bidirectional)
+        self.reach = self.band.before * self.band.dilation
 
     def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
-        if kept.columns is None and q.shape[2] > self.window:
-            documents = None if context.documents is None else (context.documents, context.documents)
-            scoring = partial(self.scoring, context=context)
-            return attend_band(q, kept.keys, kept.values, self.band, scoring, documents, dropout=self.drop())
-        return self._at_once(q, kept, context)
+        if q.shape[2] <= self.window:
+            return self._at_once(q, kept, context)
+        keys = kept.keys.shape[2]
+        early = keys - q.shape[2]  # tokens that are kept from before the new ones, which now ask nothing
+        documents = None if context.documents is None else (context.documents[:, -keys:],) * 2  # (B or 1, K)
+        q = F.pad(q, (0, 0, early, 0))  # (B, H, K, d)
+        scoring = partial(self.scoring, context=context)
+        y = attend_band(q, kept.keys, kept.values, self.band, scoring, documents, dropout=self.drop())
+        return y[:, :, early:]
 
     def _at_once(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
-        """All queries over all keys that are kept: for few tokens, and behind a cache."""
+        """All queries over all keys that are kept: for few tokens, and for the next one behind a cache."""
         distance = token_distance(q, kept, context)  # (T, K)
-        mask = self.band.holds(distance)[None, None]  # (1, 1, T, K)
-        if context.documents is not None:
-            columns = context.past + torch.arange(q.shape[2], device=q.device)
-            own = context.documents[:, columns]  # (B, T)
-            theirs = context.documents if kept.columns is None else context.documents[:, kept.columns]  # (B, K)
-            mask = mask & (own[:, :, None] == theirs[:, None, :])[:, None]
         scoring = self.scoring(q, kept.keys, distance, context)
-        return attend(q, kept.keys, kept.values, Visible(mask, causal=False), scoring, self.drop())
+        visible = Visible(self._mask(distance, kept, context), causal=False)
+        return attend(q, kept.keys, kept.values, visible, scoring, self.drop())
+
+    def _mask(self, distance: Tensor, kept: Kept, context: Context) -> Tensor | None:
+        """Which of the kept keys, `distance` (T, K) tokens before them, the new queries see: (B or 1, 1, T, K)."""
+        new, keys = distance.shape
+        if new == 1 and keys <= self.window and self.band.dilation == 1 and context.documents is None:
+            return None  # a cache keeps nothing that the next token does not see
+        mask = self.band.holds(distance)[None, None]  # (1, 1, T, K)
+        if context.documents is None:
+            return mask
+        own = context.documents[:, context.past :]  # (B or 1, T)
+        theirs = context.documents if kept.columns is None else context.documents[:, kept.columns]  # (B or 1, K)
+        return mask & (own[:, :, None] == theirs[:, None, :])[:, None]
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
-        kept = min(self.window, capacity)
+        kept = min(self.span, capacity)
         return RollingCache(batch, self.kv_heads, kept, self.head_width, device, dtype)

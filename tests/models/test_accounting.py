@@ -46,6 +46,7 @@ MODELS = {
     "sub-layers": {"order": "ssfsff"},
     "pruned": {"change": pruned},
     "window": {"attention": {"kind": "window", "heads": 6, "kv_heads": 2, "window": LENGTH}},
+    "dilated window": {"attention": {"kind": "window", "heads": 6, "window": LENGTH, "dilation": 3}},
 }
 
 

@@ -33,7 +33,7 @@ EXAMPLES = {
     "low_frequency_factor": 1.0,
     "high_frequency_factor": 4.0,
     "original_context": 8,
-    "window": 4,
+    "window": 6,
 }
 
 
@@ -57,6 +57,7 @@ AXES = {
         example(ATTENTIONS, "full", kv_heads=2, qk_norm="rms", scale=0.7),
         *(example(ATTENTIONS, kind, softcap=2.0, sink="learned") for kind in ("full", "window")),
         example(ATTENTIONS, "full", sink="zero"),
+        example(ATTENTIONS, "window", dilation=5),
     ],
     "position": [
         *(example(POSITIONS, kind) for kind in POSITIONS),
