@@ -8,13 +8,14 @@ written for norm position `pre`; the other positions move the norm (models/norms
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from models.attention import Context, Place
 from models.cache import LayerCache
+from models.depth import ShortenedCache
 from models.norms import AFTER, draw_deepnorm, residual_gain
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Block(nn.Module):
             if self.norm_position == "sandwich":
                 self.feedforward_out_norm = model.norm.build(model.width)
         self.dropout = nn.Dropout(model.dropout)
+        self.depth = None if layer.depth is None else layer.depth.build(place, layer.attention is not None)
 
     def _drawn(self, build: Callable[[], nn.Module], small: tuple[str, ...] | None) -> nn.Module:
         """The sub-layer with the weights that it starts from; in deepnorm the maps `small` (all: None) are smaller."""
@@ -52,6 +54,12 @@ class Block(nn.Module):
         return draw_deepnorm(module, small, self.place.branches)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        if self.depth is None:
+            return self.run(x, context, cache)
+        return self.depth(x, context, cache, self.run)
+
+    def run(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        """The layer on all tokens of x, or on those that take part."""
         if self.order == "parallel":
             return x + self._attend(x, context, cache) + self._feed(x)
         if self.order == "feedforward_first":
@@ -79,3 +87,22 @@ class Block(nn.Module):
             return x
         y = self._feed(x)
         return self.feedforward_norm(self.gain * x + y) if self.norm_position in AFTER else x + y
+
+    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache | None:
+        """An empty cache for `capacity` tokens in each of `batch` rows, or None for a layer without attention."""
+        if self.attention is None:
+            return None
+        cache = self.attention.new_cache(batch, capacity, device, dtype)
+        return cache if self.depth is None else ShortenedCache(cache)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module.compile`; where shapes depend on the data, only what runs on the tokens that are chosen."""
+        if self.depth is not None and self.depth.spec.data_dependent:
+            self.run = torch.compile(self.run, *args, **kwargs)
+        else:
+            super().compile(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("run", None)  # compiled code belongs to this very module: a copy would run it with these weights
+        return state

@@ -6,7 +6,8 @@
      attention: {kind: full, heads: 4, kv_heads: 2}, feedforward: {kind: swiglu, width: 688}}
 
 with `attention: {local: {...}, global: {...}}`, `feedforward: {dense: {...}}` and
-`layers: [local/dense, global/dense]` where layers differ. The canonical form, which `to_dict` writes, lists each layer:
+`layers: [local/dense, global/dense]` where layers differ; `depths: [null, {kind: mixture_of_depths}]` says in which of
+them only some tokens take part. The canonical form, which `to_dict` writes, lists each layer:
 `layers: [{attention: {...}, feedforward: {...}, order: ...}, ...]`. A pruned model is an ordinary config.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from models.attention import ATTENTIONS
 from models.block import ORDERS
+from models.depth import DEPTHS
 from models.errors import UserError, did_you_mean
 from models.exits import EXITS
 from models.feedforward import FEEDFORWARDS
@@ -36,11 +38,13 @@ class LayerConfig:
         attention: spec of the attention, or nothing.
         feedforward: spec of the feed-forward, or nothing.
         order: `attention_first`, `feedforward_first` or `parallel`.
+        depth: which tokens take part (models/depth.py); nothing: all of them.
     """
 
     attention: Any = field(default=None, metadata={"registry": ATTENTIONS})
     feedforward: Any = field(default=None, metadata={"registry": FEEDFORWARDS})
     order: str = "attention_first"
+    depth: Any = field(default=None, metadata={"registry": DEPTHS})
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -49,6 +53,11 @@ class LayerConfig:
             raise UserError("a layer needs an attention or a feedforward")
         if self.order == "parallel" and (self.attention is None or self.feedforward is None):
             raise UserError("a parallel layer needs both an attention and a feedforward")
+
+    @property
+    def share(self) -> float:
+        """The share of the tokens that take part, on average."""
+        return 1 if self.depth is None else self.depth.capacity
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,8 @@ class ModelConfig:
             )
 
     def _resolved(self, layer: LayerConfig) -> LayerConfig:
+        if layer.depth is not None:
+            layer.depth.check(layer, getattr(layer.attention, "position", None) or self.position)
         if layer.attention is None:
             return layer
         attention = layer.attention.resolve(self.width)
@@ -180,14 +191,14 @@ class _Plain:
     exits: Any = field(default=None, metadata={"registry": EXITS})
 
 
-_SHORT_KEYS = ("depth", "attention", "feedforward", "layers", "order")
+_SHORT_KEYS = ("depth", "attention", "feedforward", "layers", "order", "depths")
 
 
 def _read_layers(values: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
     """Layers from the canonical list of mappings, or from named specs, a pattern, a depth and an order."""
     pattern = values.get("layers")
     if isinstance(pattern, list | tuple) and pattern and all(isinstance(item, Mapping) for item in pattern):
-        for key in ("depth", "attention", "feedforward", "order"):
+        for key in ("depth", "attention", "feedforward", "order", "depths"):
             if values.get(key) is not None:
                 raise UserError(f"architecture: {key!r} cannot stand beside a full list of layers; leave one out")
         return tuple(read_dataclass(LayerConfig, item, f"architecture.layers[{i}]") for i, item in enumerate(pattern))
@@ -199,7 +210,18 @@ def _read_layers(values: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
         raise UserError(f"architecture: depth must be a whole number of layers, got {depth!r}")
     if depth % len(pairs):
         raise UserError(f"architecture: a pattern of {len(pairs)} layers does not tile a depth of {depth}")
-    return _wire(str(values.get("order", "attention_first")), pairs * (depth // len(pairs)))
+    wired = _wire(str(values.get("order", "attention_first")), pairs * (depth // len(pairs)))
+    return _with_depths(wired, values.get("depths"))
+
+
+def _with_depths(layers: tuple[LayerConfig, ...], value: Any) -> tuple[LayerConfig, ...]:
+    """Layers with the spec of which tokens take part, one for all of them or a pattern that is tiled over them."""
+    where = "architecture.depths"
+    pattern = value if isinstance(value, list | tuple) and value else [value]
+    if len(layers) % len(pattern):
+        raise UserError(f"{where}: a pattern of {len(pattern)} layers does not tile the {len(layers)} that there are")
+    specs = [None if item is None else DEPTHS.parse(item, where) for item in pattern]
+    return tuple(replace(layer, depth=specs[i % len(specs)]) for i, layer in enumerate(layers))
 
 
 def _named_specs(value: Any, registry: Any, where: str) -> dict[str, Any]:

@@ -143,6 +143,9 @@ class Transformer(nn.Module):
         cache: ModelCache | None = None,
     ) -> tuple[Tensor, Context]:
         """Embed tokens (B, T) as (B, T, D) and gather what every block needs to know about them."""
+        for block in self.blocks if self.training else ():
+            if block.depth is not None:
+                block.depth.advance()
         new = tokens.shape[1]
         past = 0 if cache is None else cache.length
         if self.config.position.bounded and past + new > self.config.context:
@@ -231,10 +234,7 @@ class Transformer(nn.Module):
             raise UserError("a bidirectional model cannot generate: what it makes of a token depends on later ones")
         reference = next(self.parameters())
         dtype, device = dtype or reference.dtype, reference.device
-        layers = [
-            None if block.attention is None else block.attention.new_cache(batch, capacity, device, dtype)
-            for block in self.blocks
-        ]
+        layers = [block.new_cache(batch, capacity, device, dtype) for block in self.blocks]
         return ModelCache(layers, batch, capacity, device)
 
     def count_parameters(self) -> dict[str, int]:
@@ -249,10 +249,12 @@ class Transformer(nn.Module):
         flops = 2 * self.config.width * self.config.vocab_size
         for layer in self.config.layers:
             if layer.attention is not None:
-                flops += layer.attention.flops_per_token(self.config.width, length)
+                flops += layer.share * layer.attention.flops_per_token(self.config.width, round(layer.share * length))
             if layer.feedforward is not None:
-                flops += layer.feedforward.flops_per_token(self.config.width)
-        return flops
+                flops += layer.share * layer.feedforward.flops_per_token(self.config.width)
+            if layer.depth is not None:
+                flops += layer.depth.flops_per_token(self.config.width)
+        return round(flops)
 
     def training_flops_per_token(self, length: int) -> int:
         """FLOPs of forward and backward for one token; recomputation is not counted."""

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from models.attention import ATTENTIONS
 from models.block import ORDERS
 from models.config import HEADS, ModelConfig
+from models.depth import DEPTHS
 from models.errors import UserError
 from models.feedforward import ACTIVATIONS, FEEDFORWARDS
 from models.generation import generate
@@ -72,6 +73,7 @@ AXES = {
         *(example(FEEDFORWARDS, "swiglu", activation=activation, bias=True) for activation in ACTIVATIONS),
     ],
     "head": HEADS,
+    "depths": [None, *([None, example(DEPTHS, kind)] for kind in DEPTHS)],
 }
 
 
@@ -142,7 +144,11 @@ def few(cases):
     """A few of the cases, for what takes seconds: every mechanism, order and norm position is in one of them."""
     picked, seen = [], set()
     for case in cases:
-        new = {(axis, label({axis: value})) for axis, value in case.items() if axis in ("attention", "norm", "order")}
+        new = {
+            (axis, label({axis: value}))
+            for axis, value in case.items()
+            if axis in ("attention", "norm", "order", "depths")
+        }
         new |= {(axis, case[axis]["kind"]) for axis in ("position", "feedforward")}
         if case["feedforward"].get("activation") == "relu":
             continue  # a finite difference may cross its kink
