@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from models.attention.options import QK_NORMS, SINKS
 from models.attention.protocol import ATTENTIONS, Context, Place
-from models.attention.standard import Scoring, attend
+from models.attention.standard import Scoring, ValueTerms, attend
 from models.cache import ContiguousCache, Kept, KeyValueCache
 from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
-from models.positions import POSITIONS
+from models.positions import POSITIONS, Positional
 
 
 @ATTENTIONS.register("full")
@@ -36,7 +36,7 @@ class Full:
 
     sees_all = True
     directions = ("causal", "bidirectional")
-    takes = ("rotation", "scores")
+    takes = ("rotation", "scores", "queries")
     free_heads = True
 
     heads: int
@@ -50,6 +50,11 @@ class Full:
     qk_norm: Any = field(default=None, metadata={"registry": QK_NORMS})
     softcap: float | None = None
     sink: str | None = None
+
+    def __init_subclass__(cls) -> None:
+        """A mechanism that hands its own queries and keys to `scoring`, and all of `Scoring` to `attend`, says so."""
+        if "takes" not in cls.__dict__:
+            cls.takes = ("rotation", "scores")
 
     def __post_init__(self) -> None:
         if self.heads < 1:
@@ -92,7 +97,13 @@ class Full:
 
 
 class FullAttention(nn.Module):
-    """The module of `Full`: query head h reads key/value head h * kv_heads // heads."""
+    """The module of `Full`: query head h reads key/value head h * kv_heads // heads.
+
+    Attributes:
+        reach: how far from its key a query may lie; None: as far as the sequence goes.
+    """
+
+    reach: int | None = None
 
     def __init__(self, spec: Full, place: Place) -> None:
         super().__init__()
@@ -132,15 +143,35 @@ class FullAttention(nn.Module):
 
         The distance is read only where the position encoding adds something to the scores.
         """
+        sink = None if self.sink is None else self.sink(q)
         positional = context.positional[self.positional]
-        position = positional.bias(distance) if positional.biases else None  # (H, T, S)
-        return Scoring(self.scale, position, self.softcap, None if self.sink is None else self.sink(q))
+        if not positional.biases:
+            return Scoring(self.scale, None, self.softcap, sink)
+        position, values = positioned(positional, q, k, distance, self.scale, context.past, self.reach)
+        return Scoring(self.scale, position, self.softcap, sink, values)
 
     def drop(self) -> float:
         return self.dropout if self.training else 0.0
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
         return ContiguousCache(batch, self.kv_heads, capacity, self.head_width, device, dtype)
+
+
+def positioned(
+    positional: Positional,
+    q: Tensor,
+    k: Tensor,
+    distance: Tensor,
+    scale: float | None,
+    past: int,
+    reach: int | None = None,
+) -> tuple[Tensor, ValueTerms | None]:
+    """What an encoding that acts on the scores adds to them, and to the values; arguments as of `Positional.terms`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    relative, values = positional.relative, None
+    if relative is not None and relative.values is not None:
+        values = ValueTerms(relative.values, relative.rows(distance))
+    return positional.terms(q, k, distance, scale, past, reach), values
 
 
 def token_distance(q: Tensor, kept: Kept, context: Context) -> Tensor:

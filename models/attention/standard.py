@@ -46,20 +46,41 @@ class Visible:
 
 
 @dataclass(frozen=True)
+class ValueTerms:
+    """What is added to the value of a pair of query and key.
+
+    Attributes:
+        vectors: (N, d).
+        index: (T, S) int64, which of them; keys behind the S, if there are more, get none.
+    """
+
+    vectors: Tensor
+    index: Tensor
+
+    def mix(self, p: Tensor) -> Tensor:
+        """Their mean (B, H, T, d) under probabilities p (B, H, T, S or more), summed by vector first."""
+        index = self.index.expand(*p.shape[:2], -1, -1)
+        by_vector = p.new_zeros(*p.shape[:3], len(self.vectors)).scatter_add(-1, index, p[..., : index.shape[-1]])
+        return by_vector.to(self.vectors.dtype) @ self.vectors
+
+
+@dataclass(frozen=True)
 class Scoring:
-    """What is done to the scores, beside dividing them by sqrt(d).
+    """What is done to the scores, beside dividing them by sqrt(d), and to the values.
 
     Attributes:
         scale: takes the place of 1 / sqrt(d).
         position: (H, T, S) or (B, H, T, S), added to them.
         softcap: c, where they become c tanh(scores / c) (Gemma 2, arXiv 2408.00118, section 2.2), before `position`.
         sink: (H,) logit of one more key without a value, which takes the attention that no key deserves.
+        values: added to the values, or None.
     """
 
     scale: float | None = None
     position: Tensor | None = None
     softcap: float | None = None
     sink: Tensor | None = None
+    values: ValueTerms | None = None
 
 
 PLAIN = Scoring()
@@ -78,7 +99,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring =
     Returns:
         (B, G * R, T, d).
     """
-    if scoring.softcap is not None or scoring.sink is not None:
+    if scoring.softcap is not None or scoring.sink is not None or scoring.values is not None:
         return reference_attention(q, k, v, visible, scoring, dropout)
     plain = scoring.scale is None and scoring.position is None
     if plain and visible.bias is not None and torch.compiler.is_compiling() and q.requires_grad and not dropout:
@@ -120,8 +141,9 @@ def reference_attention(
     if scoring.sink is not None:
         sink = scoring.sink.to(exact)[:, None, None].expand(*scores.shape[:3], 1)  # (B, H, T, 1)
         scores = torch.cat([scores, sink], dim=-1)
-    p = F.dropout(scores.softmax(-1)[..., :seen].to(q.dtype), dropout)
-    return (p.view(batch, groups, -1, *p.shape[2:]) @ v[:, :, None]).view(*q.shape[:3], -1)
+    p = F.dropout(scores.softmax(-1)[..., :seen], dropout)
+    y = (p.to(q.dtype).view(batch, groups, -1, *p.shape[2:]) @ v[:, :, None]).view(*q.shape[:3], -1)
+    return y if scoring.values is None else y + scoring.values.mix(p).to(q.dtype)
 
 
 def training_bias(x: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:

@@ -6,22 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.positions.protocol import POSITIONS, Positional
+from models.positions.protocol import POSITIONS, Encoding, Positional
 
 
 @POSITIONS.register("alibi")
 @dataclass(frozen=True)
-class Alibi:
+class Alibi(Encoding):
     """q.k / sqrt(d) - m (i - j) with a fixed slope m of each query head; nothing is learned."""
 
     acts = "scores"
     per_head = True
-    bounded = False
 
-    def check(self, head_width: int) -> None:
-        """Heads of any width will do."""
-
-    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
+    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
         return LinearBiases(heads)
 
 

@@ -5,19 +5,18 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.linear import Embedding
-from models.positions.protocol import POSITIONS, Positional
+from models.positions.protocol import POSITIONS, Encoding, Positional
 
 
 @POSITIONS.register("learned")
 @dataclass(frozen=True)
-class Learned:
+class Learned(Encoding):
     """One learned vector per position below the context length; longer inputs are an error."""
 
     acts = "input"
-    per_head = False
     bounded = True
 
-    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
+    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
         return LearnedPositions(width, context)
 
 

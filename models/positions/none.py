@@ -4,22 +4,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.positions.protocol import POSITIONS, Positional
+from models.positions.protocol import POSITIONS, Encoding, Positional
 
 
 @POSITIONS.register("none")
 @dataclass(frozen=True)
-class NoPosition:
+class NoPosition(Encoding):
     """No position encoding."""
 
     acts = "nothing"
-    per_head = False
-    bounded = False
 
-    def check(self, head_width: int) -> None:
-        """Heads of any width will do."""
-
-    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
+    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
         return _None()
 
 

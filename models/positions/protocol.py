@@ -2,6 +2,8 @@
 
 A spec builds a module; once per forward the module turns the positions of the tokens into a `Positional`, which every
 attention layer then applies. So tables are made once, not once per layer.
+
+B batch, T queries, S keys, H query heads, G key/value heads, d channels of a head, N rows of a table of distances.
 """
 
 from typing import NamedTuple, Protocol
@@ -14,6 +16,43 @@ from models.registry import Registry
 POSITIONS = Registry("position")
 
 
+class Encoding:
+    """What holds of a position encoding that says nothing else.
+
+    Attributes:
+        per_head: whether each query head has numbers of its own.
+        per_layer: whether each layer has a module of its own.
+        bounded: whether positions end at the context length.
+    """
+
+    per_head = False
+    per_layer = False
+    bounded = False
+
+    def check(self, head_width: int) -> None:
+        """Raise UserError if heads of this width will not do; those of any width will."""
+
+    def flops_per_token(self, width: int, heads: int, head_width: int, length: int) -> int:
+        """Forward FLOPs of the products with one query that sees `length` tokens, in one layer."""
+        return 0
+
+
+class Relative(Protocol):
+    """What an encoding makes of a distance together with the query, the key and the value.
+
+    Attributes:
+        values: (N, d), added to the values by the row of their distance, or None.
+    """
+
+    values: Tensor | None
+
+    def terms(self, q: Tensor, k: Tensor, distance: Tensor, scale: float, past: int, reach: int | None) -> Tensor:
+        """What is added to the scores; the arguments are those of `Positional.terms`."""
+
+    def rows(self, distance: Tensor) -> Tensor:
+        """The row of `values` for each distance, in its shape."""
+
+
 class Positional(NamedTuple):
     """One forward's positions, ready for use.
 
@@ -22,7 +61,9 @@ class Positional(NamedTuple):
         cos, sin: (B or 1, 1, T, R) rotation tables in fp32 for the first 2R channels of a head; None: no rotation.
         interleaved: whether channels (2c, 2c + 1) are a pair, not (c, c + R).
         slopes: (H,) fp32 of each query head: its scores fall by so much for each token of distance.
-        table: (H, N), added to the scores at the distances 0 to N - 1; larger distances take the last entry.
+        table: (H, N), added to the scores at the distances `first` to `first` + N - 1; others take the nearest entry.
+        first: of the table: 0, or negative where it reaches keys ahead.
+        relative: what is added to the scores depending on the query, and perhaps to the values.
     """
 
     added: Tensor | None = None
@@ -31,6 +72,8 @@ class Positional(NamedTuple):
     interleaved: bool = False
     slopes: Tensor | None = None
     table: Tensor | None = None
+    first: int = 0
+    relative: Relative | None = None
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate queries or keys x (B, H, T, head_width); the identity where the encoding does not rotate."""
@@ -52,17 +95,35 @@ class Positional(NamedTuple):
     @property
     def biases(self) -> bool:
         """Whether something is added to the scores."""
-        return self.slopes is not None or self.table is not None
+        return self.slopes is not None or self.table is not None or self.relative is not None
 
     def bias(self, distance: Tensor) -> Tensor:
-        """What is added to the scores of queries that are `distance` (T, S) tokens behind their keys.
+        """What is added to the scores of all queries that are `distance` (T, S) tokens behind their keys.
 
         Returns:
             (H, T, S), finite also for keys ahead (negative distance).
         """
         if self.slopes is not None:
             return -self.slopes[:, None, None] * distance.abs()
-        return self.table[:, distance.clamp(0, self.table.shape[1] - 1)]
+        return self.table[:, (distance - self.first).clamp(0, self.table.shape[1] - 1)]
+
+    def terms(self, q: Tensor, k: Tensor, distance: Tensor, scale: float, past: int, reach: int | None) -> Tensor:
+        """What is added to the scores, whether or not it depends on the query and the key.
+
+        Args:
+            q: (B, H, T, d); any stretches of any sequences may be stacked in B.
+            k: (B, G, S, d).
+            distance: (T, S) tokens from each key to each query, negative for keys ahead.
+            scale: of the scores, which what is read from the query has too.
+            past: tokens before those that this was made for.
+            reach: no pair that may be seen lies further apart; None: as far as the sequence goes.
+
+        Returns:
+            (H, T, S) or (B, H, T, S) in at least fp32; for pairs that may not be seen any finite number.
+        """
+        if self.relative is None:
+            return self.bias(distance)
+        return self.relative.terms(q, k, distance, scale, past, reach)
 
 
 class Position(Protocol):

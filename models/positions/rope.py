@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import UserError, did_you_mean
-from models.positions.protocol import POSITIONS, Positional
+from models.positions.protocol import POSITIONS, Encoding, Positional
 from models.registry import Registry
 
 ROPE_SCALINGS = Registry("RoPE scaling")
@@ -119,7 +119,7 @@ class Llama3Scaling:
 
 @POSITIONS.register("rope")
 @dataclass(frozen=True)
-class Rope:
+class Rope(Encoding):
     """Rotary position embedding.
 
     Args:
@@ -132,8 +132,6 @@ class Rope:
     """
 
     acts = "rotation"
-    per_head = False
-    bounded = False
 
     base: float = 10000.0
     fraction: float = 1.0
@@ -152,7 +150,7 @@ class Rope:
         if rotated < 2 or rotated % 2:
             raise UserError(f"rope rotates channels in pairs: {rotated} of {head_width} channels cannot be paired")
 
-    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
+    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
         return RotaryPositions(self, int(head_width * self.fraction))
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import UserError
-from models.positions.protocol import POSITIONS, Positional
+from models.positions.protocol import POSITIONS, Encoding, Positional
 
 
 @POSITIONS.register("sinusoidal")
 @dataclass(frozen=True)
-class Sinusoidal:
+class Sinusoidal(Encoding):
     """Sines and cosines of the position in geometrically growing wavelengths, for inputs of any length.
 
     Args:
@@ -19,8 +19,6 @@ class Sinusoidal:
     """
 
     acts = "input"
-    per_head = False
-    bounded = False
 
     base: float = 10000.0
 
@@ -28,7 +26,7 @@ class Sinusoidal:
         if self.base <= 1:
             raise UserError(f"base must be above 1, got {self.base}")
 
-    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
+    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
         if width % 2:
             raise UserError(f"sinusoidal positions need an even width, got {width}")
         return SinusoidalPositions(self.base, width)

@@ -8,24 +8,24 @@ from torch import Tensor, nn
 
 from models.errors import UserError
 from models.linear import Embedding
-from models.positions.protocol import POSITIONS, Positional
+from models.positions.protocol import POSITIONS, Encoding, Positional
 
 
 @POSITIONS.register("t5")
 @dataclass(frozen=True)
-class T5:
+class T5(Encoding):
     """One learned addend of the scores for each head and bucket, shared by all layers that name the same encoding.
 
     T5 itself does not divide the scores by sqrt(d): give its attention `scale: 1.0`.
 
     Args:
-        buckets: half of them hold one distance each, the others ranges that grow geometrically.
+        buckets: half of them hold one distance each, the others ranges that grow geometrically. In a bidirectional
+            model half of all are for keys ahead.
         max_distance: from here on all distances are in the last bucket.
     """
 
     acts = "scores"
     per_head = True
-    bounded = False
 
     buckets: int = 32
     max_distance: int = 128
@@ -38,29 +38,36 @@ class T5:
                 f"max_distance must be above {self.buckets // 2}, half the buckets, got {self.max_distance}"
             )
 
-    def check(self, head_width: int) -> None:
-        """Heads of any width will do."""
-
-    def build(self, *, width: int, heads: int, head_width: int, context: int) -> nn.Module:
-        return BucketBiases(self, heads)
+    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
+        if bidirectional and self.buckets < 4:
+            raise UserError(f"a bidirectional model needs at least 4 buckets, got {self.buckets}")
+        return BucketBiases(self, heads, bidirectional)
 
 
 class BucketBiases(nn.Module):
     """The learned table (buckets, H)."""
 
-    def __init__(self, spec: T5, heads: int) -> None:
+    def __init__(self, spec: T5, heads: int, bidirectional: bool) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.bidirectional = spec, bidirectional
         self.table = Embedding(spec.buckets, heads, std=0.02)
 
     def forward(self, positions: Tensor) -> Positional:  # (B or 1, T)
-        distances = torch.arange(self.spec.max_distance + 1, device=positions.device)  # (N,)
-        rows = self.table(bucket(distances, self.spec.buckets, self.spec.max_distance))  # (N, H)
-        return Positional(table=rows.T)
+        furthest = self.spec.max_distance
+        first = -furthest if self.bidirectional else 0
+        distances = torch.arange(first, furthest + 1, device=positions.device)  # (N,)
+        rows = self.table(bucket(distances, self.spec.buckets, furthest, self.bidirectional))  # (N, H)
+        return Positional(table=rows.T, first=first)
 
 
-def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
-    """The bucket of each distance (int64, at least 0) to a key behind the query, in a decoder."""
+def bucket(distance: Tensor, buckets: int, max_distance: int, bidirectional: bool = False) -> Tensor:
+    """The bucket of each distance (int64) from a key to the query behind it.
+
+    In a decoder distances are at least 0; in a bidirectional model negative ones (keys ahead) have the later half.
+    """
+    if bidirectional:
+        half = buckets // 2
+        return bucket(distance.abs(), half, max_distance) + half * (distance < 0)
     exact = buckets // 2
     grown = torch.log(distance.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
     ranged = (exact + (grown * (buckets - exact)).long()).clamp(max=buckets - 1)
