@@ -53,7 +53,10 @@ class Transformer(nn.Module):
         if config.position.acts == "input":
             self._position(config.position, heads=0, head_width=0)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(self._block(i, layer) for i, layer in enumerate(config.layers))
+        places = [self._place(i, layer) for i, layer in enumerate(config.layers)]  # all positions before any block
+        self.blocks = nn.ModuleList(
+            Block(layer, config, place) for layer, place in zip(config.layers, places, strict=True)
+        )
         self.norm = nn.Identity() if config.norm.position in AFTER else config.norm.build(config.width)
         self.exits = None if config.exits is None else ExitNorms(config)
         self.compiled_softmax_error: SoftmaxError | None = None
@@ -61,25 +64,27 @@ class Transformer(nn.Module):
         if config.head == "untied":
             self.head = Linear(config.width, config.vocab_size, bias=False, std=0.02)
 
-    def _block(self, number: int, layer: LayerConfig) -> Block:
+    def _place(self, number: int, layer: LayerConfig) -> Place:
         positional, config = 0, self.config
         if layer.attention is not None and layer.attention.takes:
             spec = layer.attention.position or config.position
-            positional = self._position(spec, layer.attention.heads, layer.attention.head_width)
+            positional = self._position(spec, layer.attention.heads, layer.attention.head_width, number)
         bidirectional = config.direction == "bidirectional"
         branches = config.residual_branches()
-        place = Place(config.width, branches, positional, number, config.context, bidirectional)
-        return Block(layer, config, place)
+        return Place(config.width, branches, positional, number, config.context, bidirectional)
 
-    def _position(self, spec, heads: int, head_width: int) -> int:
-        """Index of the module for this spec, shared by the layers that agree on it."""
+    def _position(self, spec, heads: int, head_width: int, layer: int = 0) -> int:
+        """Index of the module for this spec, shared by the layers that agree on it unless each has its own."""
         key = (spec, 0 if spec.acts == "input" else head_width, heads if spec.per_head else 0)
+        key += (layer,) if spec.per_layer else ()
         if spec.acts == "input" and self.positions:
             return 0
         if key not in self._position_index:
             self._position_index[key] = len(self.positions)
-            width, context = self.config.width, self.config.context
-            built = spec.build(width=width, heads=heads, head_width=head_width, context=context)
+            width, context, bidirectional = self.config.width, self.config.context, self.config.direction != "causal"
+            built = spec.build(
+                width=width, heads=heads, head_width=head_width, context=context, bidirectional=bidirectional
+            )
             self.positions.append(built)
         return self._position_index[key]
 
@@ -255,6 +260,13 @@ class Transformer(nn.Module):
             if layer.depth is not None:
                 flops += layer.depth.flops_per_token(self.config.width)
         return round(flops)
+
+    def _position_flops(self, attention, length: int) -> int:
+        """FLOPs of what a position encoding adds to the scores of one token that sees `length` tokens."""
+        if not attention.takes:
+            return 0
+        spec = attention.position or self.config.position
+        return spec.flops_per_token(self.config.width, attention.heads, attention.head_width, length)
 
     def training_flops_per_token(self, length: int) -> int:
         """FLOPs of forward and backward for one token; recomputation is not counted."""
