@@ -1,32 +1,50 @@
 """Attention mechanisms over the length of the sequence: forward and backward, memory, decoding, and the cache.
 
-Each mechanism mixes the same queries, keys and values (one sequence, 8 heads of 64 channels, fp32), without the maps
-around it. The exponent e of time ~ T^e and memory ~ T^e is the least-squares slope over the last three lengths. The
-peer of every mechanism is causal `scaled_dot_product_attention` at the same length.
+Each mechanism mixes one sequence of 512 channels (8 heads of 64, fp32). The linear maps around it are replaced by
+copies of their input, so that what is measured is the mechanism. The exponent e of time ~ T^e and memory ~ T^e is the
+least-squares slope over the last three lengths. The peer of every mechanism is `full`, causal
+`scaled_dot_product_attention`, at the same length; tests/benchmarks/bench_attention_peers.py has the peers by name.
 """
 
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from models.attention import ATTENTIONS
 from models.attention.protocol import Context, Place
-from models.cache import Kept
 from models.positions import Positional
 from tests.benchmarks.timing import Row, rate_row, take_turns
 
 NAME = "attention"
+PEER = "full"
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """One row of the table.
+
+    Attributes:
+        spec: as an architecture writes it; `heads` is filled in where the mechanism has heads.
+        quadratic: whether its time grows with the square of the length; then it stops earlier.
+        bidirectional: whether it can only be measured in an encoder.
+    """
+
+    spec: dict[str, Any]
+    quadratic: bool = False
+    bidirectional: bool = False
+
+
 MECHANISMS = {
-    "full": {"kind": "full"},
-    "window 256": {"kind": "window", "window": 256},
+    PEER: Mechanism({"kind": "full"}, quadratic=True),
+    "window 256": Mechanism({"kind": "window", "window": 256}),
 }
-QUADRATIC = {"full"}
 
 
 @dataclass(frozen=True)
@@ -34,12 +52,14 @@ class Lengths:
     """Settings: the lengths, and the most tokens for what is quadratic."""
 
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-    quadratic_to: int = 16384
+    quadratic_to: int = 8192
+    peer_to: int = 16384
     heads: int = 8
     width: int = 64
     rounds: int = 3
     decoded: int = 64
-    cached: int = 8192
+    cached: tuple[int, ...] = (1024, 8192)
+    mechanisms: dict[str, Mechanism] = field(default_factory=lambda: MECHANISMS)
 
 
 def run(settings: Lengths | None = None) -> list[Row]:
@@ -47,52 +67,73 @@ def run(settings: Lengths | None = None) -> list[Row]:
     settings = settings or Lengths()
     rows, times, memory = [], {}, {}
     for length in settings.lengths:
-        cases = {
-            f"{name}, {length} tokens": partial(_step, mechanism(settings, spec), *inputs(settings, length))
-            for name, spec in MECHANISMS.items()
-            if name not in QUADRATIC or length <= settings.quadratic_to
+        steps = {
+            name: partial(step, *built(settings, mechanism, length))
+            for name, mechanism in settings.mechanisms.items()
+            if length <= reach(settings, name, mechanism)
         }
+        cases = {f"{name}, {length} tokens": case for name, case in steps.items()}
         seconds = take_turns(NAME, cases, rounds=settings.rounds, warmup=1)
-        peer = f"full, {length} tokens"
-        for case, step in cases.items():
-            name = case.split(",")[0]
-            times.setdefault(name, {})[length] = statistics.median(seconds[case])
-            memory.setdefault(name, {})[length] = peak(step)
-            against = peer if peer in cases and case != peer else ""
+        peer = f"{PEER}, {length} tokens"
+        for name, case in steps.items():
+            label = f"{name}, {length} tokens"
+            times.setdefault(name, {})[length] = statistics.median(seconds[label])
+            memory.setdefault(name, {})[length] = peak(case)
+            against = peer if peer in cases and label != peer else ""
             note = f"forward and backward, one sequence, {settings.heads} heads of {settings.width} channels, fp32"
-            rows.append(rate_row(NAME, case, seconds, length, "tokens/s", peer=against, note=note))
+            rows.append(rate_row(NAME, label, seconds, length, "tokens/s", peer=against, note=note))
+            rows.append(single(f"{name}, peak memory at {length} tokens", memory[name][length] / 2**20, "MiB"))
     for what, found in (("time", times), ("memory", memory)):
-        rows += [_single(f"{name}, exponent of {what}", exponent(found[name]), "e in T^e") for name in found]
-    rows += [_single(f"{name}, peak memory at {max(found)} tokens", found[max(found)] / 2**20, "MiB")
-             for name, found in memory.items()]  # fmt: skip
+        rows += [single(f"{name}, exponent of {what}", exponent(found[name]), "e in T^e") for name in found]
     return rows + decoding(settings)
 
 
-def mechanism(settings: Lengths, spec: dict) -> torch.nn.Module:
-    """The module of a mechanism, of which `mix` is measured."""
+def reach(settings: Lengths, name: str, mechanism: Mechanism) -> float:
+    """The longest sequence on which this mechanism is measured."""
+    if name == PEER:
+        return settings.peer_to
+    return settings.quadratic_to if mechanism.quadratic else math.inf
+
+
+class Copies(nn.Module):
+    """In place of a linear map: its input, repeated or cut to the width of its output."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        return x.repeat_interleave(-(-self.outputs // x.shape[-1]), dim=-1)[..., : self.outputs]
+
+
+def built(settings: Lengths, mechanism: Mechanism, length: int) -> tuple[nn.Module, Tensor, Context]:
+    """The mechanism without its maps, a sequence (1, T, D), and what it knows about it."""
+    torch.manual_seed(1)
     width = settings.heads * settings.width
-    return ATTENTIONS.parse({**spec, "heads": settings.heads}, "attention").resolve(width).build(Place(width))
+    kind = ATTENTIONS[mechanism.spec["kind"]]
+    heads = {"heads": settings.heads} if "heads" in kind.__dataclass_fields__ else {}
+    spec = ATTENTIONS.parse({**heads, **mechanism.spec}, "attention").resolve(width)
+    module = spec.build(Place(width, context=length, bidirectional=mechanism.bidirectional))
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.Linear):
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, Copies(child.out_features))
+    x = torch.randn(1, length, width, requires_grad=True)
+    return module, x, Context((Positional(),), None, causal=not mechanism.bidirectional)
 
 
-def inputs(settings: Lengths, length: int) -> tuple[list[Tensor], Context]:
-    """Queries, keys and values (1, H, T, d), and the context of one document."""
-    generator = torch.Generator().manual_seed(1)
-    size = (1, settings.heads, length, settings.width)
-    drawn = [torch.randn(size, generator=generator).requires_grad_() for _ in range(3)]
-    return drawn, Context((Positional(),), None, True)
+def step(module: nn.Module, x: Tensor, context: Context) -> None:
+    """One forward and backward."""
+    module(x, context).sum().backward()
+    x.grad = None
+    for parameter in module.parameters():
+        parameter.grad = None
 
 
-def _step(module: torch.nn.Module, drawn: list[Tensor], context: Context) -> None:
-    q, k, v = drawn
-    module.mix(q, Kept(k, v, None), context).sum().backward()
-    for tensor in drawn:
-        tensor.grad = None
-
-
-def peak(step: Callable[[], None]) -> int:
-    """Bytes allocated at most at one moment of the step, beyond what was there before it."""
+def peak(case: Callable[[], None]) -> int:
+    """Bytes allocated at most at one moment of a step, beyond what was there before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
+        case()
     held = most = 0
     changes = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(changes, key=lambda event: event.start_ns()):
@@ -110,34 +151,40 @@ def exponent(found: dict[int, float]) -> float:
 
 @torch.no_grad()
 def decoding(settings: Lengths) -> list[Row]:
-    """Tokens per second of decoding behind `cached` tokens, and the bytes of the cache then."""
+    """Tokens per second of decoding behind so many tokens, and the bytes of the cache then."""
     cases, rows = {}, []
-    for name, spec in MECHANISMS.items():
-        module = mechanism(settings, spec)
-        capacity = settings.cached + 8 * settings.decoded * (settings.rounds + 2)
-        cache = module.new_cache(1, capacity, torch.device("cpu"), torch.float32)
-        (_, k, v), context = inputs(settings, settings.cached)
-        cache.append(k.detach(), v.detach())
-        cases[f"{name}, decoding after {settings.cached} tokens"] = partial(_decode, module, cache, settings, context)
-        rows.append(_single(f"{name}, cache at {settings.cached} tokens", cache_bytes(settings, spec) / 2**20, "MiB"))
+    decoders = {name: one for name, one in settings.mechanisms.items() if not one.bidirectional}
+    for cached in settings.cached:
+        for name, mechanism in decoders.items():
+            module, x, context = built(settings, mechanism, cached)
+            capacity = cached + settings.decoded * (settings.rounds + 2)
+            cache = module.eval().new_cache(1, capacity, torch.device("cpu"), torch.float32)
+            module(x.detach(), context, cache)
+            state = [cached]
+            cases[f"{name}, decoding after {cached} tokens"] = partial(decode, module, cache, settings, context, state)
+            rows.append(single(f"{name}, cache at {cached} tokens", cache_bytes(settings, mechanism, cached), "bytes"))
     seconds = take_turns(NAME, cases, rounds=settings.rounds, warmup=1)
-    peer = next(iter(cases))
-    return rows + [
-        rate_row(NAME, case, seconds, settings.decoded, "tokens/s", peer="" if case == peer else peer) for case in cases
-    ]
+    for case in cases:
+        peer = f"{PEER},{case.partition(',')[2]}"
+        rows.append(rate_row(NAME, case, seconds, settings.decoded, "tokens/s", peer="" if case == peer else peer))
+    return rows
 
 
-def _decode(module: torch.nn.Module, cache, settings: Lengths, context: Context) -> None:
+def decode(module: nn.Module, cache: Any, settings: Lengths, context: Context, state: list[int]) -> None:
+    """`decoded` tokens, one at a time; state holds how many there were before."""
     for _ in range(settings.decoded):
-        q, k, v = (torch.randn(1, settings.heads, 1, settings.width) for _ in range(3))
-        module.mix(q, cache.append(k, v), context._replace(past=cache.length - 1, causal=False))
+        x = torch.randn(1, 1, settings.heads * settings.width)
+        module(x, context._replace(past=state[0], causal=False), cache)
+        state[0] += 1
 
 
-def cache_bytes(settings: Lengths, spec: dict) -> int:
+def cache_bytes(settings: Lengths, mechanism: Mechanism, tokens: int) -> int:
     """Bytes of one layer's cache, fp32."""
-    resolved = ATTENTIONS.parse({**spec, "heads": settings.heads}, "attention").resolve(settings.heads * settings.width)
-    return 4 * resolved.cache_elements(settings.cached)
+    kind = ATTENTIONS[mechanism.spec["kind"]]
+    heads = {"heads": settings.heads} if "heads" in kind.__dataclass_fields__ else {}
+    resolved = ATTENTIONS.parse({**heads, **mechanism.spec}, "attention").resolve(settings.heads * settings.width)
+    return 4 * resolved.cache_elements(tokens)
 
 
-def _single(case: str, value: float, unit: str) -> Row:
+def single(case: str, value: float, unit: str) -> Row:
     return Row(NAME, case, value, value, value, unit)
