@@ -3,6 +3,16 @@
 from models.cache.contiguous import ContiguousCache
 from models.cache.model import ModelCache
 from models.cache.protocol import Kept, KeyValueCache, LayerCache
+from models.cache.recurrent import RecurrentCache, beginnings
 from models.cache.rolling import RollingCache
 
-__all__ = ["ContiguousCache", "Kept", "KeyValueCache", "LayerCache", "ModelCache", "RollingCache"]
+__all__ = [
+    "ContiguousCache",
+    "Kept",
+    "KeyValueCache",
+    "LayerCache",
+    "ModelCache",
+    "RecurrentCache",
+    "RollingCache",
+    "beginnings",
+]
