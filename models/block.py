@@ -4,7 +4,8 @@
     feedforward_first   x = x + F(N(x)); x = x + A(N(x))
     parallel            x = x + A(N(x)) + F(N(x))          one norm each
 
-written for norm position `pre`; the other positions move the norm (models/norms.py).
+written for norm position `pre`; the other positions move the norm (models/norms.py). In a reversible model (two streams
+in place of one) the branches A(N(x)), F(N(x)) and, in a parallel block, their sum are the same (models/reversible.py).
 """
 
 from collections.abc import Callable
@@ -25,11 +26,12 @@ ORDERS = ("attention_first", "feedforward_first", "parallel")
 
 
 class Block(nn.Module):
-    """One layer of the Transformer: x (B, T, D) -> (B, T, D)."""
+    """One layer of the Transformer: x (B, T, D) -> (B, T, D); of a reversible one (B, T, 2D) -> (B, T, 2D)."""
 
     def __init__(self, layer: "LayerConfig", model: "ModelConfig", place: Place) -> None:
         super().__init__()
         self.place, self.order, self.norm_position = place, layer.order, model.norm.position
+        self.reversible = model.residual == "reversible"
         self.gain = residual_gain(self.norm_position, place.branches)
         self.attention = self.feedforward = None
         if layer.attention is not None:
@@ -60,11 +62,33 @@ class Block(nn.Module):
 
     def run(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """The layer on all tokens of x, or on those that take part."""
+        if self.reversible:
+            a, b = x.chunk(2, dim=-1)  # (B, T, D) each
+            for branch in self.branches(context, cache):
+                a, b = b, a + branch(b)
+            return torch.cat([a, b], dim=-1)  # (B, T, 2D)
         if self.order == "parallel":
             return x + self._attend(x, context, cache) + self._feed(x)
         if self.order == "feedforward_first":
             return self._attention_step(self._feedforward_step(x), context, cache)
         return self._feedforward_step(self._attention_step(x, context, cache))
+
+    def branches(self, context: Context, cache: LayerCache | None = None) -> list[Callable[[Tensor], Tensor]]:
+        """The branches of a reversible block in their order, each from (B, T, D) to (B, T, D).
+
+        They compute in the dtype of the weights: the streams that they read and add to may be wider.
+        """
+
+        def attend(x: Tensor) -> Tensor:
+            return self._attend(x.to(self.attention_norm.weight.dtype), context, cache)
+
+        def feed(x: Tensor) -> Tensor:
+            return self._feed(x.to(self.feedforward_norm.weight.dtype))
+
+        if self.order == "parallel":
+            return [lambda x: attend(x) + feed(x)]
+        present = ([attend] if self.attention is not None else []) + ([feed] if self.feedforward is not None else [])
+        return present[::-1] if self.order == "feedforward_first" else present
 
     def _attend(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         """The attention branch, normalised as `pre` and `sandwich` want it: (B, T, D) -> (B, T, D)."""

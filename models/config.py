@@ -25,6 +25,7 @@ from models.feedforward import FEEDFORWARDS
 from models.norms import AFTER, NORMS, Rms
 from models.positions import POSITIONS, Rope
 from models.registry import dump_dataclass, read_dataclass
+from models.reversible import RESIDUALS
 
 HEADS = ("tied", "untied")
 DIRECTIONS = ("causal", "bidirectional")
@@ -74,6 +75,7 @@ class ModelConfig:
         head: `tied` (the embedding is also the output projection) or `untied`.
         dropout: on the embeddings and on every residual branch, in training.
         direction: `causal`, where a token sees itself and those before it, or `bidirectional`, an encoder.
+        residual: `standard`, or `reversible`: two streams, of which training keeps no layer's (models/reversible.py).
         exits: after which layers a token may leave early (models/exits.py), or nothing.
         compression: module name -> stored form, for modules that are not plain dense weights.
     """
@@ -87,6 +89,7 @@ class ModelConfig:
     head: str = "tied"
     dropout: float = 0.0
     direction: str = "causal"
+    residual: str = "standard"
     exits: Any = field(default=None, metadata={"registry": EXITS})
     compression: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -98,6 +101,8 @@ class ModelConfig:
             raise UserError(f"unknown head {self.head!r}{did_you_mean(self.head, HEADS)}")
         if self.direction not in DIRECTIONS:
             raise UserError(f"unknown direction {self.direction!r}{did_you_mean(self.direction, DIRECTIONS)}")
+        if self.residual not in RESIDUALS:
+            raise UserError(f"unknown residual {self.residual!r}{did_you_mean(self.residual, RESIDUALS)}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.layers:
@@ -107,6 +112,23 @@ class ModelConfig:
                 f"norm position {self.norm.position} normalises after each sub-layer, "
                 "and a parallel layer has no such place"
             )
+        if self.residual == "reversible" and self.norm.position in AFTER:
+            raise UserError(
+                f"norm position {self.norm.position} normalises the stream, which a reversible one cannot take back; "
+                "give position pre or sandwich"
+            )
+        if self.residual == "reversible" and any(layer.depth is not None for layer in self.layers):
+            raise UserError(
+                "depth leaves out the tokens that a router chooses by the stream, and a reversible model computes the "
+                "stream anew with other rounding, by which it could choose others; leave one out"
+            )
+        if self.residual == "reversible" and any(getattr(layer.attention, "carry", 0) for layer in self.layers):
+            raise UserError(
+                "carry brings gradients from layer to layer beside the stream, and a reversible model computes the "
+                "stream's alone; leave one out"
+            )
+        if self.residual == "reversible" and self.exits is not None:
+            raise UserError("exits read the stream between layers, and a reversible model keeps none; leave one out")
         if self.exits is not None:
             self.exits.check(len(self.layers))
         object.__setattr__(self, "layers", tuple(self._resolved(layer) for layer in self.layers))
@@ -188,6 +210,7 @@ class _Plain:
     head: str = "tied"
     dropout: float = 0.0
     direction: str = "causal"
+    residual: str = "standard"
     exits: Any = field(default=None, metadata={"registry": EXITS})
 
 

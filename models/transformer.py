@@ -21,6 +21,7 @@ from models.exits import ExitNorms
 from models.linear import Embedding, Linear, itemsize
 from models.losses import IGNORED, SoftmaxError, linear_cross_entropy
 from models.norms import AFTER
+from models.reversible import merge, run_reversible, split
 
 
 class Output(NamedTuple):
@@ -53,6 +54,7 @@ class Transformer(nn.Module):
         if config.position.acts == "input":
             self._position(config.position, heads=0, head_width=0)
         self.dropout = nn.Dropout(config.dropout)
+        self.reversible = config.residual == "reversible"
         places = [self._place(i, layer) for i, layer in enumerate(config.layers)]  # all positions before any block
         self.blocks = nn.ModuleList(
             Block(layer, config, place) for layer, place in zip(config.layers, places, strict=True)
@@ -113,11 +115,15 @@ class Transformer(nn.Module):
         x, context = self.embed(tokens, documents=documents, positions=positions, cache=cache)
         teaches = self.exits is not None and targets is not None and self.training
         states, taught = {}, self.exits.blocks if teaches else ()
-        for i, block in enumerate(self.blocks):
-            x = block(x, context) if cache is None else block(x, context, cache.layers[i])  # (B, T, D)
-            if i in keep or i in taught:
-                states[i] = x
-        hidden, auxiliary = self.finish(x), self._auxiliary()  # (B, T, D)
+        if self.reversible and torch.is_grad_enabled() and cache is None and not keep:
+            x, auxiliary = run_reversible(self.blocks, x, context)  # (B, T, 2D)
+        else:
+            for i, block in enumerate(self.blocks):
+                x = block(x, context) if cache is None else block(x, context, cache.layers[i])  # (B, T, D)
+                if i in keep or i in taught:
+                    states[i] = self.stream(x)
+            auxiliary = self._auxiliary()
+        hidden = self.finish(x)  # (B, T, D)
         if targets is None:
             return Output(self.project(hidden), None, None, states, auxiliary)
         loss, z_term = self.loss(hidden, targets, z_loss=z_loss)
@@ -128,7 +134,11 @@ class Transformer(nn.Module):
 
     def finish(self, x: Tensor) -> Tensor:
         """What the head reads, (..., D), of the last block's output (..., D)."""
-        return self.norm(x)
+        return self.norm(self.stream(x))
+
+    def stream(self, x: Tensor) -> Tensor:
+        """The residual stream (..., D) of a block's output: of a reversible one (..., 2D) the mean of its two."""
+        return merge(x).to(self.norm.weight.dtype) if self.reversible else x
 
     def _auxiliary(self) -> dict[str, Tensor]:
         """The training losses that this forward left in the blocks, summed by name."""
@@ -147,7 +157,10 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: ModelCache | None = None,
     ) -> tuple[Tensor, Context]:
-        """Embed tokens (B, T) as (B, T, D) and gather what every block needs to know about them."""
+        """Embed tokens (B, T) as (B, T, D) and gather what every block needs to know about them.
+
+        A reversible model's blocks pass (B, T, 2D) on; `stream` and `finish` make (B, T, D) of it.
+        """
         for block in self.blocks if self.training else ():
             if block.depth is not None:
                 block.depth.advance()
@@ -171,7 +184,8 @@ class Transformer(nn.Module):
         context = self.context(x, positions, seen, past, cached=cache is not None)
         if context.positional and context.positional[0].added is not None:
             x = x + context.positional[0].added.to(x.dtype)
-        return self.dropout(x), context
+        x = self.dropout(x)
+        return (split(x) if self.reversible else x), context
 
     def context(self, x: Tensor, positions: Tensor, documents: Tensor | None, past: int, *, cached: bool) -> Context:
         """What every block needs to know about the last T of S tokens.

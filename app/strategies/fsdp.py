@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from app.strategies.checkpoint_io import METADATA, appearing_whole, named, numbered, read_checkpoint
+from models.errors import UserError
 
 
 class FSDP2(ModelParallelStrategy):
@@ -55,7 +56,17 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     def parallelize(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Shard `model` in place, block by block and then the rest; embedding, norm and (tied) head are one group."""
+        """Shard `model` in place, block by block and then the rest; embedding, norm and (tied) head are one group.
+
+        Raises:
+            UserError: a reversible model: its backward goes through the blocks from the inside, past the places where
+                shards are gathered.
+        """
+        if model.config.residual == "reversible":
+            raise UserError(
+                "the fsdp strategy cannot train a model with residual: reversible, which computes its blocks anew in "
+                "the backward; train it with ddp or on one device, or give residual: standard"
+            )
         mesh = self.device_mesh["data_parallel"]
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in model.blocks:

@@ -83,7 +83,7 @@ def run_blocks(
     for index, block in enumerate(model.blocks):
         x = block(x, context)  # (B, T, D)
         if index in keep:
-            states[index] = x
+            states[index] = model.stream(x)
     return model.finish(x), states
 
 

@@ -68,6 +68,8 @@ class Llama:
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         if not isinstance(config.norm, Rms) or config.norm.position != "pre":
             raise UserError(f"it has RMS norms in position pre, not {config.norm.kind} {config.norm.position}")
+        if config.residual != "standard":
+            raise UserError(f"its residual stream is standard, not {config.residual}")
         attention, feedforward = common(config, (Full, Window), Swiglu)
         if extras := config.layers[0].attention.extras():
             raise UserError(f"its attention has no {extras[0]}")

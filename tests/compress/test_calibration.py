@@ -15,7 +15,7 @@ from models.errors import UserError
 from models.transformer import Transformer
 
 
-def build(depth=3, head="tied", dropout=0.0):
+def build(depth=3, head="tied", dropout=0.0, residual="standard"):
     torch.manual_seed(0)
     config = {
         "width": 32,
@@ -23,6 +23,7 @@ def build(depth=3, head="tied", dropout=0.0):
         "vocab_size": 64,
         "head": head,
         "dropout": dropout,
+        "residual": residual,
         "attention": {"kind": "full", "heads": 4, "kv_heads": 2},
         "feedforward": {"kind": "swiglu", "width": 48},
     }
@@ -79,6 +80,15 @@ def test_statistics_are_those_of_the_inputs(name):
             assert torch.allclose(statistic.mean(), x.mean(0), atol=1e-5)
             assert torch.allclose(statistic.magnitude(), x.abs().mean(0), atol=1e-5)
             assert torch.allclose(statistic.variance(), x.var(0, correction=0), rtol=1e-3, atol=1e-5)
+
+
+def test_both_streams_of_a_reversible_model_are_passed_on():
+    model, data = build(head="untied", residual="reversible"), batches()
+    look = Look()
+    walk(model, look, data)
+    for name in ("blocks.2.feedforward.down", "head"):
+        x = inputs_of(model, name, data)
+        assert torch.allclose(look.seen[name].matrix(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_tied_embedding_sees_the_input_of_the_projection():

@@ -79,8 +79,9 @@ def test_copied_blocks_can_be_chosen():
     assert torch.equal(student.blocks[0].attention.q.weight, teacher.blocks[0].attention.q.weight)
 
 
-def test_run_blocks_is_the_forward():
-    model = tiny(3)
+@pytest.mark.parametrize("residual", ["standard", "reversible"])
+def test_run_blocks_is_the_forward(residual):
+    model = tiny(3, residual=residual)
     data = batch(padded=True)
     hidden, states = run_blocks(model, data["tokens"], data["documents"], {0, 2})
     output = model(data["tokens"], documents=data["documents"], keep=(0, 2))

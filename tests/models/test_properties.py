@@ -23,6 +23,7 @@ from models.generation import generate
 from models.norms import NORM_POSITIONS, NORMS
 from models.positions import POSITIONS
 from models.positions.rope import ROPE_SCALINGS
+from models.reversible import RESIDUALS
 from models.transformer import Transformer
 
 VOCAB, WIDTH, CONTEXT = 40, 16, 24
@@ -79,6 +80,7 @@ AXES = {
         *(example(FEEDFORWARDS, "swiglu", activation=activation, bias=True) for activation in ACTIVATIONS),
     ],
     "head": HEADS,
+    "residual": RESIDUALS,
     "depths": [None, *([None, example(DEPTHS, kind)] for kind in DEPTHS)],
 }
 
@@ -169,7 +171,7 @@ def few(cases):
         new = {
             (axis, label({axis: value}))
             for axis, value in case.items()
-            if axis in ("attention", "norm", "order", "depths")
+            if axis in ("attention", "norm", "order", "residual", "depths")
         }
         new |= {(axis, case[axis]["kind"]) for axis in ("position", "feedforward")}
         if case["feedforward"].get("activation") == "relu":
