@@ -215,10 +215,13 @@ class Enough(Exception):
 
 
 class Observer:
-    """Updates statistics from forward pre-hooks; linear maps that read the very same tensor share one statistic."""
+    """Updates statistics from forward pre-hooks; linear maps that read the very same tensor share one statistic.
 
-    def __init__(self, types: dict[str, StatisticType], device: torch.device) -> None:
-        self.types, self.device = types, device
+    `depth` is the router of a block that only some tokens take part in: what fills up its rows is no token.
+    """
+
+    def __init__(self, types: dict[str, StatisticType], device: torch.device, depth: nn.Module | None = None) -> None:
+        self.types, self.device, self.depth = types, device, depth
         self.statistics: dict[str, Statistic] = {}
         self.valid: Tensor | None = None
         self._owners: dict[str, str] = {}  # map -> the one that updates its statistic
@@ -241,8 +244,9 @@ class Observer:
                 self.statistics[name] = self.types[name](x.shape[-1], self.device)
             if torch.is_autocast_enabled(x.device.type):  # what the map will compute with
                 x = x.to(torch.get_autocast_dtype(x.device.type))
-            whole = self.valid is None or x.shape[:-1] != self.valid.shape
-            self.statistics[name].update(x.flatten(0, -2) if whole else x[self.valid.to(x.device)])  # (N, K)
+            valid = self.valid if self.depth is None else self.depth.kept
+            whole = valid is None or x.shape[:-1] != valid.shape
+            self.statistics[name].update(x.flatten(0, -2) if whole else x[valid.to(x.device)])  # (N, K)
         elif self._owners[name] != owner:
             raise RuntimeError(f"{name} and {self._owners[name]} read one input at first, and two now")
         self.statistics[name] = self.statistics[self._owners[name]]
@@ -274,7 +278,7 @@ def _wanted(method: Method, part: Part) -> dict[str, StatisticType]:
 
 
 def _gather(part: Part, kinds: dict[str, StatisticType], chain: Chain) -> None:
-    observer = Observer(kinds, chain.device)
+    observer = Observer(kinds, chain.device, getattr(part.module, "depth", None))
     part.inputs, part.contexts = chain.inputs, chain.contexts
     if part.module is part.model:
 

@@ -208,6 +208,20 @@ class DepthRouter(nn.Module):
         )
 
 
+def reference_mixture(router: DepthRouter, x: Tensor, context: Context, run: Run) -> Tensor:
+    """The same as `router(x, context, None, run)` in evaluation, written down plainly: the layer runs on all tokens.
+
+    Those that pass it by are documents of padding, so that no other sees them.
+    """
+    documents = x.new_zeros(x.shape[:2], dtype=torch.int64) if context.documents is None else context.documents
+    r = router.logits(x)  # (B, T)
+    chosen = (r > router.threshold) & (documents != PAD)
+    theirs = documents.expand_as(chosen).masked_fill(~chosen, PAD)
+    mask = document_mask(theirs, theirs, not router.place.bidirectional)  # (B, 1, T, T)
+    y = run(x, context._replace(mask=mask, causal=False, bias=None), None)  # (B, T, D)
+    return torch.where(chosen[..., None], x + r.sigmoid()[..., None].to(x.dtype) * (y - x), x)
+
+
 class ShortenedCache:
     """The cache of a layer that not every token takes part in: its attention's own, and whose keys they are.
 

@@ -50,8 +50,11 @@ def common(
     """The fields of the attention and of the feed-forward that every layer has.
 
     Raises:
-        UserError: a layer without one of the two, of another kind or order, or layers whose numbers differ.
+        UserError: a layer without one of the two, of another kind or order, or layers whose numbers differ; tokens that
+            leave early or pass a layer by.
     """
+    if config.exits is not None:
+        raise UserError("it has one norm before the head, and this model has early exits with norms of their own")
     for i, layer in enumerate(config.layers):
         for name, kinds in (("attention", attentions), ("feedforward", (feedforward,))):
             spec, first = getattr(layer, name), getattr(config.layers[0], name)
@@ -59,6 +62,8 @@ def common(
                 has = "none" if spec is None else spec.kind
                 wanted = type(first).kind if type(first) in kinds else kinds[0].kind
                 raise UserError(f"every layer has a {wanted} {name}, and layer {i} has {has}")
+        if layer.depth is not None:
+            raise UserError(f"every token takes part in every layer, and layer {i} has a {layer.depth.kind}")
         if layer.order != "attention_first":
             raise UserError(f"every layer has its attention first, and layer {i} is {layer.order}")
     return _same(config, "attention"), _same(config, "feedforward")

@@ -172,7 +172,7 @@ class Distill(Stage[options.Distill]):
 
 
 def fewer_layers(config: ModelConfig, count: int) -> ModelConfig:
-    """Return the architecture with `count` of its layers, those whose weights the student begins with.
+    """Return the architecture with `count` of its layers, those whose weights the student begins with, and no exits.
 
     Raises:
         UserError: fewer than one layer, or more than there are.
@@ -180,7 +180,7 @@ def fewer_layers(config: ModelConfig, count: int) -> ModelConfig:
     if not 1 <= count <= len(config.layers):
         raise UserError(f"student_layers is {count}; the teacher has {len(config.layers)} layers")
     kept = [config.layers[teacher] for _, teacher in Uniform().pairs(count, len(config.layers))]
-    return dataclasses.replace(config, layers=tuple(kept), compression={})
+    return dataclasses.replace(config, layers=tuple(kept), exits=None, compression={})
 
 
 def main(chosen: options.Distill) -> None:
