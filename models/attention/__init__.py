@@ -1,9 +1,25 @@
 """Attention mechanisms, one a file, behind the protocol of `protocol.py`."""
 
+from models.attention.bigbird import BigBird
 from models.attention.convolution import Convolution
+from models.attention.fixed import Fixed
 from models.attention.full import Full
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.retention import Retention
+from models.attention.strided import Strided
+from models.attention.top_k import TopK
 from models.attention.window import Window
 
-__all__ = ["ATTENTIONS", "Context", "Convolution", "Full", "Place", "Retention", "Window"]
+__all__ = [
+    "ATTENTIONS",
+    "BigBird",
+    "Context",
+    "Convolution",
+    "Fixed",
+    "Full",
+    "Place",
+    "Retention",
+    "Strided",
+    "TopK",
+    "Window",
+]

@@ -36,6 +36,9 @@ EXAMPLES = {
     "high_frequency_factor": 4.0,
     "original_context": 8,
     "window": 6,
+    "stride": 3,
+    "block": 4,
+    "keep": 3,
 }
 
 
@@ -64,6 +67,7 @@ AXES = {
         example(ATTENTIONS, "full", kv_heads=2, qk_norm="rms", scale=0.7),
         *(example(ATTENTIONS, kind, softcap=2.0, sink="learned") for kind in ("full", "window")),
         example(ATTENTIONS, "full", sink="zero"),
+        example(ATTENTIONS, "bigbird", block=2, random=1),
         example(ATTENTIONS, "window", dilation=5),
         example(ATTENTIONS, "retention", value_width=3, decay={"kind": "range"}, chunk=4),
     ],
