@@ -73,7 +73,8 @@ class Transformer(nn.Module):
             positional = self._position(spec, layer.attention.heads, layer.attention.head_width, number)
         bidirectional = config.direction == "bidirectional"
         branches = config.residual_branches()
-        return Place(config.width, branches, positional, number, config.context, bidirectional)
+        layers = sum(layer.attention is not None for layer in config.layers)
+        return Place(config.width, branches, positional, number, config.context, bidirectional, layers)
 
     def _position(self, spec, heads: int, head_width: int, layer: int = 0) -> int:
         """Index of the module for this spec, shared by the layers that agree on it unless each has its own."""
@@ -202,7 +203,8 @@ class Transformer(nn.Module):
         if any(layer.attention is not None and layer.attention.sees_all for layer in self.config.layers):
             mask, causal = self._mask(x, documents, past)
             bias = None if cached else training_bias(x, mask, causal)
-        return Context(tables, mask, causal, bias, documents, past)
+        leaves_notes = any(getattr(layer.attention, "leaves_notes", False) for layer in self.config.layers)
+        return Context(tables, mask, causal, bias, documents, past, {} if leaves_notes else None)
 
     @staticmethod
     def default_positions(tokens: Tensor, documents: Tensor | None, cache: ModelCache | None) -> Tensor:
@@ -289,4 +291,5 @@ class Transformer(nn.Module):
     def cache_bytes(self, tokens: int, dtype: torch.dtype | None = None) -> int:
         """Bytes that the cache of a sequence of so many tokens holds, over all layers."""
         attentions = [layer.attention for layer in self.config.layers if layer.attention is not None]
-        return itemsize(dtype) * sum(attention.cache_elements(tokens) for attention in attentions)
+        singles = sum(a.cache_singles(tokens) for a in attentions if hasattr(a, "cache_singles"))
+        return itemsize(dtype) * sum(a.cache_elements(tokens) for a in attentions) + singles * itemsize(torch.float32)

@@ -6,6 +6,7 @@ from models.attention.fixed import Fixed
 from models.attention.full import Full
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.retention import Retention
+from models.attention.selective import Selective
 from models.attention.strided import Strided
 from models.attention.top_k import TopK
 from models.attention.window import Window
@@ -19,6 +20,7 @@ __all__ = [
     "Full",
     "Place",
     "Retention",
+    "Selective",
     "Strided",
     "TopK",
     "Window",

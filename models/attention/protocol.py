@@ -26,6 +26,7 @@ class Place(NamedTuple):
         layer: number of the layer, from 0.
         context: tokens of the longest training sequence.
         bidirectional: whether a token also sees those behind it.
+        layers: of the model that have an attention.
     """
 
     width: int
@@ -34,6 +35,7 @@ class Place(NamedTuple):
     layer: int = 0
     context: int = 1024
     bidirectional: bool = False
+    layers: int = 1
 
 
 class Context(NamedTuple):
@@ -73,6 +75,9 @@ class AttentionSpec(Protocol):
         takes: which position encodings it works with, by how they act (models/positions/protocol.py), beside those
             that act on the embeddings or not at all. Empty: it ignores them.
         free_heads: whether any of its heads can be taken away; where not, `heads_because` says why.
+
+    It may also offer `leaves_notes`, whether the model must have `Context.notes`, and `cache_singles(tokens)`, how many
+    numbers its cache holds in fp32 whatever the dtype, beside `cache_elements`.
     """
 
     sees_all: bool

@@ -5,6 +5,7 @@ from models.cache.model import ModelCache
 from models.cache.protocol import Kept, KeyValueCache, LayerCache
 from models.cache.recurrent import RecurrentCache, beginnings
 from models.cache.rolling import RollingCache
+from models.cache.selective import Remembered, SelectiveCache
 
 __all__ = [
     "ContiguousCache",
@@ -13,6 +14,8 @@ __all__ = [
     "LayerCache",
     "ModelCache",
     "RecurrentCache",
+    "Remembered",
     "RollingCache",
+    "SelectiveCache",
     "beginnings",
 ]

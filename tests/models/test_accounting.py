@@ -46,6 +46,8 @@ MODELS = {
     "sub-layers": {"order": "ssfsff"},
     "pruned": {"change": pruned},
     "window": {"attention": {"kind": "window", "heads": 6, "kv_heads": 2, "window": LENGTH}},
+    "selective": {"attention": {"kind": "selective", "heads": 6, "kv_heads": 2}},
+    "selective with a budget": {"attention": {"kind": "selective", "heads": 6, "budget": LENGTH}},
     "strided": {"attention": {"kind": "strided", "heads": 6, "kv_heads": 2, "stride": LENGTH}},
     "bigbird": {"attention": {"kind": "bigbird", "heads": 6, "kv_heads": 2, "block": LENGTH}},
     "top_k": {"attention": {"kind": "top_k", "heads": 6, "kv_heads": 2, "keep": 5}},
