@@ -4,6 +4,7 @@ from models.attention.bigbird import BigBird
 from models.attention.convolution import Convolution
 from models.attention.fixed import Fixed
 from models.attention.full import Full
+from models.attention.longformer import Longformer
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.retention import Retention
 from models.attention.selective import Selective
@@ -18,6 +19,7 @@ __all__ = [
     "Convolution",
     "Fixed",
     "Full",
+    "Longformer",
     "Place",
     "Retention",
     "Selective",

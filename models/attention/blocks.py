@@ -50,6 +50,35 @@ class Extra(NamedTuple):
     position: Tensor | None = None
 
 
+class Anchors(NamedTuple):
+    """The first tokens of each document, which every later token of it sees, in the band or not.
+
+    Attributes:
+        starts: (B or 1, T) int64, for each token the number of the first of its document.
+        count: how many.
+        bias: of distances (T, X) from such keys to queries, (H, T, X) that is added to their scores; or None.
+    """
+
+    starts: Tensor
+    count: int
+    bias: Callable[[Tensor], Tensor] | None = None
+
+
+class _Beside(NamedTuple):
+    """Keys beside the band as every block has them.
+
+    Attributes:
+        keys, values: (B * N, G, X, d).
+        visible: (B or 1, N, c, X).
+        position: (B * N, H, c, X), or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    visible: Tensor
+    position: Tensor | None
+
+
 def attend_band(
     q: Tensor,
     k: Tensor,
@@ -59,6 +88,7 @@ def attend_band(
     documents: tuple[Tensor, Tensor] | None = None,
     extra: Extra | None = None,
     dropout: float = 0.0,
+    anchors: Anchors | None = None,
 ) -> Tensor:
     """Attention of every query over the keys in its band, and over the extra ones that it sees.
 
@@ -71,42 +101,53 @@ def attend_band(
             A key whose document no query has is seen by none.
         extra: keys outside the band's reach.
         dropout: of the probabilities.
+        anchors: what every query sees of its document's beginning; a dilated band costs then as much as one that is
+            not, over the same distance.
 
     Returns:
         (B, H, T, d).
     """
-    if band.dilation > 1:
+    if band.dilation > 1 and anchors is None:
         return _by_remainder(q, k, v, band, scoring, documents, extra, dropout)
     batch, _, tokens, _ = q.shape
-    block = min(max(band.before + band.after + 1, SMALLEST), LARGEST, tokens)
+    before, after = band.before * band.dilation, band.after * band.dilation
+    block = min(max(before + after + 1, SMALLEST), LARGEST, tokens)
     blocks = -(-tokens // block)
     rest = blocks * block - tokens
     steps = torch.arange(block, device=q.device)
-    columns = torch.arange(-band.before, block + band.after, device=q.device)  # (K,)
+    columns = torch.arange(-before, block + after, device=q.device)  # (K,)
     distance = steps[:, None] - columns  # (c, K)
-    numbers = torch.arange(blocks, device=q.device)[:, None] * block + columns  # (N, K)
-    inside = (numbers >= 0) & (numbers < tokens)
-    mask = (band.holds(distance) & inside[:, None])[None]  # (1, N, c, K)
+    firsts = torch.arange(blocks, device=q.device)[:, None] * block  # (N, 1)
+    rows, numbers = firsts + steps, firsts + columns  # (N, c), (N, K)
+    held = band.holds(distance)[None]  # (1, c, K)
+    if anchors is not None:
+        starts = F.pad(anchors.starts, (0, rest)).unflatten(1, (blocks, block))  # (B or 1, N, c)
+        place = numbers[:, None] - starts[..., None]  # (B or 1, N, c, K), in the document of the query
+        held = held | ((place >= 0) & (place < anchors.count) & (distance >= 0))
+    inside = (numbers >= 0) & (numbers < tokens)  # (N, K)
+    mask = (held & inside[:, None]).view(-1, blocks, block, len(columns))  # (B or 1, N, c, K)
     if documents is not None:
         own = F.pad(documents[0], (0, rest), value=OUTSIDE).unflatten(1, (blocks, block))  # (B or 1, N, c)
-        theirs = _reach(documents[1][..., None], band, block, rest, OUTSIDE)[..., 0]  # (B or 1, N, K)
+        theirs = _reach(documents[1][..., None], before, after, block, rest, OUTSIDE)[..., 0]  # (B or 1, N, K)
         mask = mask & (own[..., :, None] == theirs[..., None, :])
-    padding = torch.arange(blocks * block, device=q.device).view(blocks, block, 1) >= tokens  # (N, c, 1)
-    mask = mask | padding  # a row that sees nothing would be not a number, and so would be the gradients of its block
+    mask = mask | (rows >= tokens)[..., None]  # an empty row would be not a number, and so would its block's gradients
+    beside = [] if extra is None else [_spread(extra, batch, blocks, rest)]
+    if anchors is not None:
+        beside.append(_anchored(k, v, anchors, starts, rows, before))
     q = F.pad(q, (0, 0, 0, rest)).unflatten(2, (blocks, block)).movedim(2, 1).flatten(0, 1)  # (B * N, H, c, d)
-    k, v = (_reach(x, band, block, rest, 0).movedim(2, 1).flatten(0, 1) for x in (k, v))  # (B * N, G, K, d)
+    k, v = (_reach(x, before, after, block, rest, 0).movedim(2, 1).flatten(0, 1) for x in (k, v))  # (B * N, G, K, d)
     found = scoring(q, k, distance)
-    if extra is not None:
-        k, v, mask, found = _with_extra(k, v, mask, found, extra, distance, (batch, blocks, rest))
+    for more in beside:
+        k, v, mask, found = _joined(k, v, mask, found, more)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, c, K + X)
     y = attend(q, k, v, Visible(mask, causal=False), found, dropout)
     return y.unflatten(0, (batch, blocks)).movedim(1, 2).flatten(2, 3)[:, :, :tokens]
 
 
-def _reach(x: Tensor, band: Band, block: int, rest: int, outside: int) -> Tensor:
+def _reach(x: Tensor, before: int, after: int, block: int, rest: int, outside: int) -> Tensor:
     """The keys x (..., T, d) that each block can see, (..., N, K, d), with `outside` beyond both ends."""
-    padded = F.pad(x, (0, 0, band.before, rest + band.after), value=outside)
-    return padded.unfold(-2, band.before + block + band.after, block).transpose(-1, -2)
+    padded = F.pad(x, (0, 0, before, rest + after), value=outside)
+    return padded.unfold(-2, before + block + after, block).transpose(-1, -2)
 
 
 def _by_remainder(
@@ -151,27 +192,62 @@ def _by_remainder(
     return y.unflatten(0, (batch, dilation)).movedim(1, 3).flatten(2, 3)[:, :, :tokens]
 
 
-def _with_extra(
-    k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring, extra: Extra, distance: Tensor, sizes: tuple[int, int, int]
+def _spread(extra: Extra, batch: int, blocks: int, rest: int) -> _Beside:
+    """The same extra keys for every block."""
+    keys, values = (x.repeat_interleave(blocks, 0) for x in (extra.keys, extra.values))
+    visible = F.pad(extra.visible, (0, 0, 0, rest)).unflatten(1, (blocks, -1))
+    position = extra.position
+    if position is not None:
+        position = position if position.ndim == 4 else position[None]  # (B or 1, H, T, X)
+        position = F.pad(position, (0, 0, 0, rest)).unflatten(2, (blocks, -1)).movedim(2, 1)  # (B or 1, N, H, c, X)
+        position = position.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    return _Beside(keys, values, visible, position)
+
+
+def _anchored(k: Tensor, v: Tensor, anchors: Anchors, starts: Tensor, rows: Tensor, before: int) -> _Beside:
+    """The anchors of the document that each block begins in, as far as they lie before the keys that the block sees.
+
+    All others are among those keys: a document that begins inside a block has its first tokens there, as far as they
+    are before the block's queries.
+
+    Args:
+        k, v: (B, G, T, d) of all tokens.
+        anchors: which.
+        starts: (B or 1, N, c) number of the first token of each query's document.
+        rows: (N, c) number of each query.
+        before: how far the keys of a block reach back from its first token.
+    """
+    batch, groups, tokens, _ = k.shape
+    first = starts[:, :, :1]  # (B or 1, N, 1)
+    numbers = first + torch.arange(anchors.count, device=k.device)  # (B or 1, N, X)
+    beyond = numbers < rows[:, :1] - before  # (B or 1, N, X)
+    visible = beyond[:, :, None] & (starts == first)[..., None]  # (B or 1, N, c, X)
+    index = numbers.clamp(max=tokens - 1).flatten(1)[:, None, :, None]  # (B or 1, 1, N * X, 1)
+
+    def chosen(x: Tensor) -> Tensor:
+        found = x.gather(2, index.expand(batch, groups, -1, x.shape[-1]))  # (B, G, N * X, d)
+        return found.unflatten(2, (-1, anchors.count)).movedim(2, 1).flatten(0, 1)  # (B * N, G, X, d)
+
+    position = None
+    if anchors.bias is not None:
+        distance = rows[..., None] - numbers[:, :, None]  # (B or 1, N, c, X)
+        position = anchors.bias(distance.flatten(0, -2)).unflatten(1, distance.shape[:-1])  # (H, B or 1, N, c, X)
+        position = position.movedim(0, 2).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    return _Beside(chosen(k), chosen(v), visible, position)
+
+
+def _joined(
+    k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring, beside: _Beside
 ) -> tuple[Tensor, Tensor, Tensor, Scoring]:
-    """The keys, values and mask of every block with the extra ones behind them, and the scoring of all of them."""
-    batch, blocks, rest = sizes
-    seen = F.pad(extra.visible, (0, 0, 0, rest)).unflatten(1, (blocks, -1))  # (B or 1, N, c, X)
-    rows = max(mask.shape[0], seen.shape[0])
-    mask = torch.cat([mask.expand(rows, -1, -1, -1), seen.expand(rows, -1, -1, -1)], dim=-1)  # (., N, c, K + X)
-    k, v = (
-        torch.cat([x, more.repeat_interleave(blocks, 0)], dim=2) for x, more in ((k, extra.keys), (v, extra.values))
-    )  # (B * N, G, K + X, d)
-    if scoring.position is None and extra.position is None:
+    """The keys, values and mask of every block with those beside the band behind them, and the scoring of all."""
+    batch = max(mask.shape[0], beside.visible.shape[0])
+    mask = torch.cat([x.expand(batch, -1, -1, -1) for x in (mask, beside.visible)], dim=-1)  # (., N, c, K + X)
+    near, far, seen = scoring.position, beside.position, k.shape[2]
+    k, v = torch.cat([k, beside.keys], dim=2), torch.cat([v, beside.values], dim=2)  # (B * N, G, K + X, d)
+    if near is None and far is None:
         return k, v, mask, scoring
-    count, heads = extra.keys.shape[2], (extra.position if scoring.position is None else scoring.position).shape[-3]
-    near = distance.new_zeros(heads, *distance.shape) if scoring.position is None else scoring.position
-    near = near.expand(batch * blocks, -1, -1, -1)  # (B * N, H, c, K)
-    if extra.position is None:
-        far = near.new_zeros(1, 1, 1, 1).expand(*near.shape[:3], count)
-    else:
-        rows = extra.position if extra.position.ndim == 4 else extra.position[None]  # (B or 1, H, T, X)
-        far = F.pad(rows, (0, 0, 0, rest)).unflatten(2, (blocks, -1)).movedim(2, 1)  # (B or 1, N, H, c, X)
-        far = far.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # (B * N, H, c, X)
-    position = torch.cat([near.to(far.dtype), far], dim=-1)  # (B * N, H, c, K + X)
-    return k, v, mask, replace(scoring, position=position)
+    heads, queries = (far if near is None else near).shape[-3:-1]
+    near = k.new_zeros(heads, queries, seen) if near is None else near
+    far = near.new_zeros(heads, queries, k.shape[2] - seen) if far is None else far
+    parts = [x.expand(len(k), -1, -1, -1) for x in (near.to(far.dtype), far)]
+    return k, v, mask, replace(scoring, position=torch.cat(parts, dim=-1))  # (B * N, H, c, K + X)

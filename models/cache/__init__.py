@@ -1,5 +1,6 @@
 """Key/value caches, one a file; `ModelCache` holds one per attention layer and what they share."""
 
+from models.cache.anchored import Anchored, AnchoredCache
 from models.cache.contiguous import ContiguousCache
 from models.cache.model import ModelCache
 from models.cache.protocol import Kept, KeyValueCache, LayerCache
@@ -8,6 +9,8 @@ from models.cache.rolling import RollingCache
 from models.cache.selective import Remembered, SelectiveCache
 
 __all__ = [
+    "Anchored",
+    "AnchoredCache",
     "ContiguousCache",
     "Kept",
     "KeyValueCache",

@@ -52,6 +52,7 @@ MODELS = {
     "bigbird": {"attention": {"kind": "bigbird", "heads": 6, "kv_heads": 2, "block": LENGTH}},
     "top_k": {"attention": {"kind": "top_k", "heads": 6, "kv_heads": 2, "keep": 5}},
     "dilated window": {"attention": {"kind": "window", "heads": 6, "window": LENGTH, "dilation": 3}},
+    "longformer": {"attention": {"kind": "longformer", "heads": 6, "kv_heads": 3, "window": LENGTH, "globals": 12}},
 }
 
 

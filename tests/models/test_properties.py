@@ -36,6 +36,7 @@ EXAMPLES = {
     "high_frequency_factor": 4.0,
     "original_context": 8,
     "window": 6,
+    "globals": 2,
     "stride": 3,
     "block": 4,
     "keep": 3,
