@@ -1,6 +1,7 @@
 """`espalier generate`: continue a text, token by token."""
 
 import sys
+from collections import Counter
 
 from app.loading import load_model, resolve_device, resolve_dtype
 from models.generation import Sampling, stream
@@ -15,6 +16,7 @@ def main(chosen: options.Generate) -> None:
     tokenizer = loaded.text_tokenizer()
     prompt = [tokenizer.begin, *tokenizer.encode(chosen.prompt)]  # a text begins as every document did in training
     new: list[int] = []
+    used: list[int] = []
     shown = ""
     sys.stdout.write(chosen.prompt)
     for step in stream(
@@ -24,6 +26,8 @@ def main(chosen: options.Generate) -> None:
         sampling=sampling,
         stop_tokens=[tokenizer.eot],
         seed=chosen.seed,
+        exit_confidence=chosen.exit_confidence,
+        layers_used=used,
     ):
         new += [token for token in step[:1] if token is not None]
         text = tokenizer.decode(new)
@@ -32,3 +36,11 @@ def main(chosen: options.Generate) -> None:
             sys.stdout.flush()
             shown = text
     sys.stdout.write(tokenizer.decode(new)[len(shown) :] + "\n")
+    if chosen.exit_confidence is not None and used:
+        print(layers_per_token(used, len(loaded.model.blocks)), file=sys.stderr)
+
+
+def layers_per_token(used: list[int], depth: int) -> str:
+    """Return how many layers the tokens have run, on average and one number of layers after the other."""
+    counts = ", ".join(f"{count} after {layers}" for layers, count in sorted(Counter(used).items()))
+    return f"layers run per token: {sum(used) / len(used):.2f} of {depth} ({counts})"

@@ -249,6 +249,9 @@ class Generate(Compute):
     top_k: int | None = option("sample from the K likeliest tokens only", None)
     top_p: float | None = option("sample from the fewest tokens that hold this much probability", None)
     seed: int = option("seed of the sampling", 0)
+    exit_confidence: float | None = option(
+        "leave a model with early exits where the likeliest token has this probability; default: run all layers", None
+    )
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,58 @@
+"""`espalier generate` with early exits."""
+
+import re
+
+import pytest
+import torch
+
+from models import folder
+from models.config import ModelConfig
+from models.transformer import Transformer
+
+ARCHITECTURE = {
+    "width": 32,
+    "depth": 4,
+    "context": 64,
+    "attention": {"kind": "full", "heads": 4},
+    "feedforward": {"kind": "swiglu", "width": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def untrained(tokenizer, tmp_path_factory):
+    """Folders of a model with exits and of one without."""
+    made = {}
+    for name, exits in (("with", {"layers": [1, 2]}), ("without", None)):
+        torch.manual_seed(0)
+        config = ModelConfig.from_dict(ARCHITECTURE | {"vocab_size": tokenizer.vocab_size, "exits": exits})
+        made[name] = tmp_path_factory.mktemp("exits") / name
+        with folder.writing(made[name]) as target:
+            folder.save_model(Transformer(config), target)
+            tokenizer.save(target)
+    return made
+
+
+def test_it_says_how_many_layers_the_tokens_have_run(untrained, espalier):
+    common = ["generate", untrained["with"], "--prompt", "ba", "--max_new_tokens", 6, "--temperature", 0]
+    status, plain = espalier(*common)
+    assert status == 0, plain.err
+    assert "layers" not in plain.err
+    for confidence, expected in ((0.001, "1.00 of 4 (6 after 1)"), (1.1, "4.00 of 4 (6 after 4)")):
+        status, output = espalier(*common, "--exit_confidence", confidence)
+        assert status == 0, output.err
+        assert re.search(r"layers run per token: (.*)$", output.err, re.MULTILINE)[1] == expected
+    assert output.out == plain.out  # never sure: the text of the whole model
+
+
+def test_a_model_without_exits_refuses_a_confidence(untrained, refused):
+    refused(
+        "generate",
+        untrained["without"],
+        "--prompt",
+        "ba",
+        "--max_new_tokens",
+        6,
+        "--exit_confidence",
+        0.9,
+        words=["this one has none"],
+    )
