@@ -278,7 +278,7 @@ def random_blocks(number: Tensor, count: Tensor, chosen: int, seed: int, bidirec
 
 def _hashed(number: Tensor, turn: int, seed: int) -> Tensor:
     """A number below 2^31 that looks random: two rounds of multiplication and shift, within 63 bits."""
-    x = (number + turn * 0x9E3779B1 + seed * 0x85EBCA77) & 0xFFFFFFFF
+    x = number + ((turn * 0x9E3779B1 + seed * 0x85EBCA77) & 0xFFFFFFFF)
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return (x ^ (x >> 16)) & 0x7FFFFFFF
