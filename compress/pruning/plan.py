@@ -126,7 +126,7 @@ def plan(model: nn.Module, cut: Cut, scores: Callable[[str], Mapping[int, Tensor
     for target, ratio in cut.ratios.items():
         counts = units[target]
         if target != "neurons":
-            _require_free_heads(model.config)
+            _require_free_heads(model.config, counts or range(len(model.blocks)))
         if not counts:
             raise UserError(f"target '{target}': no block of this model has any")
         multiple = cut.round_to if target == "neurons" else 1
@@ -138,12 +138,11 @@ def plan(model: nn.Module, cut: Cut, scores: Callable[[str], Mapping[int, Tensor
     }
 
 
-def _require_free_heads(config: ModelConfig) -> None:
-    """Refuse to cut heads that have numbers of their own outside the maps that are cut."""
-    for index, layer in enumerate(config.layers):
-        if layer.attention is None:
-            continue
-        if why := _bound(layer.attention, config):
+def _require_free_heads(config: ModelConfig, blocks: Iterable[int]) -> None:
+    """Refuse to cut heads of these blocks that have numbers of their own outside the maps that are cut."""
+    for index in blocks:
+        attention = config.layers[index].attention
+        if attention is not None and (why := _bound(attention, config)):
             raise UserError(f"the heads of block {index} cannot be cut: {why}; cut neurons instead")
 
 
