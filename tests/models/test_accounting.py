@@ -53,6 +53,9 @@ MODELS = {
     "top_k": {"attention": {"kind": "top_k", "heads": 6, "kv_heads": 2, "keep": 5}},
     "dilated window": {"attention": {"kind": "window", "heads": 6, "window": LENGTH, "dilation": 3}},
     "longformer": {"attention": {"kind": "longformer", "heads": 6, "kv_heads": 3, "window": LENGTH, "globals": 12}},
+    "retention": {"attention": {"kind": "retention", "heads": 6, "chunk": 8}},
+    "retention in one chunk": {"attention": {"kind": "retention", "heads": 6, "value_width": 5}},
+    "convolution": {"attention": {"kind": "convolution", "channels": 32}, "position": "none"},
 }
 
 
@@ -112,6 +115,13 @@ def test_flops_of_a_decode_step_grow_with_what_it_sees():
         with FlopCounterMode(display=False) as step:
             model(torch.randint(90, (1, 1)), cache=cache)
     assert step.get_total_flops() == model.flops_per_token(LENGTH)
+
+
+@pytest.mark.parametrize("kind", ["retention", "convolution"])
+def test_a_state_of_fixed_size_costs_the_same_at_any_length(kind):
+    model = build(**MODELS[kind])
+    assert model.cache_bytes(1) == model.cache_bytes(1000)
+    assert model.flops_per_token(100) == model.flops_per_token(1000)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
