@@ -6,13 +6,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from models.attention.flash import tiled_attention
 from models.attention.options import QK_NORMS, SINKS
 from models.attention.protocol import ATTENTIONS, Context, Place
-from models.attention.standard import Scoring, ValueTerms, attend
+from models.attention.standard import Scoring, ValueTerms, attend, reference_attention
 from models.cache import ContiguousCache, Kept, KeyValueCache
 from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
 from models.positions import POSITIONS, Positional
+
+KERNELS = ("sdpa", "tiled", "reference")
 
 
 @ATTENTIONS.register("full")
@@ -32,6 +35,9 @@ class Full:
         qk_norm: normalisation of every query and key head before the rotation (arXiv 2302.05442), or nothing.
         softcap: c, where scores become c tanh(scores / c) (Gemma 2); nothing leaves them.
         sink: one more logit in every softmax, without a value: `learned` by each head (gpt-oss), `zero`, or nothing.
+        kernel: what computes the softmax. `sdpa`, PyTorch's kernels, is for all work. `tiled`, FlashAttention in plain
+            PyTorch (models/attention/flash.py), needs O(T) memory wherever PyTorch runs, also where no fused kernel
+            fits. `reference` has all scores in memory, and is what others are compared with.
     """
 
     sees_all = True
@@ -50,6 +56,7 @@ class Full:
     qk_norm: Any = field(default=None, metadata={"registry": QK_NORMS})
     softcap: float | None = None
     sink: str | None = None
+    kernel: str = "sdpa"
 
     def __init_subclass__(cls) -> None:
         """A mechanism that hands its own queries and keys to `scoring`, and all of `Scoring` to `attend`, says so."""
@@ -70,6 +77,21 @@ class Full:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
         if self.sink not in (None, *SINKS):
             raise UserError(f"unknown sink {self.sink!r}{did_you_mean(self.sink, SINKS)}")
+        self._check_kernel()
+
+    def _check_kernel(self) -> None:
+        if self.kernel not in KERNELS:
+            raise UserError(f"unknown kernel {self.kernel!r}{did_you_mean(self.kernel, KERNELS)}")
+        if self.kernel != "sdpa" and self.kind != "full":
+            raise UserError(f"kernel {self.kernel} is an option of full alone: {self.kind} has a way of its own")
+        if self.kernel != "tiled":
+            return
+        for name in ("softcap", "sink", "dropout"):
+            if getattr(self, name):
+                raise UserError(f"kernel tiled has no {name}: leave it out, or take kernel sdpa")
+        # it compares the documents of a tile, and knows no addends of the scores
+        object.__setattr__(self, "sees_all", False)
+        object.__setattr__(self, "takes", ("rotation",))
 
     def resolve(self, width: int) -> Self:
         """The same attention with its head width spelled out for a model of this width."""
@@ -110,7 +132,7 @@ class FullAttention(nn.Module):
         width = place.width
         self.heads, self.kv_heads, self.head_width = spec.heads, spec.kv_heads, spec.head_width
         self.dropout, self.positional, self.bidirectional = spec.dropout, place.positional, place.bidirectional
-        self.scale, self.softcap = spec.scale, spec.softcap
+        self.scale, self.softcap, self.kernel = spec.scale, spec.softcap, spec.kernel
         self.q = Linear(width, self.heads * self.head_width, bias=spec.bias, std=0.02)
         self.k = Linear(width, self.kv_heads * self.head_width, bias=spec.bias, std=0.02)
         self.v = Linear(width, self.kv_heads * self.head_width, bias=spec.bias, std=0.02)
@@ -134,9 +156,14 @@ class FullAttention(nn.Module):
 
     def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
         """Attention of the new queries (B, H, T, head_width) over what is kept: (B, H, T, head_width)."""
+        if self.kernel == "tiled":
+            documents = None if context.documents is None else (context.documents[:, context.past :], context.documents)
+            causal = not self.bidirectional
+            return tiled_attention(q, kept.keys, kept.values, causal=causal, scale=self.scale, documents=documents)
         biases = context.positional[self.positional].biases
         scoring = self.scoring(q, kept.keys, token_distance(q, kept, context) if biases else None, context)
-        return attend(q, kept.keys, kept.values, context.visible, scoring, self.drop())
+        kernel = reference_attention if self.kernel == "reference" else attend
+        return kernel(q, kept.keys, kept.values, context.visible, scoring, self.drop())
 
     def scoring(self, q: Tensor, k: Tensor, distance: Tensor | None, context: Context) -> Scoring:
         """What is done to the scores of q (B, H, T, d), `distance` (T, S) tokens behind their keys k (B, G, S, d).

@@ -18,8 +18,9 @@ from models.positions.alibi import slopes
 from models.positions.t5 import bucket
 
 
-def built(position, width=16, heads=4, head_width=8):
-    return POSITIONS.parse(position, "position").build(width=width, heads=heads, head_width=head_width, context=64)
+def built(position, width=16, heads=4, head_width=8, **more):
+    sizes = {"width": width, "heads": heads, "head_width": head_width, "context": 64}
+    return POSITIONS.parse(position, "position").build(**sizes, **more)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8, 12, 16, 20])
@@ -45,6 +46,18 @@ def test_t5_buckets_are_those_of_t5(buckets, furthest):
         -distance, bidirectional=False, num_buckets=buckets, max_distance=furthest
     )
     assert torch.equal(bucket(distance, buckets, furthest), theirs)
+
+
+@pytest.mark.parametrize(("buckets", "furthest"), [(32, 128), (8, 20), (64, 1000)])
+def test_t5_buckets_of_an_encoder_are_those_of_t5(buckets, furthest):
+    distance = torch.arange(-300, 301)
+    theirs = T5Attention._relative_position_bucket(
+        -distance, bidirectional=True, num_buckets=buckets, max_distance=furthest
+    )
+    assert torch.equal(bucket(distance, buckets, furthest, bidirectional=True), theirs)
+    module = built({"kind": "t5", "buckets": buckets, "max_distance": furthest}, bidirectional=True)
+    bias = module(torch.arange(3)[None]).bias(distance[None])  # (H, 1, 601)
+    assert torch.equal(bias, module.table.weight[theirs].T[:, None])
 
 
 def test_t5_adds_the_row_of_the_bucket():
@@ -135,8 +148,17 @@ def test_a_model_with_sinusoidal_positions_goes_beyond_its_context():
             "factor must be at least 1",
         ),
         ({"kind": "sinusoidal", "base": 1.0}, "base must be above 1"),
+        ({"kind": "shaw", "clip": 0}, "clip must be at least 1"),
+        ({"kind": "shaw", "terms": "values"}, "unknown terms 'values'.*keys_and_values"),
     ],
 )
 def test_wrong_numbers_are_refused(position, sentence):
     with pytest.raises(UserError, match=sentence):
         POSITIONS.parse(position, "position")
+
+
+def test_sizes_that_an_encoding_cannot_have_are_refused():
+    with pytest.raises(UserError, match="at least 4 buckets"):
+        built({"kind": "t5", "buckets": 2}, bidirectional=True)
+    with pytest.raises(UserError, match="need an even width"):
+        built("transformer_xl", width=15)
