@@ -8,6 +8,7 @@ from models.attention.longformer import Longformer
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.retention import Retention
 from models.attention.selective import Selective
+from models.attention.single_heads import SingleHeads
 from models.attention.strided import Strided
 from models.attention.top_k import TopK
 from models.attention.window import Window
@@ -23,6 +24,7 @@ __all__ = [
     "Place",
     "Retention",
     "Selective",
+    "SingleHeads",
     "Strided",
     "TopK",
     "Window",
