@@ -270,7 +270,9 @@ class Transformer(nn.Module):
         flops = 2 * self.config.width * self.config.vocab_size
         for layer in self.config.layers:
             if layer.attention is not None:
-                flops += layer.share * layer.attention.flops_per_token(self.config.width, round(layer.share * length))
+                seen = round(layer.share * length)
+                flops += layer.share * layer.attention.flops_per_token(self.config.width, seen)
+                flops += layer.share * self._position_flops(layer.attention, seen)
             if layer.feedforward is not None:
                 flops += layer.share * layer.feedforward.flops_per_token(self.config.width)
             if layer.depth is not None:

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2BertConfig, XLNetConfig, XLNetModel
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
@@ -160,6 +162,18 @@ def test_a_decode_step_maps_its_query_and_a_prompt_the_distances():
     with torch.no_grad():
         pieces = [model(piece, cache=cache).logits for piece in tokens.split([17, 1, 1, 8, 3], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(tokens).logits)
+
+
+def test_the_products_of_transformer_xl_are_counted():
+    """In the backward no gradient goes to the sines."""
+    model, tokens = build("transformer_xl"), torch.randint(40, (1, 24))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        model(tokens)
+    assert forward.get_total_flops() == 24 * model.flops_per_token(24)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as both:
+        model(tokens).logits.sum().backward()
+    sines = 24 * 2 * len(model.blocks) * WIDTH * HEADS * CHANNELS
+    assert both.get_total_flops() == 24 * model.training_flops_per_token(24) - sines
 
 
 def test_a_mechanism_that_has_not_said_that_its_queries_are_read_refuses():
