@@ -56,6 +56,8 @@ MODELS = {
     "retention": {"attention": {"kind": "retention", "heads": 6, "chunk": 8}},
     "retention in one chunk": {"attention": {"kind": "retention", "heads": 6, "value_width": 5}},
     "convolution": {"attention": {"kind": "convolution", "channels": 32}, "position": "none"},
+    "single heads": {"attention": {"kind": "single_heads", "heads": 6}},
+    "shaw": {"position": {"kind": "shaw", "clip": 5, "terms": "keys_and_values"}},
 }
 
 
