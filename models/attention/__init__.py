@@ -5,6 +5,7 @@ from models.attention.convolution import Convolution
 from models.attention.fixed import Fixed
 from models.attention.full import Full
 from models.attention.longformer import Longformer
+from models.attention.lsh import Lsh
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.retention import Retention
 from models.attention.selective import Selective
@@ -21,6 +22,7 @@ __all__ = [
     "Fixed",
     "Full",
     "Longformer",
+    "Lsh",
     "Place",
     "Retention",
     "Selective",

@@ -30,6 +30,7 @@ VOCAB, WIDTH, CONTEXT = 40, 16, 24
 # what the fields that a spec must be given are here, by their names
 EXAMPLES = {
     "heads": 4,
+    "buckets": 4,
     "width": 24,
     "factor": 2.0,
     "low_frequency_factor": 1.0,
@@ -72,6 +73,8 @@ AXES = {
         example(ATTENTIONS, "selective", kv_heads=2, budget=3, softcap=2.0, sink="zero"),
         example(ATTENTIONS, "selective", carry=0.5),
         example(ATTENTIONS, "selective", budget=4, carry=0.5),
+        example(ATTENTIONS, "lsh", buckets=2, chunk=2, rounds=3, bias=True, out_bias=True),
+        example(ATTENTIONS, "lsh", chunk=4, scale=1.0, across_buckets=True, duplicates=True),
         example(ATTENTIONS, "bigbird", block=2, random=1),
         example(ATTENTIONS, "window", dilation=5),
         example(ATTENTIONS, "retention", value_width=3, decay={"kind": "range"}, chunk=4),

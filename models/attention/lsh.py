@@ -1,0 +1,377 @@
+"""Attention among tokens that fall into the same bucket (Reformer, arXiv 2001.04451, section 2).
+
+Queries and keys are one map, k = q / |q|. In each of R rounds a token is hashed to argmax([xR; -xR]) for a random
+rotation R; tokens are sorted by bucket, and a query attends to near ones in that order. It attends to itself only where
+there is nothing else. A key that several rounds bring counts once, and the rounds are weighted by their partition
+functions, so that the output is one softmax over all keys that any round brings.
+
+What near is:
+
+- In an encoder it is the paper's: the sorted tokens are cut into chunks of m, and a query sees its own chunk and the
+  one before. Each document is cut from its own beginning, so that packed documents stay what they are alone.
+- In a decoder that would leak: a later token that falls into an earlier bucket moves the borders of all chunks behind
+  it, and with them the set of keys that earlier queries see. Here a query sees the last m tokens of its bucket before
+  it instead. These are settled when it is read, whatever follows, and a cache that keeps the buckets gives the same.
+
+The number of buckets is a number of the model, not of the sequence as in the paper (2 T / m), since a prompt must not
+be hashed anew when it grows.
+
+B batch, H heads, R rounds, T tokens, S visible tokens, d channels of a head, b buckets, m chunk, P places in sorted
+order, N blocks of c places, K places that a block can see.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention.protocol import ATTENTIONS, Context, Place
+from models.cache.hashed import HashedCache
+from models.errors import UserError
+from models.linear import Linear, residual_std
+from models.positions import POSITIONS
+
+SELF = -1e5  # the score of a query with itself: what is left where it sees no other
+NOBODY = -2  # the group of an empty place
+
+
+@ATTENTIONS.register("lsh")
+@dataclass(frozen=True)
+class Lsh:
+    """Locality-sensitive hashing attention with shared queries and keys.
+
+    Args:
+        heads: heads, each with a hash of its own.
+        buckets: of each round, an even number; the paper takes 2 * context / chunk.
+        chunk: m. A decoder's query sees so many earlier tokens of its bucket, an encoder's its chunk and the one
+            before.
+        rounds: of hashing.
+        head_width: channels of a head. Nothing: model width / heads.
+        bias: whether the maps qk and v have a bias.
+        out_bias: whether the output map has one.
+        dropout: of the attention probabilities, in training.
+        position: this layer's own position encoding. Nothing: the model's. Tokens are hashed without it.
+        scale: of the scores. Nothing: 1 / sqrt(head_width). `transformers` has 1.
+        across_buckets: whether an encoder's query sees tokens of all buckets in its chunks, as in `transformers`.
+        duplicates: whether a key counts as often as rounds bring it, as in `transformers`.
+        seed: of the rotations, which are never trained.
+    """
+
+    sees_all = False
+    directions = ("causal", "bidirectional")
+    takes = ("rotation",)
+    free_heads = False
+    heads_because = "each of them has a hash of its own"
+
+    heads: int
+    buckets: int
+    chunk: int = 64
+    rounds: int = 2
+    head_width: int | None = None
+    bias: bool = False
+    out_bias: bool = False
+    dropout: float = 0.0
+    position: Any = field(default=None, metadata={"registry": POSITIONS})
+    scale: float | None = None
+    across_buckets: bool = False
+    duplicates: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "chunk", "rounds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.buckets < 2 or self.buckets % 2:
+            raise UserError(f"buckets must be even and at least 2, got {self.buckets}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.scale is not None and self.scale <= 0:
+            raise UserError(f"scale must be positive, got {self.scale}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be at least 0 and below 2^32, got {self.seed}")
+        if self.across_buckets:
+            object.__setattr__(self, "directions", ("bidirectional",))
+            because = "which tokens of other buckets lie near (across_buckets) depends on later ones"
+            object.__setattr__(self, "directions_because", because)
+
+    def resolve(self, width: int) -> Self:
+        """The same with its head width spelled out for a model of this width."""
+        if self.head_width is not None:
+            return self
+        if width % self.heads:
+            raise UserError(f"width {width} is not a multiple of {self.heads} heads: give head_width")
+        return replace(self, head_width=width // self.heads)
+
+    def build(self, place: Place) -> nn.Module:
+        return LshAttention(self, place)
+
+    def flops_per_token(self, width: int, length: int) -> int:
+        """Forward FLOPs of one token in a whole sequence of `length`, empty places of a decoder's blocks included."""
+        projections = 2 * width * self.head_width * 3 * self.heads
+        hashing = self.heads * self.head_width * self.rounds * self.buckets
+        block = block_of(self.chunk)
+        places = block * blocks_of(length, self.buckets, block)
+        scores = 4 * self.heads * self.rounds * self.head_width * places * (self.chunk + block) // length
+        return projections + hashing + scores
+
+    def cache_elements(self, tokens: int) -> int:
+        """Numbers that the cache holds for a sequence of so many tokens: keys and values."""
+        return 2 * self.heads * self.head_width * tokens
+
+    def cache_singles(self, tokens: int) -> int:
+        """Numbers of four bytes beside them: the buckets."""
+        return self.heads * self.rounds * tokens
+
+
+class LshAttention(nn.Module):
+    """The module of `Lsh`."""
+
+    def __init__(self, spec: Lsh, place: Place) -> None:
+        super().__init__()
+        self.spec, self.place = spec, place
+        inner = spec.heads * spec.head_width
+        self.qk = Linear(place.width, inner, bias=spec.bias, std=0.02)
+        self.v = Linear(place.width, inner, bias=spec.bias, std=0.02)
+        self.o = Linear(inner, place.width, bias=spec.out_bias, std=residual_std(0.02, place.branches))
+        shape = spec.heads, spec.head_width, spec.rounds * spec.buckets // 2
+        self.register_buffer("rotations", torch.empty(shape))  # (H, d, R * b / 2)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the rotations: those of the seed and the layer, without touching any other random numbers."""
+        generator = torch.Generator().manual_seed(self.spec.seed * 65537 + self.place.layer)
+        drawn = torch.randn(self.rotations.shape, generator=generator, device="cpu")
+        self.rotations.copy_(drawn)
+
+    def forward(self, x: Tensor, context: Context, cache: HashedCache | None = None) -> Tensor:
+        batch, new, _ = x.shape
+        spec, positional = self.spec, context.positional[self.place.positional]
+        q = self.qk(x).view(batch, new, spec.heads, spec.head_width).transpose(1, 2)  # (B, H, T, d)
+        v = self.v(x).view(batch, new, spec.heads, spec.head_width).transpose(1, 2)  # (B, H, T, d)
+        buckets = self._buckets(q, context)  # (B, H, R, T)
+        q, k = positional.rotate(q), positional.rotate(unit(q))  # (B, H, T, d)
+        if cache is not None:
+            kept, buckets = cache.append_hashed(k, v, buckets)  # (B, H, S, d), (B, H, R, S)
+            k, v = kept.keys.to(q.dtype), kept.values.to(q.dtype)
+        y = self._mix(q, k, v, buckets, context.documents)  # (B, H, T, d)
+        return self.o(y.transpose(1, 2).reshape(batch, new, spec.heads * spec.head_width))  # (B, T, D)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, documents: Tensor | None) -> Tensor:
+        spec, seen, new = self.spec, k.shape[2], q.shape[2]
+        drop = spec.dropout if self.training else 0.0
+        scoring = Weighing(spec.head_width**-0.5 if spec.scale is None else spec.scale, spec.duplicates, drop)
+        if self.place.bidirectional:
+            chunk = min(spec.chunk, seen)
+            return attend_near(q, k, v, chunks(buckets, documents, chunk, spec.across_buckets), scoring)
+        if seen > new and new <= spec.chunk:  # a few new tokens behind a cache: not worth sorting all
+            return reference(q, k, v, last_of_bucket(buckets, documents, spec.chunk, new), scoring)
+        q = torch.cat([k[:, :, : seen - new], q], dim=2)  # (B, H, S, d); what the first ones see is not used
+        layout = windows(buckets, documents, spec.chunk, spec.buckets)
+        return attend_near(q, k, v, layout, scoring)[:, :, seen - new :]
+
+    def _buckets(self, q: Tensor, context: Context) -> Tensor:
+        """The buckets (B, H, R, T) of q (B, H, T, d); those of the forward where a training step computes it again."""
+        key = self.place.layer, "buckets"
+        keeps = context.notes is not None and torch.is_grad_enabled()
+        if keeps and key in context.notes:
+            return context.notes[key].long()
+        exact = torch.promote_types(q.dtype, torch.float32)
+        rotated = q.detach().to(exact) @ self.rotations.to(exact)  # (B, H, T, R * b / 2)
+        rotated = rotated.unflatten(-1, (self.spec.rounds, -1))
+        buckets = torch.cat([rotated, -rotated], dim=-1).argmax(-1).transpose(2, 3)  # (B, H, R, T)
+        if keeps:
+            context.notes[key] = buckets.int()
+        return buckets
+
+    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> HashedCache:
+        spec = self.spec
+        return HashedCache(batch, spec.heads, spec.rounds, capacity, spec.head_width, device, dtype)
+
+
+class Weighing(NamedTuple):
+    """How scores become weights.
+
+    Attributes:
+        scale: of the scores.
+        duplicates: whether a key counts once for each round that brings it.
+        dropout: of the probabilities.
+    """
+
+    scale: float
+    duplicates: bool = False
+    dropout: float = 0.0
+
+
+class Layout(NamedTuple):
+    """Tokens in sorted order, and who sees whom: i sees j in a round where groups agree and 0 <= r_i - r_j <= reach.
+
+    Attributes:
+        tokens: (B, H, R, P) which token lies at a place, T at an empty one.
+        group: (B, H, R, T) number of each token's group.
+        rank: (B, H, R, T) number of each token, or of its chunk, in an order that its group agrees on.
+        reach: how far back in rank a token sees.
+        block: c, places that are computed together; it divides P.
+        before, after: how many places before and behind its own a block can see.
+    """
+
+    tokens: Tensor
+    group: Tensor
+    rank: Tensor
+    reach: int
+    block: int
+    before: int
+    after: int
+
+
+def unit(q: Tensor) -> Tensor:
+    """q (..., d) at length 1."""
+    return F.normalize(q, dim=-1)
+
+
+def block_of(chunk: int) -> int:
+    """Places of a decoder's block: what every bucket may leave empty at its end is bought by what its last m need."""
+    return max(1, chunk // 4)
+
+
+def blocks_of(tokens: int, buckets: int, block: int) -> int:
+    """Blocks that tokens in so many buckets can fill at most, when each bucket begins a block."""
+    return (tokens + min(tokens, buckets) * (block - 1)) // block
+
+
+def windows(buckets: Tensor, documents: Tensor | None, chunk: int, count: int) -> Layout:
+    """A decoder's layout of buckets (B, H, R, T) below `count`: a token sees `chunk` earlier ones of its bucket.
+
+    Every bucket begins a block, so that what a token reads lies at the same places of its block whatever comes later:
+    sums over it are the same to the bit. Documents are runs of tokens, so the last of a bucket are the last of its own.
+    """
+    tokens, block = buckets.shape[-1], block_of(chunk)
+    places = block * blocks_of(tokens, count, block)
+    sizes = torch.zeros(*buckets.shape[:-1], count, dtype=torch.int64, device=buckets.device)  # (B, H, R, b)
+    sizes = sizes.scatter_add(-1, buckets, torch.ones_like(buckets))
+    order = buckets.argsort(dim=-1, stable=True)  # (B, H, R, T)
+    steps = torch.arange(tokens, device=buckets.device).expand_as(buckets)
+    place = torch.zeros_like(buckets).scatter(-1, order, steps)  # of each token, were there no empty ones
+    rank = place - (sizes.cumsum(-1) - sizes).gather(-1, buckets)
+    padded = -(-sizes // block) * block
+    slots = (padded.cumsum(-1) - padded).gather(-1, buckets) + rank  # (B, H, R, T)
+    at = torch.full((*buckets.shape[:-1], places), tokens, dtype=torch.int64, device=buckets.device)
+    return Layout(at.scatter(-1, slots, steps), _group(buckets, documents), rank, chunk, block, chunk, 0)
+
+
+def chunks(buckets: Tensor, documents: Tensor | None, chunk: int, across: bool) -> Layout:
+    """An encoder's layout of buckets (B, H, R, T): a token sees its chunk of the sorted order and the one before."""
+    tokens = buckets.shape[-1]
+    group = _group(buckets, documents)
+    own = torch.zeros_like(buckets) if documents is None else documents[:, None, None].expand_as(buckets)
+    order = buckets.argsort(dim=-1, stable=True)
+    if documents is not None:
+        order = order.gather(-1, own.gather(-1, order).argsort(dim=-1, stable=True))  # by document, bucket, position
+    steps = torch.arange(tokens, device=buckets.device).expand_as(buckets)
+    place = torch.zeros_like(buckets).scatter(-1, order, steps)
+    mine = own.gather(-1, order)  # (B, H, R, T)
+    begins = F.pad(mine[..., 1:] != mine[..., :-1], (1, 0), value=True)
+    start = torch.where(begins, steps, 0).cummax(dim=-1).values.gather(-1, place)  # of each token's document
+    rank = (place - start) // chunk
+    at = F.pad(order, (0, -tokens % chunk), value=tokens)
+    aligned = documents is None  # else a block holds parts of two chunks
+    before, after = (chunk, 0) if aligned else (2 * chunk - 1, chunk - 1)
+    return Layout(at, own if across else group, rank, 1, chunk, before, after)
+
+
+def _group(buckets: Tensor, documents: Tensor | None) -> Tensor:
+    """Numbers (B, H, R, T) that agree where bucket and document do."""
+    if documents is None:
+        return buckets
+    return (documents.long()[:, None, None] + 1) * (2**31) + buckets  # padding, document -1, among itself
+
+
+def attend_near(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Weighing) -> Tensor:
+    """Attention of each query to the keys that the rounds bring it.
+
+    Args:
+        q, k, v: (B, H, T, d).
+        layout: who that is.
+        scoring: how they are weighed.
+
+    Returns:
+        (B, H, T, d). Memory is O(B H R T K), with K about twice the chunk.
+    """
+    batch, heads, rounds, places = layout.tokens.shape
+    tokens, block = q.shape[2], layout.block
+    blocks = places // block
+
+    def own(x: Tensor) -> Tensor:  # (B, H, R, P, ...) -> (B, H, R, N, c, ...)
+        return x.unflatten(3, (blocks, block))
+
+    def near(x: Tensor, outside: int) -> Tensor:  # (B, H, R, P, C) -> (B, H, R, N, K, C)
+        x = F.pad(x, (0, 0, layout.before, layout.after), value=outside)
+        return x.unfold(3, layout.before + block + layout.after, block).transpose(-1, -2)
+
+    def sorted_rows(x: Tensor) -> Tensor:  # (B, H, T, d) -> (B, H, R, P, d), zeros at empty places
+        x = F.pad(x, (0, 0, 0, 1))[:, :, None].expand(-1, -1, rounds, -1, -1)
+        return x.gather(3, layout.tokens[..., None].expand(-1, -1, -1, -1, x.shape[-1]))
+
+    rows, columns = own(layout.tokens), near(layout.tokens[..., None], tokens)[..., 0]  # (B, H, R, N, c), (..., K)
+    itself = rows[..., :, None] == columns[..., None, :]  # (B, H, R, N, c, K)
+    brought = 0
+    for other in range(rounds) if rounds > 1 and not scoring.duplicates else ():
+        brought = brought + _seen(layout, other, own, near).int()
+    visible = _seen(layout, None, own, near)  # (B, H, R, N, c, K)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = (own(sorted_rows(q)) @ near(sorted_rows(k), 0).transpose(-1, -2)).to(exact) * scoring.scale
+    scores = scores.masked_fill(itself, SELF)
+    if rounds > 1 and not scoring.duplicates:
+        scores = scores - brought.clamp(min=1).to(exact).log()
+    scores = scores.masked_fill(~visible, torch.finfo(exact).min / 2)  # finite: empty places have rows of nothing else
+    total = scores.logsumexp(-1, keepdim=True)  # (B, H, R, N, c, 1)
+    p = F.dropout((scores - total).exp().to(v.dtype), scoring.dropout)
+    y = (p @ near(sorted_rows(v), 0)).flatten(3, 4)  # (B, H, R, P, d)
+    back = torch.zeros(batch, heads, rounds, tokens + 1, dtype=torch.int64, device=q.device)
+    steps = torch.arange(places, device=q.device).expand_as(layout.tokens)
+    back = back.scatter(-1, layout.tokens, steps)[..., :tokens]  # (B, H, R, T) place of each token
+    y = y.gather(3, back[..., None].expand(-1, -1, -1, -1, y.shape[-1]))  # (B, H, R, T, d)
+    weights = total.flatten(3).gather(-1, back).softmax(dim=2)  # (B, H, R, T)
+    return (y * weights.to(y.dtype)[..., None]).sum(2)
+
+
+def _seen(layout: Layout, other: int | None, own: Any, near: Any) -> Tensor:
+    """Who sees whom, (B, H, R, N, c, K), at the places of each round: in round `other`, or (None) in that round."""
+    found = []
+    for numbers in (layout.group, layout.rank):
+        numbers = F.pad(numbers, (0, 1), value=NOBODY)  # of the empty places
+        if other is not None:
+            numbers = numbers[:, :, other : other + 1].expand(-1, -1, layout.tokens.shape[2], -1)
+        found.append(numbers.gather(-1, layout.tokens))  # (B, H, R, P)
+    group, rank = found
+    same = own(group)[..., :, None] == near(group[..., None], NOBODY)[..., 0][..., None, :]
+    back = own(rank)[..., :, None] - near(rank[..., None], NOBODY)[..., 0][..., None, :]
+    return same & (back >= 0) & (back <= layout.reach)
+
+
+def last_of_bucket(buckets: Tensor, documents: Tensor | None, chunk: int, new: int) -> Tensor:
+    """What the `new` last of S tokens see in each round of a decoder: of buckets (B, H, R, S), (B, H, R, T, S) bool."""
+    group, seen = _group(buckets, documents), buckets.shape[-1]
+    earlier = torch.ones(new, seen, dtype=torch.bool, device=buckets.device).tril(seen - new)  # (T, S)
+    same = (group[..., -new:, None] == group[..., None, :]) & earlier
+    behind = same.flip(-1).cumsum(-1).flip(-1) - 1  # members of the group after each key, up to the query
+    return same & (behind <= chunk)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scoring: Weighing) -> Tensor:
+    """The same as `attend_near`, written down plainly: seen (B, H, R, T, S) says which keys each round brings.
+
+    Takes queries (B, H, T, d), the last T of S tokens, and keys and values (B, H, S, d); gives (B, H, T, d).
+    """
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(exact) * scoring.scale  # (B, H, T, S)
+    itself = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(k.shape[2] - q.shape[2])
+    itself = itself & itself.new_ones(itself.shape).tril(k.shape[2] - q.shape[2])  # (T, S)
+    times = seen.sum(2)  # (B, H, T, S) in how many rounds
+    scores = scores.masked_fill(itself, SELF)
+    if scoring.duplicates:
+        scores = scores + times.clamp(min=1).to(exact).log()
+    p = scores.masked_fill(times == 0, -math.inf).softmax(-1).to(v.dtype)
+    return F.dropout(p, scoring.dropout) @ v
