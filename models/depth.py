@@ -52,7 +52,7 @@ class MixtureOfDepths:
     )
 
     capacity: float = 0.5
-    rate: float = 0.1
+    rate: float = 0.3
 
     def __post_init__(self) -> None:
         if not 0 < self.capacity < 1:
@@ -107,8 +107,8 @@ class DepthRouter(nn.Module):
 
     Attributes:
         weight: (D,) w.
-        threshold: () b.
-        target: () where the threshold goes: the quantile of the latest forward in training. It moves at the beginning
+        threshold: (1,) b.
+        target: (1,) where the threshold goes: the quantile of the latest forward in training. It moves at the beginning
             of the next one (`advance`), so that a backward that runs the layer again chooses the same tokens, and is
             saved, so that a run goes on as if it had never stopped.
         kept: (B, C) bool, the places of the latest forward's shortened rows that hold a token; None before.
@@ -118,8 +118,8 @@ class DepthRouter(nn.Module):
         super().__init__()
         self.spec, self.place, self.attends = spec, place, attends
         self.weight = nn.Parameter(torch.empty(place.width))
-        self.register_buffer("threshold", torch.empty(()))
-        self.register_buffer("target", torch.empty(()))
+        self.register_buffer("threshold", torch.empty(1))
+        self.register_buffer("target", torch.empty(1))
         self.kept: Tensor | None = None
         self.reset_parameters()
 
