@@ -3,6 +3,7 @@
 from models.cache.anchored import Anchored, AnchoredCache
 from models.cache.contiguous import ContiguousCache
 from models.cache.model import ModelCache
+from models.cache.paged import PagedCache
 from models.cache.protocol import Kept, KeyValueCache, LayerCache
 from models.cache.recurrent import RecurrentCache, beginnings
 from models.cache.rolling import RollingCache
@@ -16,6 +17,7 @@ __all__ = [
     "KeyValueCache",
     "LayerCache",
     "ModelCache",
+    "PagedCache",
     "RecurrentCache",
     "Remembered",
     "RollingCache",
