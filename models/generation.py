@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.cache import ModelCache
 from models.errors import UserError
 from models.exits import EarlyExit, check_confidence
 from models.transformer import Transformer
@@ -81,6 +82,7 @@ def generate(
     seed: int = 0,
     exit_confidence: float | None = None,
     layers_used: list[int] | None = None,
+    page_size: int | None = None,
 ) -> list[list[int]]:
     """Continue every prompt, and return its new tokens: at most `max_new_tokens`, ending before the first stop token.
 
@@ -98,6 +100,7 @@ def generate(
         seed=seed,
         exit_confidence=exit_confidence,
         layers_used=layers_used,
+        page_size=page_size,
     ):
         for tokens, token in zip(continued, step, strict=True):
             if token is not None:
@@ -115,6 +118,7 @@ def stream(
     seed: int = 0,
     exit_confidence: float | None = None,
     layers_used: list[int] | None = None,
+    page_size: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the next token of every prompt, or None for a prompt that has met a stop token.
 
@@ -128,6 +132,8 @@ def stream(
         exit_confidence: probability that the likeliest token needs at an early exit of the model, in every prompt that
             goes on, for the step to be drawn from there (models/exits.py). By default all layers run.
         layers_used: gets the number of layers that each step has run, step by step.
+        page_size: tokens of a page, to keep keys and values in pages (models/cache/paged.py). Prompts that are the same
+            are then read once and share their pages. By default room for all tokens is taken at once.
 
     Raises:
         UserError: an empty prompt, an id outside the vocabulary, more tokens than learned positions reach, or a
@@ -138,7 +144,22 @@ def stream(
     if exit_confidence is not None:
         check_confidence(model, exit_confidence)
     used = [] if layers_used is None else layers_used
-    return _steps(model, prompts, max_new_tokens, sampling, frozenset(stop_tokens), seed, exit_confidence, used)
+    cache, parents = _new_cache(model, prompts, max_new_tokens, page_size, exit_confidence is None)
+    early = None if exit_confidence is None else EarlyExit(model, cache, exit_confidence)
+    return _steps(model, prompts, max_new_tokens, sampling, frozenset(stop_tokens), seed, cache, parents, early, used)
+
+
+def _new_cache(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, page_size: int | None, share: bool
+) -> tuple[ModelCache, list[int] | None]:
+    """A cache for the prompts, or where equal ones can `share`, for one of each kind and which each goes on from."""
+    tokens = max(map(len, prompts)) + max_new_tokens
+    kinds = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    if page_size is not None and share and len(kinds) < len(prompts):
+        cache = model.new_cache(len(kinds), tokens, pages=page_size)
+        if cache.forks:
+            return cache, [kinds[tuple(prompt)] for prompt in prompts]
+    return model.new_cache(len(prompts), tokens, pages=page_size), None
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -170,15 +191,16 @@ def _steps(
     sampling: Sampling,
     stop_tokens: frozenset[int],
     seed: int,
-    exit_confidence: float | None,
+    cache: ModelCache,
+    parents: list[int] | None,
+    early: EarlyExit | None,
     layers_used: list[int],
 ) -> Iterator[list[int | None]]:
     device = next(model.parameters()).device
-    tokens, documents = _left_padded(prompts, device)  # (B, T) each
+    read = prompts if parents is None else list(dict.fromkeys(map(tuple, prompts)))
+    tokens, documents = _left_padded(read, device)  # (B, T) each
     uniforms = _uniforms(sampling, len(prompts), max_new_tokens, seed).to(device)  # (N, B)
     alive = [True] * len(prompts)
-    cache = model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens)
-    early = None if exit_confidence is None else EarlyExit(model, cache, exit_confidence)
     for uniform in uniforms:
         # inference mode is left before every yield: it would leak into the code between two steps
         with torch.inference_mode(), _evaluating(model):
@@ -186,6 +208,9 @@ def _steps(
                 logits = _next_logits(model, tokens, documents, cache)  # (B, V)
             else:
                 logits = early.step(tokens, documents, torch.tensor(alive, device=device))  # (B, V)
+            if parents is not None:
+                cache.fork(parents)
+                logits, parents = logits[parents], None
             tokens = sampling.draw(logits, uniform)[:, None]  # (B, 1)
         layers_used.append(len(model.blocks) if early is None else early.layers_used[-1])
         documents = None

@@ -14,7 +14,7 @@ from models.attention import Context, Place
 from models.attention.protocol import document_mask
 from models.attention.standard import training_bias
 from models.block import Block
-from models.cache import ModelCache
+from models.cache import ContiguousCache, ModelCache, PagedCache
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.exits import ExitNorms
@@ -245,17 +245,32 @@ class Transformer(nn.Module):
             return nll, None
         return nll, logits[targets.flatten() != IGNORED].logsumexp(-1).square().mean()
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> ModelCache:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype | None = None, *, pages: int | None = None
+    ) -> ModelCache:
         """An empty cache for `capacity` tokens in each of `batch` rows; by default in the dtype of the weights.
 
+        Args:
+            batch: rows.
+            capacity: tokens of a row.
+            dtype: of keys and values.
+            pages: tokens of a page, for layers that keep every key and value in pages (models/cache/paged.py); by
+                default all their room is taken at once.
+
         Raises:
-            UserError: the model is bidirectional: every new token would change all earlier ones.
+            UserError: the model is bidirectional: every new token would change all earlier ones; or an empty page.
         """
         if self.config.direction != "causal":
             raise UserError("a bidirectional model cannot generate: what it makes of a token depends on later ones")
         reference = next(self.parameters())
         dtype, device = dtype or reference.dtype, reference.device
-        layers = [block.new_cache(batch, capacity, device, dtype) for block in self.blocks]
+        layers = []
+        for block in self.blocks:
+            plain = None if pages is None else block.new_cache(batch, capacity, torch.device("meta"), dtype)
+            if type(plain) is ContiguousCache:
+                layers.append(PagedCache.like(plain, pages, device))
+            else:
+                layers.append(block.new_cache(batch, capacity, device, dtype))
         return ModelCache(layers, batch, capacity, device)
 
     def count_parameters(self) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """The cache of a whole model: one layer cache per attention, and where each row of the batch stands."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,3 +31,18 @@ class ModelCache:
         self.length += positions.shape[1]
         self.next_position = positions[:, -1:] + 1  # (B or 1, 1)
         self.documents = documents
+
+    @property
+    def forks(self) -> bool:
+        """Whether every layer can `fork`."""
+        return all(layer is None or hasattr(layer, "fork") for layer in self.layers)
+
+    def fork(self, parents: Sequence[int]) -> None:
+        """Let row i of the batch go on from where row `parents[i]` is; of layers in pages, which are then shared."""
+        for layer in self.layers:
+            if layer is not None:
+                layer.fork(parents)
+        if len(self.next_position) > 1:
+            self.next_position = self.next_position[list(parents)]
+        if self.documents is not None and len(self.documents) > 1:
+            self.documents = self.documents[list(parents)]
