@@ -252,6 +252,9 @@ class Generate(Compute):
     exit_confidence: float | None = option(
         "leave a model with early exits where the likeliest token has this probability; default: run all layers", None
     )
+    page_size: int | None = option(
+        "keep keys and values in pages of so many tokens, taken as the text grows; default: all room at once", None
+    )
 
 
 @dataclass(kw_only=True)
