@@ -28,6 +28,7 @@ def main(chosen: options.Generate) -> None:
         seed=chosen.seed,
         exit_confidence=chosen.exit_confidence,
         layers_used=used,
+        page_size=chosen.page_size,
     ):
         new += [token for token in step[:1] if token is not None]
         text = tokenizer.decode(new)
