@@ -4,9 +4,11 @@ from models.attention.bigbird import BigBird
 from models.attention.convolution import Convolution
 from models.attention.fixed import Fixed
 from models.attention.full import Full
+from models.attention.hierarchical import Hierarchical
 from models.attention.longformer import Longformer
 from models.attention.lsh import Lsh
 from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.recursive import Recursive
 from models.attention.retention import Retention
 from models.attention.selective import Selective
 from models.attention.single_heads import SingleHeads
@@ -21,9 +23,11 @@ __all__ = [
     "Convolution",
     "Fixed",
     "Full",
+    "Hierarchical",
     "Longformer",
     "Lsh",
     "Place",
+    "Recursive",
     "Retention",
     "Selective",
     "SingleHeads",

@@ -8,11 +8,13 @@ from models.cache.protocol import Kept, KeyValueCache, LayerCache
 from models.cache.recurrent import RecurrentCache, beginnings
 from models.cache.rolling import RollingCache
 from models.cache.selective import Remembered, SelectiveCache
+from models.cache.summaries import Entries, SummaryCache, Tail
 
 __all__ = [
     "Anchored",
     "AnchoredCache",
     "ContiguousCache",
+    "Entries",
     "Kept",
     "KeyValueCache",
     "LayerCache",
@@ -22,5 +24,7 @@ __all__ = [
     "Remembered",
     "RollingCache",
     "SelectiveCache",
+    "SummaryCache",
+    "Tail",
     "beginnings",
 ]

@@ -38,6 +38,8 @@ def pruned(config):
     return replace(config, layers=(first, middle, last))
 
 
+TWO_QUERIES = {"kind": "query", "summaries": 2}
+
 MODELS = {
     "grouped heads": {},
     "untied": {"head": "untied"},
@@ -51,6 +53,10 @@ MODELS = {
     "strided": {"attention": {"kind": "strided", "heads": 6, "kv_heads": 2, "stride": LENGTH}},
     "bigbird": {"attention": {"kind": "bigbird", "heads": 6, "kv_heads": 2, "block": LENGTH}},
     "top_k": {"attention": {"kind": "top_k", "heads": 6, "kv_heads": 2, "keep": 5}},
+    "recursive": {"attention": {"kind": "recursive", "heads": 6, "kv_heads": 2, "chunk": 4}},
+    "recursive, learned": {"attention": {"kind": "recursive", "heads": 6, "chunk": 4, "pooling": TWO_QUERIES}},
+    "recursive, one level": {"attention": {"kind": "recursive", "heads": 6, "chunk": 3, "levels": 1}},
+    "hierarchical": {"attention": {"kind": "hierarchical", "heads": 6, "kv_heads": 2, "segment": 4}},
     "dilated window": {"attention": {"kind": "window", "heads": 6, "window": LENGTH, "dilation": 3}},
     "longformer": {"attention": {"kind": "longformer", "heads": 6, "kv_heads": 3, "window": LENGTH, "globals": 12}},
     "retention": {"attention": {"kind": "retention", "heads": 6, "chunk": 8}},

@@ -41,6 +41,8 @@ EXAMPLES = {
     "stride": 3,
     "block": 4,
     "keep": 3,
+    "chunk": 2,
+    "segment": 3,
 }
 
 
@@ -77,6 +79,10 @@ AXES = {
         example(ATTENTIONS, "lsh", chunk=4, scale=1.0, across_buckets=True, duplicates=True),
         example(ATTENTIONS, "bigbird", block=2, random=1),
         example(ATTENTIONS, "window", dilation=5),
+        example(
+            ATTENTIONS, "recursive", chunk=4, pooling={"kind": "query", "summaries": 2}, levels=2, level_embedding=True
+        ),
+        example(ATTENTIONS, "hierarchical", pooling={"kind": "query", "summaries": 2}, bias=True, segment_heads=1),
         example(ATTENTIONS, "retention", value_width=3, decay={"kind": "range"}, chunk=4),
     ],
     "position": [
