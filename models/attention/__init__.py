@@ -14,6 +14,7 @@ from models.attention.selective import Selective
 from models.attention.single_heads import SingleHeads
 from models.attention.strided import Strided
 from models.attention.top_k import TopK
+from models.attention.transient import Transient
 from models.attention.window import Window
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "SingleHeads",
     "Strided",
     "TopK",
+    "Transient",
     "Window",
 ]

@@ -59,6 +59,7 @@ MODELS = {
     "hierarchical": {"attention": {"kind": "hierarchical", "heads": 6, "kv_heads": 2, "segment": 4}},
     "dilated window": {"attention": {"kind": "window", "heads": 6, "window": LENGTH, "dilation": 3}},
     "longformer": {"attention": {"kind": "longformer", "heads": 6, "kv_heads": 3, "window": LENGTH, "globals": 12}},
+    "transient": {"attention": {"kind": "transient", "heads": 6, "kv_heads": 2, "window": LENGTH, "block": 4}},
     "retention": {"attention": {"kind": "retention", "heads": 6, "chunk": 8}},
     "retention in one chunk": {"attention": {"kind": "retention", "heads": 6, "value_width": 5}},
     "convolution": {"attention": {"kind": "convolution", "channels": 32}, "position": "none"},
