@@ -323,6 +323,13 @@ def test_a_ragged_batch_generates_what_each_prompt_does_alone(case):
     assert together == [generate(model, [prompt], max_new_tokens=6)[0] for prompt in prompts]
 
 
+@pytest.mark.parametrize("case", few(CASES), ids=label)
+def test_pages_change_nothing(case):
+    model = build(case)
+    prompts = [random_tokens(length).tolist() for length in (7, 1, 7)]
+    assert generate(model, prompts, max_new_tokens=6, page_size=4) == generate(model, prompts, max_new_tokens=6)
+
+
 @every_case
 def test_every_parameter_matters(case):
     model, tokens = build(case), random_tokens(2, 8)
