@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.documents import document_ends, document_starts
+from models.attention.fixed import tokens_at
 from models.attention.full import Full, FullAttention, token_distance
 from models.attention.protocol import ATTENTIONS, Context, Place, document_mask
 from models.attention.standard import Scoring, Visible, attend
@@ -140,13 +141,13 @@ class BigBirdAttention(FullAttention):
         firsts = past + size * torch.arange(tiles, device=q.device)  # (N,)
         own = (firsts[:, None] + steps).clamp(max=seen - 1)[None]  # (1, N, c), queries beyond the end are the last one
         aligned = context.documents is None and past % self.block == 0
-        owners = [firsts, firsts + self.block][: 1 if aligned or size == 1 else 2]
+        owners = 1 if aligned or size == 1 else 2  # blocks of one document in a tile
         near, may_near = self._near(firsts, own, size, aligned, blocks)  # (1, N, K'), (B', N, c, K')
-        far, may_far = self._far(firsts, own, len(owners), blocks)  # (B', N, K"), (B', N, c, K")
+        far, may_far = self._far(firsts, own, owners, blocks)  # (B', N, K"), (B', N, c, K")
         columns = torch.cat([near.expand(far.shape[0], -1, -1), far], dim=-1)  # (B', N, K)
         mask = torch.cat([may_near, may_far], dim=-1)  # (B', N, c, K)
         q = F.pad(q, (0, 0, 0, tiles * size - new)).unflatten(2, (tiles, size)).movedim(2, 1).flatten(0, 1)
-        k, v = (_gather(x, columns).movedim(2, 1).flatten(0, 1) for x in (kept.keys, kept.values))  # (B * N, G, K, d)
+        k, v = (tokens_at(x, columns).movedim(2, 1).flatten(0, 1) for x in (kept.keys, kept.values))  # (B * N, G, K, d)
         scoring = self._scoring(q, k, own[..., :, None] - columns[..., None, :], context)
         mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, c, K)
         y = attend(q, k, v, Visible(mask, causal=False), scoring, self.drop())  # (B * N, H, c, d)
@@ -185,36 +186,40 @@ class BigBirdAttention(FullAttention):
     def _with_global_rows(self, y: Tensor, q: Tensor, kept: Kept, context: Context, blocks: Blocks) -> Tensor:
         """y (B, H, T, d) with the first and the last block of each document replaced: they see all of it.
 
-        Each tile of keys meets the global queries of its documents; their sums over the tiles are put together. Only
-        documents of three blocks and more need this, and of those at most two have tokens in one tile: that of its
-        first token and that of its last.
+        Each tile of keys meets the global queries of its documents; their sums over the tiles are put together.
         """
-        batch, _, tokens, _ = q.shape
-        tiles = -(-tokens // self.block)
-        firsts = self.block * torch.arange(tiles, device=q.device)  # (N,)
-        ends = [firsts, (firsts + self.block - 1).clamp(max=tokens - 1)][: 1 if context.documents is None else 2]
+        tokens = q.shape[2]
+        firsts = torch.arange(0, tokens, self.block, device=q.device)  # (N,)
+        columns = (firsts[:, None] + torch.arange(self.block, device=q.device))[None]  # (1, N, b)
+        rows, counted = self._global_rows(firsts, 1 if context.documents is None else 2, blocks)  # (B', N, R) both
+        inside, columns = columns < tokens, columns.clamp(max=tokens - 1)
+        same = _pick(blocks.start, rows)[..., None] == _pick(blocks.start, columns)[..., None, :]
+        mask = counted[..., None] & inside[..., None, :] & same  # (B', N, R, b)
+        asking = tokens_at(q, rows).movedim(2, 1).flatten(0, 1)  # (B * N, H, R, d)
+        k, v = (tokens_at(x, columns).movedim(2, 1).flatten(0, 1) for x in (kept.keys, kept.values))  # (B * N, G, b, d)
+        scoring = self._scoring(asking, k, rows[..., None] - columns[..., None, :], context)
+        mask = mask.expand(q.shape[0], -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, R, b)
+        scores = logits(asking, k, scoring).masked_fill(~mask, -math.inf)  # (B * N, H, R, b)
+        found = self._put_together(scores, v, rows, scoring, tokens)  # (B, H, T, d)
+        everything = ((blocks.number == 0) | (blocks.number == blocks.count - 1)) & (blocks.count >= SMALL)  # (B', T)
+        return torch.where(everything[:, None, :, None], found.to(y.dtype), y)
+
+    def _global_rows(self, firsts: Tensor, owners: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """The queries that see everything, of the documents in each tile, (B', N, R), and which of the entries count.
+
+        Only documents of three blocks and more need this (in smaller ones all blocks are neighbours), and of those at
+        most two have tokens in one tile: that of its first token and that of its last.
+        """
+        tokens = blocks.start.shape[1]
+        ends = [firsts, (firsts + self.block - 1).clamp(max=tokens - 1)][:owners]
         owner = blocks.at(torch.stack(ends, dim=-1)[None])  # (B', N, O)
         counted = owner.count >= SMALL
         counted[..., 1:] &= owner.start[..., 1:] != owner.start[..., :1]
-        within = torch.arange(self.block, device=q.device)
         begins = torch.stack([owner.start, owner.start + (owner.count - 1) * self.block], dim=-1)  # (B', N, O, 2)
-        rows = begins[..., None] + within  # (B', N, O, 2, b)
+        rows = begins[..., None] + torch.arange(self.block, device=firsts.device)  # (B', N, O, 2, b)
         inside, rows = rows < tokens, rows.clamp(max=tokens - 1)
         counted = counted[..., None, None] & inside & (_pick(blocks.start, rows) == owner.start[..., None, None])
-        rows, counted = rows.flatten(2), counted.flatten(2)  # (B', N, R)
-        columns = (firsts[:, None] + within)[None]  # (1, N, b)
-        keys_inside, columns = columns < tokens, columns.clamp(max=tokens - 1)
-        same = _pick(blocks.start, rows)[..., None] == _pick(blocks.start, columns)[..., None, :]
-        mask = counted[..., None] & keys_inside[..., None, :] & same  # (B', N, R, b)
-        some = (_gather(x, where).movedim(2, 1).flatten(0, 1) for x, where in ((q, rows), (kept.keys, columns)))
-        tile_q, tile_k = some  # (B * N, H, R, d), (B * N, G, b, d)
-        tile_v = _gather(kept.values, columns).movedim(2, 1).flatten(0, 1)  # (B * N, G, b, d)
-        scoring = self._scoring(tile_q, tile_k, rows[..., None] - columns[..., None, :], context)
-        scores = logits(tile_q, tile_k, scoring)  # (B * N, H, R, b)
-        scores = scores.masked_fill(~mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None], -math.inf)
-        found = self._put_together(scores, tile_v, rows, scoring, tokens)  # (B, H, T, d)
-        everything = ((blocks.number == 0) | (blocks.number == blocks.count - 1)) & (blocks.count >= SMALL)  # (B', T)
-        return torch.where(everything[:, None, :, None], found.to(y.dtype), y)
+        return rows.flatten(2), counted.flatten(2)
 
     def _put_together(self, scores: Tensor, v: Tensor, rows: Tensor, scoring: Scoring, tokens: int) -> Tensor:
         """Softmax of scores (B * N, H, R, b) of the queries `rows` (B', N, R) over all tiles, times v: (B, H, T, d)."""
@@ -288,11 +293,3 @@ def _pick(table: Tensor, columns: Tensor) -> Tensor:
     """The entries `columns` (B' or 1, ...) of a table (B', S), (B', ...)."""
     wide = columns.expand(table.shape[0], *columns.shape[1:])
     return table.gather(1, wide.flatten(1)).view(wide.shape)
-
-
-def _gather(x: Tensor, columns: Tensor) -> Tensor:
-    """The tokens `columns` (B or 1, N, K) of x (B, H, S, d): (B, H, N, K, d)."""
-    if columns.shape[0] == 1:
-        return x[:, :, columns[0]]
-    index = columns.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, index).unflatten(2, columns.shape[1:])

@@ -72,7 +72,7 @@ class FixedAttention(TwoPatternAttention):
         columns = self._columns(self._place_in_block(kept, context))  # (B or 1, X)
         own, theirs = starts[:, past:], starts.gather(1, columns.clamp(max=seen - 1))  # (B or 1, T), (B or 1, X)
         visible = (columns[:, None] < numbers[past:, None]) & (own[..., None] == theirs[:, None])  # (B or 1, T, X)
-        k, v = (_at(x, columns.clamp(max=seen - 1)) for x in (kept.keys, kept.values))  # (B, G / 2, X, d)
+        k, v = (tokens_at(x, columns.clamp(max=seen - 1)) for x in (kept.keys, kept.values))  # (B, G / 2, X, d)
         distance = numbers[past:, None] - columns[:, None]  # (B or 1, T, X)
         position = scoring(q, k, distance.flatten(0, 1)).position  # (H / 2, B * T or T, X), or None
         if position is not None:
@@ -100,8 +100,9 @@ class FixedAttention(TwoPatternAttention):
         return found.scatter(1, slots, numbers)[:, :count]
 
 
-def _at(x: Tensor, columns: Tensor) -> Tensor:
-    """The tokens `columns` (B or 1, X) of x (B, G, S, d): (B, G, X, d)."""
+def tokens_at(x: Tensor, columns: Tensor) -> Tensor:
+    """The tokens `columns` (B or 1, ...) of x (B, H, S, d): (B, H, ..., d)."""
     if columns.shape[0] == 1:
         return x[:, :, columns[0]]
-    return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    index = columns.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, index).unflatten(2, columns.shape[1:])
