@@ -5,6 +5,7 @@ active_parameters     those that take part in one token
 nonzero_parameters    those that are not zero once unpacked
 stored_bytes          what the file system says of the weight files; without a folder, what its tensors would take
 memory_bytes          the weights as they are held when the model runs (repacked for a kernel where it wants that)
+cache_bytes           the cache of one sequence as long as the model's context
 """
 
 from collections.abc import Iterator
@@ -154,6 +155,7 @@ def size_figures(model: Transformer, folder: str | Path | None = None) -> dict:
         "nonzero_parameters": sum(int(torch.count_nonzero(tensor)) for tensor in tensors),
         "stored_bytes": stored_bytes(model, folder),
         "memory_bytes": sum(held_bytes(module) for _, module in modules),
+        "cache_bytes": model.cache_bytes(model.config.context, dtype_of(model)),
     }
 
 

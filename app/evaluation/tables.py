@@ -95,6 +95,7 @@ def size_rows(figures: dict) -> list[Row]:
     labels: list[tuple[str, str, Callable]] = [
         ("stored_bytes", "Weights file", wording.size),
         ("memory_bytes", "Weights in memory", wording.size),
+        ("cache_bytes", "Cache of a full context", wording.size),
         ("parameters", "Parameters", wording.count),
         ("nonzero_parameters", "Parameters that are not zero", wording.count),
         ("active_parameters", "Parameters active for a token", wording.count),
@@ -107,7 +108,7 @@ def size_rows(figures: dict) -> list[Row]:
             continue
         ratio = changes.get(name, {}).get("ratio")
         moved = "same" if before[name] == after[name] else wording.change_percent(ratio)
-        mood = tone(ratio, True) if name in ("stored_bytes", "memory_bytes") else "neutral"
+        mood = tone(ratio, True) if name.endswith("bytes") else "neutral"
         rows.append(Row(label, form(before[name]), form(after[name]), moved, "", mood))
     return rows
 

@@ -141,11 +141,13 @@ class Quantize(StageOptions):
 
 @dataclass(kw_only=True)
 class Prune(StageOptions):
-    """Take weights, neurons or heads away, and report what that cost."""
+    """Take weights, neurons, heads or remembered tokens away, and report what that cost."""
 
     model: str = positional(MODEL, "MODEL")
-    method: Literal["magnitude", "wanda", "structured"] = option(
-        "magnitude and wanda set weights to zero; structured takes neurons or heads out of the tensors", "wanda"
+    method: Literal["magnitude", "wanda", "structured", "context"] = option(
+        "magnitude and wanda set weights to zero; structured takes neurons or heads out of the tensors; context lets "
+        "layers of selective attention remember fewer tokens",
+        "wanda",
     )
     sparsity: float | None = option("magnitude, wanda: share of the weights to set to zero; default: 0.5", None)
     pattern: str | None = option(
@@ -177,7 +179,16 @@ class Prune(StageOptions):
         "default), or add one",
         None,
     )
-    samples: int = option("calibration blocks of --sequence_length tokens, from the training split of --data", 128)
+    budget_ratio: float | None = option(
+        "context: share of the cache that stays, above 0 and below 1; this, tolerance, or whichever comes first", None
+    )
+    tolerance: float | None = option("context: nats per token by which the loss may rise at most", None)
+    step: int | None = option("context: tokens by which one layer's budget is lowered at a time; default: 32", None)
+    samples: int = option(
+        "calibration blocks of --sequence_length tokens, from the training split of --data; of context, which compares "
+        "losses, from its validation split",
+        128,
+    )
 
 
 @dataclass(kw_only=True)

@@ -1,15 +1,21 @@
-"""`espalier prune`: zeros by magnitude or Wanda, or neurons, heads and key/value groups taken out of the tensors."""
+"""`espalier prune`: zeros by magnitude or Wanda, neurons, heads or key/value groups taken out of the tensors, and fewer
+tokens remembered by layers of selective attention.
+"""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from app.loading import Loaded, load_model
+from compress.pruning.context import Goal, Step, prune_context
 from compress.pruning.patterns import parse_pattern
 from compress.pruning.plan import read_ratios
 from compress.pruning.sparsify import sparsify
 from compress.pruning.structured import prune_structured
 from compress.records import LayerRecord
 from compress.store import FolderStore
+from models.files import write_json
 from models.transformer import Transformer
 from recipes.stages import options
 from recipes.stages.stage import Stage
@@ -26,7 +32,9 @@ STRUCTURED = {
     "round_to": 8,
     "compensation": "existing",
 }
-METHODS = {"magnitude": SPARSE, "wanda": SPARSE, "structured": STRUCTURED}  # the options that each method has
+CONTEXT = {"budget_ratio": None, "tolerance": None, "step": 32}
+# the options that each method has
+METHODS = {"magnitude": SPARSE, "wanda": SPARSE, "structured": STRUCTURED, "context": CONTEXT}
 PATTERNS = {"unstructured": {"scope": "row"}}
 
 
@@ -37,6 +45,7 @@ class Prune(Stage[options.Prune]):
 
     def __init__(self, chosen: options.Prune) -> None:
         super().__init__(options.settle(options.settle(chosen, "method", METHODS), "pattern", PATTERNS))
+        self.trace: list[Step] = []  # of a search for budgets
 
     def title(self) -> str:
         chosen = self.options
@@ -45,6 +54,11 @@ class Prune(Stage[options.Prune]):
             return "structured pruning, " + ", ".join(
                 f"{ratio:.0%} of the {target}" for target, ratio in ratios.items()
             )
+        if chosen.method == "context":
+            goal = self.goal()
+            share = None if goal.budget_ratio is None else f"down to {goal.budget_ratio:.0%} of the cache"
+            loss = None if goal.tolerance is None else f"for at most {goal.tolerance:g} nats per token"
+            return "context pruning, " + " and ".join(filter(None, (share, loss)))
         share = f"{self.pattern().sparsity:.0%}" if chosen.pattern == "unstructured" else chosen.pattern
         return f"{chosen.method.capitalize()}, {share}"
 
@@ -55,8 +69,12 @@ class Prune(Stage[options.Prune]):
         sparsity = default if chosen.sparsity is None else chosen.sparsity
         return parse_pattern(chosen.pattern, sparsity, chosen.scope or "row")
 
+    def goal(self) -> Goal:
+        """How far the budgets of context pruning were asked to go down."""
+        return Goal(self.options.step, self.options.budget_ratio, self.options.tolerance)
+
     def check(self) -> None:
-        self.title()  # parses ratios and pattern
+        self.title()  # parses ratios, pattern and goal
 
     def parents(self) -> dict[str, Loaded]:
         return {"model": load_model(self.options.model, self.device, self.dtype)}
@@ -66,6 +84,11 @@ class Prune(Stage[options.Prune]):
     ) -> tuple[Transformer, Sequence[LayerRecord]]:
         chosen, model = self.options, parents["model"].model
         store, progress = FolderStore(state), by_layer(bars, "pruning", model)
+        if chosen.method == "context":
+            batches = text.calibration(chosen.samples, self.device, split="validation")
+            bar = partial(bars, "lowering budgets")
+            records, self.trace = prune_context(model, batches, self.goal(), store=store, progress=bar)
+            return model, records
         batches = None
         if chosen.method not in DATA_FREE:
             batches = text.calibration(chosen.samples, self.device)
@@ -93,6 +116,11 @@ class Prune(Stage[options.Prune]):
                 progress=progress,
             )
         return model, records
+
+    def keep(self, state: Path, target: Path) -> None:
+        """The steps of a search for budgets go into `budgets.json`."""
+        if self.trace:
+            write_json(target / "budgets.json", {"steps": [asdict(step) for step in self.trace]})
 
 
 def main(chosen: options.Prune) -> None:

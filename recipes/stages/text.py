@@ -70,9 +70,9 @@ class Text:
         """The whole training split."""
         return token_blocks(self.corpus, self.tokenizer, "train", self.length)
 
-    def calibration(self, samples: int, device: torch.device) -> list[Batch]:
-        """Return `samples` blocks of the training split, drawn with the seed, as batches on the device."""
-        blocks = token_blocks(self.corpus, self.tokenizer, "train", self.length, samples=samples, seed=self.chosen.seed)
+    def calibration(self, samples: int, device: torch.device, split: str = "train") -> list[Batch]:
+        """Return `samples` blocks of a split, drawn with the seed, as batches on the device."""
+        blocks = token_blocks(self.corpus, self.tokenizer, split, self.length, samples=samples, seed=self.chosen.seed)
         rows = max(1, CALIBRATION_TOKENS // self.length)
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in blocks.batches(rows)]
 

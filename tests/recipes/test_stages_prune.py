@@ -7,7 +7,9 @@ import torch
 
 import models.folder
 from app.data.corpus import synthetic
-from tests.recipes.conftest import QUICK
+from models.config import ModelConfig
+from models.transformer import Transformer
+from tests.recipes.conftest import ARCHITECTURE, QUICK
 
 
 def report_of(out):
@@ -85,6 +87,10 @@ def test_structured_pruning_shrinks_the_files(teacher, espalier, tmp_path):
         (["--pattern", "2:4", "--scope", "layer"], ["scope is an option of pattern unstructured, not of 2:4"]),
         (["--method", "structured", "--ratio", "1"], ["ratio", "1"]),
         (["--method", "structured", "--targets", "neuron"], ["neuron", "neurons"]),
+        (["--method", "context", "--budget_ratio", "0.5"], ["attention selective", "this model has none"]),
+        (["--method", "context"], ["give budget_ratio, tolerance or both"]),
+        (["--method", "context", "--tolerance", "0.1", "--ratio", "0.5"], ["ratio", "structured, not of context"]),
+        (["--tolerance", "0.1"], ["tolerance is an option of method context, not of wanda"]),
         (["--samples", "0"], ["samples"]),
         (["--sequence_length", "1"], ["sequence_length"]),
         (["--data", "no/such/text.txt"], ["no/such/text.txt"]),
@@ -94,6 +100,41 @@ def test_impossible_wishes(argv, words, teacher, refused, tmp_path):
     out = tmp_path / "deep" / "pruned"
     refused("prune", teacher, "--out", out, *QUICK, *argv, words=words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def selective(tokenizer, tmp_path):
+    """A folder of a model, as it begins, of which two layers in four have selective attention."""
+    layers = {"selects": {"kind": "selective", "heads": 4}, "sees": {"kind": "full", "heads": 4}}
+    architecture = ARCHITECTURE | {
+        "attention": layers,
+        "layers": ["selects", "sees"],
+        "vocab_size": tokenizer.vocab_size,
+    }
+    torch.manual_seed(0)
+    with models.folder.writing(tmp_path / "selective") as target:
+        models.folder.save_model(Transformer(ModelConfig.from_dict(architecture)), target)
+        tokenizer.save(target)
+    return tmp_path / "selective"
+
+
+def test_context_pruning_gives_layers_a_budget(selective, espalier, tmp_path):
+    out = tmp_path / "pruned"
+    argv = ["--method", "context", "--budget_ratio", 0.5, "--step", 24, "--samples", 4]
+    status, output = espalier("prune", selective, "--out", out, *QUICK, *argv, "--debug")
+    assert status == 0, output.err
+    before, after = models.folder.load(selective), models.folder.load(out)
+    budgets = [getattr(layer.attention, "budget", None) for layer in after.config.layers]
+    assert budgets[1] is budgets[3] is None
+    assert sum(budget or 64 for budget in (budgets[0], budgets[2])) <= 64
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    report = report_of(out)
+    assert report["after"]["size"]["cache_bytes"] == after.cache_bytes(64) < 0.8 * before.cache_bytes(64)
+    assert "Cache of a full context" in (out / "report.md").read_text()
+    assert [layer["name"] for layer in report["layers"]] == ["blocks.0.attention", "blocks.2.attention"]
+    steps = json.loads((out / "budgets.json").read_text())["steps"]
+    assert steps[0]["memory"] == 1.0
+    assert steps[-1]["memory"] <= 0.5
 
 
 def test_same_seed_same_weights(teacher, espalier, tmp_path):
