@@ -34,9 +34,8 @@ def test_the_share_that_takes_part_becomes_the_capacity(tmp_path, cache):
     assert share == pytest.approx(0.25, abs=0.06)
     assert task.model.blocks[1].depth.threshold != 0
     stored = load(tmp_path / "model")
-    assert stored.blocks[1].depth.threshold.item() == pytest.approx(
-        task.model.blocks[1].depth.threshold.item(), rel=0.01
-    )
+    kept, trained = (model.blocks[1].depth.threshold.item() for model in (stored, task.model))
+    assert kept == pytest.approx(trained, rel=0.01)  # stored as bf16
 
 
 def test_a_killed_run_ends_with_the_same_thresholds(tmp_path, cache):
