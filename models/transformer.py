@@ -302,8 +302,9 @@ class Transformer(nn.Module):
         return spec.flops_per_token(self.config.width, attention.heads, attention.head_width, length)
 
     def training_flops_per_token(self, length: int) -> int:
-        """FLOPs of forward and backward for one token; recomputation is not counted."""
-        return 3 * self.flops_per_token(length)
+        """FLOPs of forward and backward for one token, early exits included; recomputation is not counted."""
+        heads = 0 if self.config.exits is None else len(self.config.exits.layers)
+        return 3 * (self.flops_per_token(length) + heads * 2 * self.config.width * self.config.vocab_size)
 
     def cache_bytes(self, tokens: int, dtype: torch.dtype | None = None) -> int:
         """Bytes that the cache of a sequence of so many tokens holds, over all layers."""
