@@ -136,6 +136,7 @@ class LongformerAttention(FullAttention):
     def _at_once(self, q: Tensor, kept: Kept, earlier: Anchored | None, starts: Tensor, context: Context) -> Tensor:
         """The ordinary rows of few tokens, or of those behind a cache: (B, H, T, d)."""
         keys, end = kept.keys.shape[2], context.past + q.shape[2]
+        whole = q.shape[2] == 1 and keys <= self.window and self.band.dilation == 1 and context.documents is None
         columns = torch.arange(keys, device=q.device) if kept.columns is None else kept.columns  # (K,)
         distance = torch.arange(context.past, end, device=q.device)[:, None] - columns  # (T, K)
         place = columns - starts[..., None]  # (B or 1, T, K), in the document of the query
@@ -145,8 +146,12 @@ class LongformerAttention(FullAttention):
             seen = seen & (own[..., None] == theirs[:, None])
         if earlier is None:
             return self._masked(q, kept.keys, kept.values, columns[None], seen, context)
+        if whole:  # only anchors that the window does not hold: then the next token sees all there is
+            outside = min(self.globals, end - keys)
+            earlier = Anchored(*(x[:, :, :outside] for x in earlier[:4]), earlier.starts)
         k, v = torch.cat([earlier.keys, kept.keys], dim=2), torch.cat([earlier.values, kept.values], dim=2)
-        return self._masked(q, k, v, *_behind(earlier, columns, seen, end - keys, starts), context)
+        numbers, seen = _behind(earlier, columns, seen, end - keys, starts)
+        return self._masked(q, k, v, numbers, None if whole else seen, context)
 
     def _global_rows(
         self, q: Tensor, k: Tensor, v: Tensor, earlier: Anchored | None, starts: Tensor, context: Context
@@ -168,15 +173,18 @@ class LongformerAttention(FullAttention):
         documents = (context.documents, context.documents)
         return attend_band(q, k, v, Band(self.globals - 1, 0), scoring, documents, dropout=self.drop())
 
-    def _masked(self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, seen: Tensor, context: Context) -> Tensor:
-        """Attention of the first tokens over keys with these numbers (B or 1, S), where `seen` (B or 1, T, S)."""
+    def _masked(
+        self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, seen: Tensor | None, context: Context
+    ) -> Tensor:
+        """Attention of the first tokens over keys numbered (B or 1, S), where `seen` (B or 1, T, S); None: over all."""
         rows = context.past + torch.arange(q.shape[2], device=q.device)
         distance = rows[:, None] - numbers[:, None]  # (B or 1, T, S)
         scoring = self.scoring(q, k, distance.flatten(0, 1), context)
         if scoring.position is not None:
             position = scoring.position.unflatten(1, distance.shape[:2]).movedim(0, 1)  # (B or 1, H, T, S)
             scoring = replace(scoring, position=position)
-        return attend(q, k, v, Visible(seen[:, None], causal=False), scoring, self.drop())
+        mask = None if seen is None else seen[:, None]  # (B or 1, 1, T, S)
+        return attend(q, k, v, Visible(mask, causal=False), scoring, self.drop())
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> AnchoredCache:
         sizes = min(self.span, capacity), min(self.globals, capacity)
