@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2BertConfig, XLNetConfig, XLNetModel
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
@@ -162,6 +163,18 @@ def test_a_decode_step_maps_its_query_and_a_prompt_the_distances():
     with torch.no_grad():
         pieces = [model(piece, cache=cache).logits for piece in tokens.split([17, 1, 1, 8, 3], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(tokens).logits)
+
+
+def largest_allocation(position, tokens):
+    model = build(position, kind="window", window=16, dtype=torch.float32)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        model(torch.zeros(1, tokens, dtype=torch.int64), documents=torch.zeros(1, tokens, dtype=torch.int64))
+    return max(event.self_cpu_memory_usage for event in found.events())
+
+
+@pytest.mark.parametrize("position", [SHAW, {"kind": "transformer_xl"}], ids=["shaw", "transformer_xl"])
+def test_a_window_asks_about_no_distance_beyond_it(position):
+    assert largest_allocation(position, 2048) < 2.5 * largest_allocation(position, 1024)
 
 
 def test_the_products_of_transformer_xl_are_counted():

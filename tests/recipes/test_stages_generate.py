@@ -56,3 +56,11 @@ def test_a_model_without_exits_refuses_a_confidence(untrained, refused):
         0.9,
         words=["this one has none"],
     )
+
+
+def test_a_cache_in_pages_gives_the_same_text(untrained, espalier, refused):
+    common = ["generate", untrained["without"], "--prompt", "ba", "--max_new_tokens", 6, "--temperature", 0]
+    (status, plain), (paged_status, paged) = espalier(*common), espalier(*common, "--page_size", 4)
+    assert status == paged_status == 0
+    assert paged.out == plain.out
+    refused(*common, "--page_size", 0, words=["a page holds at least 1 token"])
