@@ -159,6 +159,18 @@ def test_a_run_goes_on_as_if_it_had_never_stopped():
     assert whole.blocks[1].depth.threshold != 0
 
 
+def test_all_processes_move_to_the_mean_of_their_targets(monkeypatch):
+    model = build().train()
+    model(random_tokens(2, 24))
+    router = model.blocks[1].depth
+    own = router.target.clone()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(0.5))  # the other one's
+    router.advance()
+    torch.testing.assert_close(router.threshold, router.spec.rate * (own + 0.5) / 2)
+
+
 def test_evaluation_moves_nothing():
     model = build()
     before = copy.deepcopy(model.state_dict())

@@ -80,6 +80,13 @@ def test_training_adds_the_weighted_losses_of_the_exits():
     assert model.exits.norms[0].weight.grad.any()
 
 
+def test_the_exits_cost_a_head_each_in_training_alone():
+    model, plain = build(), build(exits=None)
+    assert model.flops_per_token(20) == plain.flops_per_token(20)
+    head = 2 * 32 * VOCAB
+    assert model.training_flops_per_token(20) == plain.training_flops_per_token(20) + 2 * 3 * head
+
+
 def test_evaluation_is_that_of_the_last_layer_alone():
     model, tokens = build(), random_tokens(2, 9)
     assert model(tokens, targets=tokens).auxiliary == {}
