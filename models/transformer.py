@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Context, Place
-from models.attention.protocol import document_mask
+from models.attention.protocol import count_documents, document_mask
 from models.attention.standard import training_bias
 from models.block import Block
 from models.cache import ContiguousCache, ModelCache, PagedCache
@@ -50,7 +50,9 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width, std=0.02)
         self.positions = nn.ModuleList()
+        self.shared = nn.ModuleList()
         self._position_index: dict[object, int] = {}
+        self._shared_index: dict[object, int] = {}
         if config.position.acts == "input":
             self._position(config.position, heads=0, head_width=0)
         self.dropout = nn.Dropout(config.dropout)
@@ -74,7 +76,18 @@ class Transformer(nn.Module):
         bidirectional = config.direction == "bidirectional"
         branches = config.residual_branches()
         layers = sum(layer.attention is not None for layer in config.layers)
-        return Place(config.width, branches, positional, number, config.context, bidirectional, layers)
+        shared = self._share(layer)
+        return Place(config.width, branches, positional, number, config.context, bidirectional, layers, shared)
+
+    def _share(self, layer: LayerConfig) -> int:
+        """Index of the weights that this layer has in common with those which name the same."""
+        spec = layer.attention.shared(self.config.context) if hasattr(layer.attention, "shared") else None
+        if spec is None:
+            return 0
+        if spec not in self._shared_index:
+            self._shared_index[spec] = len(self.shared)
+            self.shared.append(spec.build())
+        return self._shared_index[spec]
 
     def _position(self, spec, heads: int, head_width: int, layer: int = 0) -> int:
         """Index of the module for this spec, shared by the layers that agree on it unless each has its own."""
@@ -204,7 +217,20 @@ class Transformer(nn.Module):
             mask, causal = self._mask(x, documents, past)
             bias = None if cached else training_bias(x, mask, causal)
         leaves_notes = any(getattr(layer.attention, "leaves_notes", False) for layer in self.config.layers)
-        return Context(tables, mask, causal, bias, documents, past, {} if leaves_notes else None)
+        if documents is not None:
+            self._check_documents(documents)
+        shared = tuple(weights() for weights in self.shared)
+        return Context(tables, mask, causal, bias, documents, past, {} if leaves_notes else None, shared)
+
+    def _check_documents(self, documents: Tensor) -> None:
+        """Refuse rows of more documents (B, S) than an attention of the model can keep apart."""
+        limits = [getattr(layer.attention, "most_documents", None) for layer in self.config.layers]
+        most = min((limit for limit in limits if limit is not None), default=None)
+        if most is not None and documents.device.type != "meta" and (found := count_documents(documents)) > most:
+            raise UserError(
+                f"a row holds {found} documents, and this model's attention keeps {most} apart: give it documents: "
+                f"{found}, or the data cross_documents: true"
+            )
 
     @staticmethod
     def default_positions(tokens: Tensor, documents: Tensor | None, cache: ModelCache | None) -> Tensor:

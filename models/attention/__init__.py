@@ -5,6 +5,7 @@ from models.attention.convolution import Convolution
 from models.attention.fixed import Fixed
 from models.attention.full import Full
 from models.attention.hierarchical import Hierarchical
+from models.attention.linformer import Linformer
 from models.attention.longformer import Longformer
 from models.attention.lsh import Lsh
 from models.attention.protocol import ATTENTIONS, Context, Place
@@ -25,6 +26,7 @@ __all__ = [
     "Fixed",
     "Full",
     "Hierarchical",
+    "Linformer",
     "Longformer",
     "Lsh",
     "Place",

@@ -6,6 +6,7 @@ B batch, T new tokens, S tokens that can be seen (cached and new), D model width
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.standard import Visible
@@ -27,6 +28,7 @@ class Place(NamedTuple):
         context: tokens of the longest training sequence.
         bidirectional: whether a token also sees those behind it.
         layers: of the model that have an attention.
+        shared: which of `Context.shared` is this layer's.
     """
 
     width: int
@@ -36,6 +38,7 @@ class Place(NamedTuple):
     context: int = 1024
     bidirectional: bool = False
     layers: int = 1
+    shared: int = 0
 
 
 class Context(NamedTuple):
@@ -51,6 +54,7 @@ class Context(NamedTuple):
         past: tokens before the new ones, S - T.
         notes: what a layer leaves for its own recomputation or for later layers, by (layer, name); None where no layer
             of the model does so.
+        shared: weights that several layers have in common.
     """
 
     positional: tuple[Positional, ...]
@@ -60,6 +64,7 @@ class Context(NamedTuple):
     documents: Tensor | None = None
     past: int = 0
     notes: dict[tuple[int, str], Tensor] | None = None
+    shared: tuple[Tensor, ...] = ()
 
     @property
     def visible(self) -> Visible:
@@ -77,7 +82,8 @@ class AttentionSpec(Protocol):
         free_heads: whether any of its heads can be taken away; where not, `heads_because` says why.
 
     It may also offer `leaves_notes`, whether the model must have `Context.notes`, and `cache_singles(tokens)`, how many
-    numbers its cache holds in fp32 whatever the dtype, beside `cache_elements`.
+    numbers its cache holds in fp32 whatever the dtype, beside `cache_elements`; `shared(context)`, a spec of weights
+    that all layers which name the same one have in common; and `most_documents`, how many a row may hold.
     """
 
     sees_all: bool
@@ -128,3 +134,9 @@ def document_mask(documents: Tensor, seen_documents: Tensor, causal: bool) -> Te
         new, seen = documents.shape[1], seen_documents.shape[1]
         same = same & torch.ones(new, seen, dtype=torch.bool, device=documents.device).tril(seen - new)  # (T, S)
     return same[:, None]
+
+
+def count_documents(documents: Tensor) -> int:
+    """The most documents that a row of documents (B, T) holds, padding apart."""
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
+    return int((begins & (documents >= 0)).sum(1).max())

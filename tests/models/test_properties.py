@@ -14,6 +14,7 @@ import torch
 from torch.func import functional_call
 
 from models.attention import ATTENTIONS
+from models.attention.linformer import SHARINGS, SUMS
 from models.block import ORDERS
 from models.config import HEADS, ModelConfig
 from models.depth import DEPTHS
@@ -30,6 +31,8 @@ VOCAB, WIDTH, CONTEXT = 40, 16, 24
 # what the fields that a spec must be given are here, by their names
 EXAMPLES = {
     "heads": 4,
+    "rank": 5,
+    "documents": 3,
     "buckets": 4,
     "width": 24,
     "factor": 2.0,
@@ -75,6 +78,8 @@ AXES = {
         example(ATTENTIONS, "selective", kv_heads=2, budget=3, softcap=2.0, sink="zero"),
         example(ATTENTIONS, "selective", carry=0.5),
         example(ATTENTIONS, "selective", budget=4, carry=0.5),
+        *(example(ATTENTIONS, "linformer", sharing=sharing, bias=True, out_bias=True) for sharing in SHARINGS),
+        *(example(ATTENTIONS, "linformer", sums=sums) for sums in SUMS),
         example(ATTENTIONS, "lsh", buckets=2, chunk=2, rounds=3, bias=True, out_bias=True),
         example(ATTENTIONS, "lsh", chunk=4, scale=1.0, across_buckets=True, duplicates=True),
         example(ATTENTIONS, "bigbird", block=2, random=1),
