@@ -130,7 +130,7 @@ class ModelConfig:
         if self.residual == "reversible" and self.exits is not None:
             raise UserError("exits read the stream between layers, and a reversible model keeps none; leave one out")
         if self.exits is not None:
-            self.exits.check(len(self.layers))
+            self.exits.check(self.layers)
         object.__setattr__(self, "layers", tuple(self._resolved(layer) for layer in self.layers))
         attentions = [layer.attention for layer in self.layers if layer.attention is not None]
         if self.position.acts not in ("input", "nothing") and attentions and not any(a.takes for a in attentions):

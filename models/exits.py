@@ -10,7 +10,7 @@ layer are those of the whole model; none is approximated or copied.
 B prompts, T new tokens, P new and waiting ones, S tokens so far, D model width, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from models.registry import dump_dataclass, read_dataclass
 
 if TYPE_CHECKING:
     from models.cache import ModelCache
-    from models.config import ModelConfig
+    from models.config import LayerConfig, ModelConfig
     from models.transformer import Transformer
 
 
@@ -50,10 +50,17 @@ class Exits:
             raise UserError(f"weight must be positive, got {self.weight}")
         object.__setattr__(self, "layers", numbers)
 
-    def check(self, depth: int) -> None:
-        """Raise UserError where an exit is not before the end of a model of so many layers."""
-        if self.layers[-1] >= depth:
-            raise UserError(f"exits.layers: an exit after layer {self.layers[-1]} is none in a model of {depth} layers")
+    def check(self, layers: Sequence["LayerConfig"]) -> None:
+        """Raise UserError where an exit is not before the end of the layers, or a later layer needs what they found."""
+        last, depth = self.layers[-1], len(layers)
+        if last >= depth:
+            raise UserError(f"exits.layers: an exit after layer {last} is none in a model of {depth} layers")
+        for layer in layers:
+            if getattr(layer.attention, "leaves_notes", False):
+                raise UserError(
+                    f"exits let tokens wait before a layer, and attention {layer.attention.kind!r} hands what it found "
+                    "about them from layer to layer (carry); leave one out"
+                )
 
 
 class _Format:

@@ -39,6 +39,7 @@ VARIETY = {
     "learned": {"position": "learned"},
     "alibi": {"position": "alibi"},
     "window": {"attention": {"kind": "window", "heads": 4, "window": 3}},
+    "retention": {"attention": {"kind": "retention", "heads": 4}},
     "post": {"norm": {"kind": "rms", "position": "post"}},
     "untied": {"head": "untied", "norm": "layer"},
 }
@@ -183,6 +184,11 @@ def test_the_config_survives_the_round_trip():
 def test_wrong_exits_are_refused(exits, message):
     with pytest.raises(UserError, match=message):
         build(exits=exits)
+
+
+def test_what_one_layer_hands_to_another_cannot_wait():
+    with pytest.raises(UserError, match="from layer to layer"):
+        build(attention={"kind": "selective", "heads": 4, "carry": 0.5})
 
 
 def test_a_model_without_exits_cannot_be_left_early():
