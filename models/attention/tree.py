@@ -219,6 +219,17 @@ def children(nodes: Nodes, below: Listed, aligned: bool) -> tuple[Tensor, Tensor
     return take(entries.inner, places), mine
 
 
+def sees(level: Level, own: Tokens, start: Tensor, index: Tensor) -> Tensor:
+    """Whether the queries (B or 1, N, C) see entries (B or 1, N or 1, K): (B or 1, N, C, K)."""
+    theirs, mine = index[:, :, None], own.index[..., None] // level.width
+    seen = own.start[..., None] == start[:, :, None]
+    if level.fanout is not None:
+        seen = seen & (mine // level.fanout == theirs // level.fanout)
+    if level.width > 1:
+        return seen & (theirs < mine if own.causal else theirs != mine)
+    return seen & (theirs <= mine) if own.causal else seen
+
+
 def attend_tree(
     q: Tensor,
     tokens: Tokens,
@@ -254,7 +265,7 @@ def attend_tree(
         places = _stretch(level, before[:, columns[::block]], entries.start.shape[1], block, tokens)  # (B or 1, N, K)
         inside = (places >= 0) & (places < entries.start.shape[1])
         places = places.clamp(0, entries.start.shape[1] - 1)
-        mask = inside[:, :, None] & _sees(level, own, take(entries.start, places), take(entries.index, places))
+        mask = inside[:, :, None] & sees(level, own, take(entries.start, places), take(entries.index, places))
         masks.append(mask.repeat_interleave(level.summaries, -1).expand(batch, -1, -1, -1).flatten(0, 1))
         for found, rows in ((keys, entries.keys), (values, entries.values)):
             heads = take(rows, places).expand(-1, blocks, -1, -1).flatten(0, 1)  # (B * N, K, m * G * d)
@@ -292,17 +303,6 @@ def _most_nodes(tokens: int, width: int, found: Tokens) -> int:
     return most if found.causal else 2 * most
 
 
-def _sees(level: Level, own: Tokens, start: Tensor, index: Tensor) -> Tensor:
-    """Whether the queries (B or 1, N, C) see entries (B or 1, N or 1, K): (B or 1, N, C, K)."""
-    theirs, mine = index[:, :, None], own.index[..., None] // level.width
-    seen = own.start[..., None] == start[:, :, None]
-    if level.fanout is not None:
-        seen = seen & (mine // level.fanout == theirs // level.fanout)
-    if level.width > 1:
-        return seen & (theirs < mine if own.causal else theirs != mine)
-    return seen & (theirs <= mine) if own.causal else seen
-
-
 def reference_tree(
     q: Tensor,
     tokens: Tokens,
@@ -313,7 +313,7 @@ def reference_tree(
     """The same as `attend_tree`, written down plainly: every query is compared with every entry."""
     own = tokens._replace(start=tokens.start[:, None], index=tokens.index[:, None])  # (B or 1, 1, T)
     masks = [
-        _sees(level, own, entries.start[:, None], entries.index[:, None])
+        sees(level, own, entries.start[:, None], entries.index[:, None])
         .repeat_interleave(level.summaries, -1)
         .expand(len(q), -1, -1, -1)
         for level, entries, _ in lists
