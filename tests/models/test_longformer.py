@@ -169,6 +169,21 @@ def test_a_softmax_by_documents_is_one_for_each(scoring):
             assert not y[row, :, own[2:]].any()
 
 
+@pytest.mark.parametrize("after", [0, 2])
+def test_the_first_tokens_of_a_document_are_seen_by_later_ones_only(after, monkeypatch):
+    monkeypatch.setattr(blocks, "SMALLEST", 6)
+    q, k, v = torch.randn(3, 2, 1, 40, 4)
+    numbers, i, j = document_numbers(40), torch.arange(40)[:, None], torch.arange(40)
+    same = numbers[:, :, None] == numbers[:, None, :]
+    starts = same.int().argmax(-1)  # (B, T)
+    anchored = (j - starts[..., None] < 3) & (j <= i)
+    seen = same & (((i - j <= 1) & (j - i <= after)) | anchored)
+    expected = reference_attention(q, k, v, Visible(seen[:, None], False))
+    documents, anchors = (numbers, numbers), blocks.Anchors(starts, 3)
+    y = blocks.attend_band(q, k, v, blocks.Band(1, after), lambda *_: PLAIN, documents, anchors=anchors)
+    torch.testing.assert_close(y, expected)
+
+
 def largest_allocation(model, tokens, documents):
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         model(torch.zeros(1, tokens, dtype=torch.int64), documents=documents)
