@@ -42,7 +42,7 @@ class Sweep:
         base: the recipe of one training.
         baseline: what the base is called in the table.
         seeds: of every variant.
-        lengths: tokens in a block at which all are measured; the first is that of the training.
+        lengths: tokens in a block; the first is that of the training, and only `extrapolate` is measured at the others.
         tokens: held-out tokens that are predicted.
         extrapolate: axes whose variants get a table over the lengths.
         variants: (axis, name) -> what the architecture has in place of the base's keys.
@@ -170,7 +170,10 @@ def train(plan: Sweep, missing: list[Training], parallel: int) -> dict[str, str]
     failed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
     with Bars() as bars, concurrent.futures.ProcessPoolExecutor(parallel, context) as pool:
-        begun = {pool.submit(train_one, one, plan.lengths, plan.tokens, threads): one for one in missing}
+        begun = {}
+        for one in missing:
+            lengths = plan.lengths if one.axis in ("", *plan.extrapolate) else plan.lengths[:1]
+            begun[pool.submit(train_one, one, lengths, plan.tokens, threads)] = one
         for done, future in enumerate(concurrent.futures.as_completed(begun), start=1):
             if sentence := future.result():
                 failed[begun[future].folder.name] = sentence
