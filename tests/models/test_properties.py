@@ -219,7 +219,12 @@ def build(case, dtype=torch.float32):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_((1 if "norm" in name and "weight" in name else 0) + 0.3 * torch.randn(parameter.shape))
-    return model.to(dtype)
+    depths = [block.depth for block in model.blocks if block.depth is not None]
+    if depths:  # as after training: of some tokens a part is on either side of each threshold
+        logits(model.train(), random_tokens(2, 16))
+        for depth in depths:
+            depth.threshold.copy_(depth.target)
+    return model.eval().to(dtype)
 
 
 def random_tokens(*shape):
