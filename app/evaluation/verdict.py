@@ -104,6 +104,11 @@ def judge_size(figures: dict) -> list[Sentence]:
             f"{wording.size(after['memory_bytes'])}, against {wording.size(before['memory_bytes'])} before."
         )
         sentences.append(Sentence("size", "bad", text))
+    cached = figures["change"]["size"].get("cache_bytes", {}).get("ratio")
+    if known(cached) and 0 < cached < SMALLER:
+        was, now = wording.size(before["cache_bytes"]), wording.size(after["cache_bytes"])
+        text = f"The cache of a full context is {wording.times(1 / cached)} smaller: {now} instead of {was}."
+        sentences.append(Sentence("size", "good", text))
     return sentences
 
 

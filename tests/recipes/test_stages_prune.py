@@ -131,6 +131,7 @@ def test_context_pruning_gives_layers_a_budget(selective, espalier, tmp_path):
     report = report_of(out)
     assert report["after"]["size"]["cache_bytes"] == after.cache_bytes(64) < 0.8 * before.cache_bytes(64)
     assert "Cache of a full context" in (out / "report.md").read_text()
+    assert any("The cache of a full context is" in sentence["text"] for sentence in report["verdict"])
     assert [layer["name"] for layer in report["layers"]] == ["blocks.0.attention", "blocks.2.attention"]
     steps = json.loads((out / "budgets.json").read_text())["steps"]
     assert steps[0]["memory"] == 1.0
