@@ -86,7 +86,7 @@ def draw_deepnorm(module: nn.Module, names: tuple[str, ...] | None, branches: in
     """
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
-            gain = (4 * max(1, branches)) ** -0.25 if names is None or name in names else 1.0
+            gain = (4 * max(1, branches)) ** -0.25 if names is None or name.rpartition(".")[2] in names else 1.0
             part.std = gain * (2 / (part.in_features + part.out_features)) ** 0.5
     module.to_empty(device=torch.get_default_device())
     for part in module.modules():

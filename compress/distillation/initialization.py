@@ -48,6 +48,10 @@ class Layers:
             copied, source = student.blocks[student_block], teacher.blocks[teacher_block]
             _require_equal(copied, source, f"student block {student_block}", f"teacher block {teacher_block}")
             copied.load_state_dict(source.state_dict())
+            if source.attention is not None:  # an encoding may belong to a layer, and then has the layer's number
+                own, other = student.positions[copied.place.positional], teacher.positions[source.place.positional]
+                _require_equal(own, other, f"the positions of {student_block}", f"teacher block {teacher_block}")
+                own.load_state_dict(other.state_dict())
         outside = _outside(student, teacher)
         student.load_state_dict({name: teacher.state_dict()[name] for name in outside}, strict=False)
         return {"kind": "layers", "blocks": [list(pair) for pair in pairs], "copied": outside}
@@ -56,7 +60,8 @@ class Layers:
 def _outside(student: nn.Module, teacher: nn.Module) -> list[str]:
     """Names of the tensors outside the blocks that both models have."""
     ours, theirs = student.state_dict(), teacher.state_dict()
-    names = [name for name in ours if name in theirs and not name.startswith("blocks.")]
+    of_layers = ("blocks.",) if student.config.position.acts == "input" else ("blocks.", "positions.")
+    names = [name for name in ours if name in theirs and not name.startswith(of_layers)]
     for name in names:
         if ours[name].shape != theirs[name].shape:
             raise _unequal(f"student's {name}", tuple(ours[name].shape), "teacher's", tuple(theirs[name].shape))

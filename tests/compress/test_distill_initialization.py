@@ -57,6 +57,24 @@ def test_all_layers_copied_is_the_teacher():
     assert torch.equal(student(data).logits, teacher(data).logits)
 
 
+def test_positions_of_a_layer_follow_the_layer():
+    student, teacher = tiny(2, seed=1, position="shaw"), tiny(4, position="shaw")
+    done = Layers().apply(student, teacher)
+    assert done["blocks"] == [[0, 1], [1, 3]]
+    for ours, theirs in done["blocks"]:
+        copied, source = student.positions[ours].state_dict(), teacher.positions[theirs].state_dict()
+        assert copied
+        assert all(torch.equal(tensor, source[name]) for name, tensor in copied.items())
+
+
+def test_positions_that_all_layers_share_are_copied():
+    for position in ("t5", "learned"):
+        student, teacher = tiny(1, seed=1, position=position), tiny(3, position=position)
+        Layers().apply(student, teacher)
+        ours, theirs = student.positions.state_dict(), teacher.positions.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 def test_random_changes_nothing():
     student = tiny(seed=1)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}

@@ -61,6 +61,16 @@ def test_deepnorm_starts_from_smaller_values_the_deeper_the_model():
             assert linear.weight.mean().abs().item() < expected / 10
 
 
+def test_deepnorm_finds_the_maps_of_single_heads():
+    spec = {"norm": {"kind": "rms", "position": "deepnorm"}, "attention": {"kind": "single_heads", "heads": 4}}
+    attention = build(width=128, depth=2, **spec).blocks[0].attention
+    named = {name: part.std for name, part in attention.named_modules() if name.rpartition(".")[2] in ("q", "v")}
+    for name, std in named.items():
+        gain = 16**-0.25 if name.endswith("v") else 1.0
+        assert std == pytest.approx(gain * (2 / (128 + 32)) ** 0.5)
+    assert len(named) == 8
+
+
 def test_deepnorm_is_there_after_a_block_is_built_anew():
     model = build(norm={"kind": "rms", "position": "deepnorm"})
     old = model.blocks[1]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from llms_from_scratch.ch03 import MultiHeadAttentionWrapper
 from torch import nn
 
 from models.attention import ATTENTIONS, Context, Place
@@ -55,7 +54,8 @@ def test_the_numbers_of_the_book():
 @pytest.mark.parametrize("bias", [False, True])
 def test_outputs_are_those_of_llms_from_scratch(bias):
     torch.manual_seed(0)
-    theirs = MultiHeadAttentionWrapper(12, 4, 9, dropout=0.0, num_heads=3, qkv_bias=bias)
+    book = pytest.importorskip("llms_from_scratch.ch03", reason="pip install --no-deps llms-from-scratch==1.0.19")
+    theirs = book.MultiHeadAttentionWrapper(12, 4, 9, dropout=0.0, num_heads=3, qkv_bias=bias)
     mine = load(stacked(12, 3, 4, bias=bias), [(h.W_query, h.W_key, h.W_value) for h in theirs.heads])
     x = torch.randn(2, 9, 12)
     torch.testing.assert_close(mine(x, PLAIN), theirs(x), atol=1e-6, rtol=1e-6)
