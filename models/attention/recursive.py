@@ -26,8 +26,8 @@ from models.positions import Positional
 class Recursive(Summarising):
     """Attention over the own chunk and a hierarchy of summaries; all other options are those of `full`.
 
-    Chunks begin with every document. Of each level a token sees fewer summaries than a chunk has tokens, and a cache
-    keeps as many; only the last of a given number of levels grows with the sequence.
+    Chunks begin with every document. A token of T sees at most chunk tokens and, of each of log(T / chunk) / log(chunk
+    / m) levels, chunk - m summaries; a cache keeps as many. Only the last of a given number of levels grows with T.
 
     Args:
         chunk: tokens of a chunk, and summaries of a group.

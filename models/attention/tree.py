@@ -237,7 +237,7 @@ def attend_tree(
     scoring: Callable[[Tensor, Tensor], Scoring],
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of the new tokens over what they see of every level: time and memory O(T (chunk + m log T)).
+    """Attention of the new tokens over what they see of every level: time and memory O(T chunk log T).
 
     The queries are cut into blocks of C, and every block gets of each level the stretch that its queries see.
 
@@ -268,9 +268,13 @@ def attend_tree(
         mask = inside[:, :, None] & sees(level, own, take(entries.start, places), take(entries.index, places))
         masks.append(mask.repeat_interleave(level.summaries, -1).expand(batch, -1, -1, -1).flatten(0, 1))
         for found, rows in ((keys, entries.keys), (values, entries.values)):
-            heads = take(rows, places).expand(-1, blocks, -1, -1).flatten(0, 1)  # (B * N, K, m * G * d)
-            found.append(split_heads(heads, level.summaries, width))  # (B * N, G, K * m, d)
-    q = q[:, :, columns].unflatten(2, (blocks, block)).movedim(2, 1).flatten(0, 1)  # (B * N, H, C, d)
+            if tokens.aligned and level.width == 1:  # each block its own tokens, and no place is looked up
+                rows = F.pad(rows, (0, 0, 0, blocks * block - new)).unflatten(1, (blocks, block))
+            else:
+                rows = take(rows, places).expand(-1, blocks, -1, -1)
+            found.append(split_heads(rows.flatten(0, 1), level.summaries, width))  # (B * N, G, K * m, d)
+    q = q if blocks * block == new else q[:, :, columns]
+    q = q.unflatten(2, (blocks, block)).movedim(2, 1).flatten(0, 1)  # (B * N, H, C, d)
     k, v, mask = torch.cat(keys, 2), torch.cat(values, 2), torch.cat(masks, -1)[:, None]
     y = attend(q, k, v, Visible(mask, causal=False), scoring(q, k), dropout)
     return y.unflatten(0, (batch, blocks)).movedim(1, 2).flatten(2, 3)[:, :, :new]
