@@ -114,7 +114,8 @@ class Lsh:
         hashing = self.heads * self.head_width * self.rounds * self.buckets
         block = block_of(self.chunk)
         places = block * blocks_of(length, self.buckets, block)
-        scores = 4 * self.heads * self.rounds * self.head_width * places * (self.chunk + block) // length
+        keys = before_of(self.chunk) + block
+        scores = 4 * self.heads * self.rounds * self.head_width * places * keys // length
         return projections + hashing + scores
 
     def cache_elements(self, tokens: int) -> int:
@@ -232,8 +233,17 @@ def unit(q: Tensor) -> Tensor:
 
 
 def block_of(chunk: int) -> int:
-    """Places of a decoder's block: what every bucket may leave empty at its end is bought by what its last m need."""
-    return max(1, chunk // 4)
+    """Places c of a decoder's block: a bucket leaves up to c - 1 of them empty, but a block of c computes c + m keys.
+
+    A multiple of 8, as is the number of keys: products of other shapes take other routes in the last block of a batch,
+    and the order of a sum would depend on how many blocks come later.
+    """
+    return max(8, chunk // 4 // 8 * 8)
+
+
+def before_of(chunk: int) -> int:
+    """Places before a block in which all that its first token sees must lie."""
+    return -(-chunk // 8) * 8
 
 
 def blocks_of(tokens: int, buckets: int, block: int) -> int:
@@ -258,7 +268,7 @@ def windows(buckets: Tensor, documents: Tensor | None, chunk: int, count: int) -
     padded = -(-sizes // block) * block
     slots = (padded.cumsum(-1) - padded).gather(-1, buckets) + rank  # (B, H, R, T)
     at = torch.full((*buckets.shape[:-1], places), tokens, dtype=torch.int64, device=buckets.device)
-    return Layout(at.scatter(-1, slots, steps), _group(buckets, documents), rank, chunk, block, chunk, 0)
+    return Layout(at.scatter(-1, slots, steps), _group(buckets, documents), rank, chunk, block, before_of(chunk), 0)
 
 
 def chunks(buckets: Tensor, documents: Tensor | None, chunk: int, across: bool) -> Layout:

@@ -213,3 +213,15 @@ def test_memory_grows_with_the_length_and_not_with_its_square(direction):
 def test_what_it_cannot_be_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         build(attention=change)
+
+
+@pytest.mark.parametrize("chunk", [3, 12, 17])
+def test_earlier_outputs_are_the_same_to_the_bit_however_later_tokens_fall(chunk):
+    q, v, buckets = drawn(301, buckets=16, dtype=torch.float32)
+    before = attend_near(q, unit(q), v, windows(buckets, None, chunk, 16), Weighing(0.4))
+    for t in (100, 200, 299):
+        others = buckets.clone()
+        others[..., t:] = 15 - others[..., t:]
+        after = attend_near(q, unit(q), v, windows(others, None, chunk, 16), Weighing(0.4))
+        assert torch.equal(after[:, :, :t], before[:, :, :t])
+        assert not torch.equal(after[:, :, t:], before[:, :, t:])
