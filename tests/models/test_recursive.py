@@ -294,9 +294,8 @@ def test_learned_poolings_are_learned(kind):
     assert not torch.allclose(run(model, x)[0, 3:], run(build(chunk=3), x)[0, 3:], atol=1e-3)
 
 
-@every_direction
-def test_blocks_compile_with_packed_rows(direction):
-    model, x = build(direction, chunk=2, pooling="han"), torch.randn(3, 30, 16, dtype=torch.float64)
+def test_blocks_compile_with_packed_rows():
+    model, x = build(chunk=3, pooling="han"), torch.randn(3, 30, 16, dtype=torch.float64)
     _, context = model.embed(torch.zeros(3, 30, dtype=torch.int64), documents=DOCUMENTS)
     expected = model.blocks[0](x, context)
     torch.compiler.reset()
