@@ -1,6 +1,6 @@
 """`make bench`: every benchmark in one process each after the other, one table, and `results.json` beside this file.
 
-python -m tests.benchmarks [--only training,lightning,decode,gptq,attention] [--threads N] [--out FILE]
+python -m tests.benchmarks [--only training,lightning,decode,gptq,attention,peers] [--threads N] [--out FILE]
 """
 
 import argparse
@@ -16,7 +16,14 @@ import torch
 
 from app.evaluation.environment import environment
 from app.memory import keep_freed_memory
-from tests.benchmarks import bench_attention, bench_decode, bench_gptq, bench_lightning, bench_training
+from tests.benchmarks import (
+    bench_attention,
+    bench_attention_peers,
+    bench_decode,
+    bench_gptq,
+    bench_lightning,
+    bench_training,
+)
 from tests.benchmarks.timing import say, table
 
 BENCHMARKS = {
@@ -25,6 +32,7 @@ BENCHMARKS = {
     "decode": bench_decode.run,
     "gptq": bench_gptq.run,
     "attention": bench_attention.run,
+    "peers": bench_attention_peers.run,
 }
 RESULTS = Path(__file__).parent / "results.json"
 
@@ -57,6 +65,8 @@ def main(argv: list[str]) -> int:
     }
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(table(rows))
+    if "attention" in chosen:
+        print(f"\n{bench_attention.grid(rows)}")
     return 0
 
 

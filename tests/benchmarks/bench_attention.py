@@ -43,7 +43,23 @@ class Mechanism:
 
 MECHANISMS = {
     PEER: Mechanism({"kind": "full"}, quadratic=True),
+    "full, tiled in PyTorch": Mechanism({"kind": "full", "kernel": "tiled"}, quadratic=True),
+    "single heads": Mechanism({"kind": "single_heads"}, quadratic=True),
+    "top-k 64": Mechanism({"kind": "top_k", "keep": 64}, quadratic=True),
+    "selective": Mechanism({"kind": "selective"}, quadratic=True),
     "window 256": Mechanism({"kind": "window", "window": 256}),
+    "window 256, dilation 2": Mechanism({"kind": "window", "window": 256, "dilation": 2}),
+    "longformer 256 + 16": Mechanism({"kind": "longformer", "window": 256, "globals": 16}),
+    "transient 256 + blocks of 64": Mechanism({"kind": "transient", "window": 256, "block": 64}),
+    "strided 128": Mechanism({"kind": "strided", "stride": 128}),
+    "fixed 128, 4 of each": Mechanism({"kind": "fixed", "block": 128, "summary": 4}),
+    "bigbird 64": Mechanism({"kind": "bigbird", "block": 64}),
+    "linformer 256": Mechanism({"kind": "linformer", "rank": 256, "documents": 1}, bidirectional=True),
+    "lsh 64, 2 rounds": Mechanism({"kind": "lsh", "buckets": 64, "chunk": 64}),
+    "recursive 64": Mechanism({"kind": "recursive", "chunk": 64}),
+    "hierarchical 64": Mechanism({"kind": "hierarchical", "segment": 64}),
+    "retention": Mechanism({"kind": "retention"}),
+    "convolution 4": Mechanism({"kind": "convolution"}),
 }
 
 
@@ -165,7 +181,7 @@ def decoding(settings: Lengths) -> list[Row]:
             rows.append(single(f"{name}, cache at {cached} tokens", cache_bytes(settings, mechanism, cached), "bytes"))
     seconds = take_turns(NAME, cases, rounds=settings.rounds, warmup=1)
     for case in cases:
-        peer = f"{PEER},{case.partition(',')[2]}"
+        peer = f"{PEER}, {case.rpartition(', ')[2]}"
         rows.append(rate_row(NAME, case, seconds, settings.decoded, "tokens/s", peer="" if case == peer else peer))
     return rows
 
@@ -184,6 +200,31 @@ def cache_bytes(settings: Lengths, mechanism: Mechanism, tokens: int) -> int:
     heads = {"heads": settings.heads} if "heads" in kind.__dataclass_fields__ else {}
     resolved = ATTENTIONS.parse({**heads, **mechanism.spec}, "attention").resolve(settings.heads * settings.width)
     return 4 * resolved.cache_elements(tokens)
+
+
+def grid(rows: list[Row], settings: Lengths | None = None) -> str:
+    """The comparison as one Markdown table: a mechanism a line."""
+    settings = settings or Lengths()
+    found = {row.case: row for row in rows if row.benchmark == NAME}
+    cached = max(settings.cached)
+    wide = [length for length in settings.lengths if length >= 2048]
+
+    def cell(case: str, form: Callable[[Row], str]) -> str:
+        return form(found[case]) if case in found else ""
+
+    heads = [f"speed at {length:,}" for length in wide] + [f"peak MiB at {cached:,}", "time ~ T^", "memory ~ T^"]
+    heads += [f"decode tokens/s at {length:,}" for length in settings.cached] + [f"cache MB at {cached:,}"]
+    lines = ["| mechanism | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name in settings.mechanisms:
+        cells = [
+            cell(f"{name}, {length} tokens", lambda row: f"{row.ratio:.2f}x" if row.ratio else "1") for length in wide
+        ]
+        cells.append(cell(f"{name}, peak memory at {cached} tokens", lambda row: f"{row.value:,.0f}"))
+        cells += [cell(f"{name}, exponent of {what}", lambda row: f"{row.value:.2f}") for what in ("time", "memory")]
+        cells += [cell(f"{name}, decoding after {n} tokens", lambda row: f"{row.value:,.0f}") for n in settings.cached]
+        cells.append(cell(f"{name}, cache at {cached} tokens", lambda row: f"{row.value / 1e6:,.2f}"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def single(case: str, value: float, unit: str) -> Row:

@@ -5,7 +5,14 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.benchmarks import bench_attention, bench_decode, bench_gptq, bench_lightning, bench_training
+from tests.benchmarks import (
+    bench_attention,
+    bench_attention_peers,
+    bench_decode,
+    bench_gptq,
+    bench_lightning,
+    bench_training,
+)
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.timing import fastest, rate_row, table, take_turns
 
@@ -54,7 +61,7 @@ def test_gptq_and_kernels_are_timed():
 
 def test_attention_is_measured_over_the_length():
     lengths = bench_attention.Lengths(
-        (16, 32, 64), quadratic_to=32, peer_to=32, heads=2, width=4, rounds=1, decoded=2, cached=(300,)
+        (16, 32, 64), quadratic_to=32, peer_to=32, heads=2, width=8, rounds=1, decoded=2, cached=(300,)
     )
     rows = {row.case: row for row in bench_attention.run(lengths)}
     assert "full, 64 tokens" not in rows
@@ -63,6 +70,14 @@ def test_attention_is_measured_over_the_length():
     for name, mechanism in bench_attention.MECHANISMS.items():
         assert f"{name}, exponent of memory" in rows
         assert mechanism.bidirectional or rows[f"{name}, decoding after 300 tokens"].value > 0
+    assert "| window 256 | " in bench_attention.grid(list(rows.values()), lengths)
+
+
+def test_each_mechanism_meets_its_peer():
+    settings = bench_attention_peers.Peers(tokens=1024, width=16, heads=2, rounds=1)
+    rows = bench_attention_peers.run(settings)
+    assert len(rows) == len(bench_attention_peers.PAIRS)
+    assert all(row.value > 0 and row.ratio for row in rows)
 
 
 def test_the_exponent_is_the_slope_of_the_logarithms():
