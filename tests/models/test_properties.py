@@ -192,11 +192,8 @@ def few(cases):
     """A few of the cases, for what takes seconds: every mechanism, order and norm position is in one of them."""
     picked, seen = [], set()
     for case in cases:
-        new = {
-            (axis, label({axis: value}))
-            for axis, value in case.items()
-            if axis in ("attention", "norm", "order", "residual", "depths")
-        }
+        plain = ("attention", "norm", "order", "residual", "depths")
+        new = {(axis, label({axis: value})) for axis, value in case.items() if axis in plain}
         new |= {(axis, case[axis]["kind"]) for axis in ("position", "feedforward")}
         if case["feedforward"].get("activation") == "relu":
             continue  # a finite difference may cross its kink
