@@ -55,8 +55,8 @@ def losses(model: nn.Module, blocks: TokenBlocks, lengths: Sequence[int], tokens
         tokens: how many are predicted, rounded down to whole blocks of the longest length.
 
     Returns:
-        length -> {"blocks": blocks side by side, "sliding": blocks that overlap by half}; a length beyond bounded
-        positions is left out.
+        length -> {"blocks": blocks side by side} and, where there are several lengths, {"sliding": blocks that overlap
+        by half}; a length beyond bounded positions is left out.
     """
     count = max(1, tokens // max(lengths)) * max(lengths)
     found = {}
@@ -64,10 +64,10 @@ def losses(model: nn.Module, blocks: TokenBlocks, lengths: Sequence[int], tokens
         if model.config.position.bounded and length > model.config.context:
             continue
         whole, halves = (TokenBlocks(blocks.folder, size, last="drop") for size in (length, length // 2))
-        found[str(length)] = {
-            "blocks": evaluate_quality(model, Part.first(whole, count // length)).loss.value,
-            "sliding": evaluate_quality(model, Sliding(Part.first(halves, 2 * count // length))).loss.value,
-        }
+        found[str(length)] = {"blocks": evaluate_quality(model, Part.first(whole, count // length)).loss.value}
+        if len(lengths) > 1:
+            overlapping = Sliding(Part.first(halves, 2 * count // length))
+            found[str(length)]["sliding"] = evaluate_quality(model, overlapping).loss.value
     return found
 
 
@@ -80,7 +80,7 @@ class Outcome:
         parameters: of the model.
         losses: nats per token of each seed at the length of the training.
         difference: to the baseline, paired by seed, with its interval.
-        lengths: length -> (blocks, sliding): perplexity, the geometric mean over the seeds.
+        lengths: length -> (blocks, sliding where it was measured): perplexity, the geometric mean over the seeds.
     """
 
     axis: str
@@ -88,7 +88,7 @@ class Outcome:
     parameters: int
     losses: tuple[float, ...]
     difference: Interval
-    lengths: Mapping[str, tuple[float, float]]
+    lengths: Mapping[str, tuple[float, ...]]
 
     @property
     def perplexity(self) -> float:
@@ -112,7 +112,8 @@ def outcome(axis: str, name: str, runs: Sequence[Mapping], baseline: Sequence[Ma
     difference = mean_over_seeds([a - b for a, b in zip(own, base, strict=True)])
     lengths = {
         length: tuple(
-            math.exp(statistics.fmean(run["losses"][length][form] for run in runs)) for form in ("blocks", "sliding")
+            math.exp(statistics.fmean(run["losses"][length][form] for run in runs))
+            for form in runs[0]["losses"][length]
         )
         for length in runs[0]["losses"]
     }
