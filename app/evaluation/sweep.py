@@ -111,11 +111,8 @@ def outcome(axis: str, name: str, runs: Sequence[Mapping], baseline: Sequence[Ma
     base = [run["losses"][trained]["blocks"] for run in baseline]
     difference = mean_over_seeds([a - b for a, b in zip(own, base, strict=True)])
     lengths = {
-        length: tuple(
-            math.exp(statistics.fmean(run["losses"][length][form] for run in runs))
-            for form in runs[0]["losses"][length]
-        )
-        for length in runs[0]["losses"]
+        length: tuple(math.exp(statistics.fmean(run["losses"][length][form] for run in runs)) for form in forms)
+        for length, forms in runs[0]["losses"].items()
     }
     return Outcome(axis, name, runs[0]["parameters"], own, difference, lengths)
 
