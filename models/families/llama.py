@@ -16,7 +16,7 @@ from models.families.uniform import common, flag, integer, number, word
 from models.feedforward import Swiglu
 from models.norms import Rms
 from models.positions import Rope
-from models.positions.rope import LinearScaling, Llama3Scaling
+from models.positions.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
@@ -153,7 +153,26 @@ def read_rope(values: Mapping[str, Any], context: int) -> Rope:
             original_context=integer(rope, "original_max_position_embeddings", context),
         )
         return Rope(base=base, scaling=scaling)
-    raise UserError(f"rope_type {kind!r} is not supported (one of: default, linear, llama3)")
+    if kind == "yarn":
+        return Rope(base=base, scaling=_read_yarn(rope))
+    raise UserError(f"rope_type {kind!r} is not supported (one of: default, linear, llama3, yarn)")
+
+
+def _read_yarn(rope: Mapping[str, Any]) -> YarnScaling:
+    """YaRN as the paper has it; what others changed about it is refused."""
+    for key, papers in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+        if rope.get(key, papers) not in (None, papers):
+            raise UserError(f"rope_parameters: {key} {rope[key]!r} of yarn is not supported")
+    scaling = YarnScaling(
+        factor=number(rope, "factor"),
+        original_context=integer(rope, "original_max_position_embeddings"),
+        beta_fast=number(rope, "beta_fast", 32.0),
+        beta_slow=number(rope, "beta_slow", 1.0),
+    )
+    amplitude = number(rope, "attention_factor", scaling.amplitude)
+    if abs(amplitude - scaling.amplitude) > 1e-6:
+        raise UserError(f"rope_parameters: attention_factor {amplitude} is not yarn's own, {scaling.amplitude:.6g}")
+    return scaling
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -172,6 +191,14 @@ def write_rope(rope: Rope) -> dict[str, Any]:
             "low_freq_factor": rope.scaling.low_frequency_factor,
             "high_freq_factor": rope.scaling.high_frequency_factor,
             "original_max_position_embeddings": rope.scaling.original_context,
+        }
+    elif isinstance(rope.scaling, YarnScaling):
+        scaling = {
+            "rope_type": "yarn",
+            "factor": rope.scaling.factor,
+            "original_max_position_embeddings": rope.scaling.original_context,
+            "beta_fast": rope.scaling.beta_fast,
+            "beta_slow": rope.scaling.beta_slow,
         }
     elif rope.scaling is not None:
         raise UserError(f"it has no RoPE scaling {rope.scaling.kind!r}")

@@ -42,6 +42,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 CONFIGS = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
@@ -54,6 +62,7 @@ CONFIGS = {
     "base": {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}},
     "llama3": {"rope_parameters": LLAMA3},
+    "yarn": {"rope_parameters": YARN},
 }
 
 
@@ -94,7 +103,7 @@ def test_import_gives_the_logits_of_transformers(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["plain", "tied", "mlp bias", "llama3"])
+@pytest.mark.parametrize("name", ["plain", "tied", "mlp bias", "llama3", "yarn"])
 def test_import_then_export_is_byte_equal(tmp_path, name, dtype):
     theirs = llama(dtype, **CONFIGS[name])
     source = saved(theirs, tmp_path / "hf")
@@ -281,7 +290,9 @@ def test_what_the_format_cannot_hold_is_refused_with_the_reason(tmp_path, change
         ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported \(one of: llama, mistral\)"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
+        ({"rope_parameters": YARN | {"mscale": 0.7}}, "mscale 0.7 of yarn is not supported"),
+        ({"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor 2.0 is not yarn's own, 1.138"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
