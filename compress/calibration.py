@@ -17,6 +17,7 @@ B batch, T tokens of a row, D model width, N tokens, K input channels of a linea
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -239,7 +240,9 @@ class Observer:
     def take(self, name: str, x: Tensor) -> None:
         """The map `name` reads x (B, T, K), or (N, K) where tokens were picked. Raises Enough after the last map."""
         _, owner = self._seen.setdefault((id(x), self.types[name]), (x, name))  # held, so that its id stays its own
-        if self._owners.setdefault(name, owner) == name:
+        if self._owners.setdefault(name, owner) != owner:
+            self._part(name)
+        if self._owners[name] == name:
             if name not in self.statistics:
                 self.statistics[name] = self.types[name](x.shape[-1], self.device)
             if torch.is_autocast_enabled(x.device.type):  # what the map will compute with
@@ -247,12 +250,20 @@ class Observer:
             valid = self.valid if self.depth is None else self.depth.kept
             whole = valid is None or x.shape[:-1] != valid.shape
             self.statistics[name].update(x.flatten(0, -2) if whole else x[valid.to(x.device)])  # (N, K)
-        elif self._owners[name] != owner:
-            raise RuntimeError(f"{name} and {self._owners[name]} read one input at first, and two now")
         self.statistics[name] = self.statistics[self._owners[name]]
         self._calls.append(name)
         if self._calls == self._first:
             raise Enough
+
+    def _part(self, name: str) -> None:
+        """Give the map `name`, which now reads another input than its owner, a statistic of its own."""
+        owner = self._owners[name]
+        if owner == name:
+            return
+        if self._calls.count(owner) != self._calls.count(name):  # the owner's has seen what this map has not
+            raise RuntimeError(f"{name} and {owner} read one input at first, and two now")
+        self._owners[name] = name
+        self.statistics[name] = deepcopy(self.statistics[owner])
 
 
 @contextmanager

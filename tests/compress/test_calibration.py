@@ -335,6 +335,21 @@ class Routed(nn.Module):
         return y
 
 
+def test_a_map_that_reads_a_second_input_gets_a_statistic_of_its_own():
+    """Keys and values of LongT5 are taken of the tokens, which the queries read too, and then of the summaries."""
+    torch.manual_seed(0)
+    values = {"width": 32, "depth": 1, "vocab_size": 64, "feedforward": {"kind": "swiglu", "width": 48}}
+    attention = {"kind": "transient", "heads": 4, "window": 8, "block": 4}
+    model, data = Transformer(ModelConfig.from_dict({**values, "attention": attention})), batches()
+    look = Look()
+    walk(model, look, data)
+    for name, tokens in {"q": 3 * 2 * 16, "k": 3 * 2 * (16 + 4), "v": 3 * 2 * (16 + 4)}.items():
+        x = inputs_of(model, f"blocks.0.attention.{name}", data)
+        statistic = look.seen[f"blocks.0.attention.{name}"]
+        assert statistic.tokens == len(x) == tokens
+        assert torch.allclose(statistic.matrix(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_maps_that_some_batches_skip_and_maps_that_run_twice_see_all_their_tokens(order):
     model, data = build(depth=1), batches(6)[::order]
