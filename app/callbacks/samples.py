@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.callbacks.metrics import log_text
+from models.errors import UserError
 from models.generation import generate
 
 
@@ -14,7 +15,7 @@ class Samples(Callback):
 
     Args:
         prompts: texts to continue; an empty text begins a new document.
-        max_new_tokens: of each continuation.
+        max_new_tokens: of each continuation, or as many as learned positions have room for.
         temperature: 0 takes the likeliest token.
         seed: of the sampling.
     """
@@ -24,6 +25,20 @@ class Samples(Callback):
     ) -> None:
         self.prompts = [""] if prompts is None else prompts
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse prompts that leave no room for a continuation now, not after hours at the first validation."""
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+        config = module.model.config
+        if tokenizer is None or not config.position.bounded:
+            return
+        for text in self.prompts:
+            tokens = 1 + len(tokenizer.encode(text))
+            if tokens >= config.context:
+                raise UserError(
+                    f"samples.prompts: {text[:40]!r} is {tokens} tokens long, and {config.position.kind} positions end "
+                    f"at {config.context}; shorten it"
+                )
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
@@ -36,12 +51,15 @@ class Samples(Callback):
 
     def _continue(self, module: LightningModule, tokenizer) -> list[str]:
         prompts = [[tokenizer.begin, *tokenizer.encode(text)] for text in self.prompts]
+        config, new_tokens = module.model.config, self.max_new_tokens
+        if config.position.bounded:
+            new_tokens = min(new_tokens, config.context - max(map(len, prompts)))
         eager = nullcontext() if module.compiling is None else torch.compiler.set_stance("force_eager")
         with torch.no_grad(), eager:
             written = generate(
                 module.model,
                 prompts,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=new_tokens,
                 temperature=self.temperature,
                 stop_tokens=[tokenizer.eot],
                 seed=self.seed,

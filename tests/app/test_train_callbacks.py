@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_help import fit, language_model, make_trainer, state_hash, text_data
+from training_help import ARCHITECTURE, fit, language_model, make_trainer, state_hash, text_data
 
 from app.callbacks import NonFiniteLoss, RunProgress, Samples
 from app.callbacks.checkpoints import Checkpoints, checkpoints_in, newest_checkpoint
@@ -112,8 +112,20 @@ def test_samples_begin_with_the_token_that_documents_begin_with(monkeypatch):
     seen = []
     monkeypatch.setattr("app.callbacks.samples.generate", lambda model, prompts, **_: seen.extend(prompts) or [[]])
     tokenizer = SimpleNamespace(eot=0, begin=1, encode=lambda text: [len(text)], decode=lambda ids: "")
-    Samples(["the "])._continue(SimpleNamespace(compiling=None, model=None), tokenizer)
+    model = SimpleNamespace(config=SimpleNamespace(position=SimpleNamespace(bounded=False), context=32))
+    Samples(["the "])._continue(SimpleNamespace(compiling=None, model=model), tokenizer)
     assert seen == [[1, 4]]
+
+
+def test_samples_end_where_learned_positions_do(tmp_path, cache):
+    architecture = {**ARCHITECTURE, "position": "learned"}
+    trainer = make_trainer(tmp_path / "run", Samples(["the ", ""], max_new_tokens=64))
+    fit(trainer, language_model(architecture=architecture), text_data(cache))
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    late = make_trainer(tmp_path / "late", Samples(["the end " * 40]))
+    with pytest.raises(UserError, match=r"samples\.prompts: 'the end .* learned positions end at 32; shorten it"):
+        fit(late, language_model(architecture=architecture), text_data(cache))
+    assert late.global_step == 0
 
 
 def test_samples_leave_the_training_alone(tmp_path, cache):
