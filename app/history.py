@@ -15,7 +15,9 @@ from typing import Any
 
 from app.evaluation import wording
 from app.evaluation.environment import environment
+from models.config import ModelConfig
 from models.errors import UserError
+from models.families import family_of
 from models.files import read_json, write_json
 from models.transformer import Transformer
 
@@ -118,14 +120,22 @@ def _card(model: Transformer, entries: Sequence[Mapping[str, Any]], figures: Map
         "    import models",
         '    model = models.load("this/folder")',
         "",
-        "or from the command line: `espalier generate this/folder --prompt TEXT`, and",
-        "`espalier export this/folder --out DIR --format transformers` for other software.",
+        *_commands(config),
         "",
         "The model continues text of the kind that it was trained on. It was not tuned to follow instructions, and",
         "nothing filters what it writes.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _commands(config: ModelConfig) -> list[str]:
+    generate = "or from the command line: `espalier generate this/folder --prompt TEXT`"
+    try:
+        family_of(config)
+    except UserError:  # an architecture that only Espalier has
+        return [f"{generate}."]
+    return [f"{generate}, and", "`espalier export this/folder --out DIR --format transformers` for other software."]
 
 
 def _stage(entry: Mapping[str, Any]) -> str:
