@@ -5,13 +5,12 @@ The same command again goes on after the runs that are finished. OUT/sweep.md, .
 """
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from app.loading import load_model
 from app.tasks.architecture import resolve_architecture
 from models.errors import UserError, did_you_mean
 from models.files import read_json, write_json
+from recipes import cli
 from recipes.stages import options
 from recipes.stages.parser import check_keys, read_recipe
 from recipes.stages.terminal import Bars, out_console, say
@@ -182,13 +182,11 @@ def train(plan: Sweep, missing: list[Training], parallel: int) -> dict[str, str]
 
 
 def train_one(one: Training, lengths: list[int], tokens: int, threads: int) -> str | None:
-    """Train one model in a process of its own and measure it here; returns why it failed, or None."""
+    """Train one model and measure it; returns why it failed, or None."""
     torch.set_num_threads(threads)
     recipe, log = (one.folder.with_name(f"{one.folder.name}.{end}") for end in ("yaml", "log"))
-    command = [sys.executable, "-m", "recipes.cli", "fit", "-c", str(recipe), "--ckpt_path=last"]
-    with log.open("w") as said:
-        environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        status = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, env=environ, check=False).returncode
+    with log.open("w") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = cli.main(["fit", "-c", str(recipe), "--ckpt_path=last"])
     if status:
         last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
         return last[0].removeprefix("espalier: error: ") if last else f"exit status {status}"
