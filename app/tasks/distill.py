@@ -139,6 +139,11 @@ class Distillation(LanguageModel):
                 self.config = self._student[0].model.config
             else:
                 self.config = resolve_architecture(self.architecture, None, context)
+            if self.config.direction != "causal":
+                raise UserError(
+                    "the student is bidirectional, and the next token is no riddle to a model that sees it; give its "
+                    "architecture direction: causal"
+                )
             if self.config.exits is not None:
                 raise UserError(
                     "distillation trains what the last layer says, and the student has early exits; leave "
