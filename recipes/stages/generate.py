@@ -18,8 +18,7 @@ def main(chosen: options.Generate) -> None:
     new: list[int] = []
     used: list[int] = []
     shown = ""
-    sys.stdout.write(chosen.prompt)
-    for step in stream(
+    steps = stream(
         loaded.model,
         [prompt],
         max_new_tokens=chosen.max_new_tokens,
@@ -29,7 +28,9 @@ def main(chosen: options.Generate) -> None:
         exit_confidence=chosen.exit_confidence,
         layers_used=used,
         page_size=chosen.page_size,
-    ):
+    )
+    sys.stdout.write(chosen.prompt)
+    for step in steps:
         new += [token for token in step[:1] if token is not None]
         text = tokenizer.decode(new)
         if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet

@@ -58,6 +58,11 @@ def test_a_model_without_exits_refuses_a_confidence(untrained, refused):
     )
 
 
+def test_what_is_refused_is_refused_before_the_prompt_is_printed(untrained, espalier):
+    status, output = espalier("generate", untrained["without"], "--prompt", "ba", "--exit_confidence", 0.9)
+    assert (status, output.out) == (2, "")
+
+
 def test_a_cache_in_pages_gives_the_same_text(untrained, espalier, refused):
     common = ["generate", untrained["without"], "--prompt", "ba", "--max_new_tokens", 6, "--temperature", 0]
     (status, plain), (paged_status, paged) = espalier(*common), espalier(*common, "--page_size", 4)
