@@ -32,6 +32,7 @@ from recipes.stages.terminal import Bars, out_console, say
 
 KEYS = {"pretrain", "baseline", "seeds", "lengths", "tokens", "extrapolate", "axes"}
 BASELINE = "baseline"
+RUNS = 6  # of one process: what is freed stays with it (app/memory.py), and pieces of every size add up
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def train(plan: Sweep, missing: list[Training], parallel: int) -> dict[str, str]
     threads = max(1, (os.cpu_count() or 1) // parallel)
     failed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
-    with Bars() as bars, concurrent.futures.ProcessPoolExecutor(parallel, context) as pool:
+    with Bars() as bars, concurrent.futures.ProcessPoolExecutor(parallel, context, max_tasks_per_child=RUNS) as pool:
         begun = {}
         for one in missing:
             lengths = plan.lengths if one.axis in ("", *plan.extrapolate) else plan.lengths[:1]
