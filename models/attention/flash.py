@@ -83,7 +83,11 @@ def tiled_attention(
     """
     pattern = Pattern(causal, q.shape[-1] ** -0.5 if scale is None else scale, tiles)
     own, theirs = (None, None) if documents is None else documents
-    return TiledAttention.apply(q, k, v, own, theirs, pattern)
+    # the backward is outside of any autocast, and must make the very probabilities of the forward
+    if not torch.amp.is_autocast_available(q.device.type):  # meta
+        return TiledAttention.apply(q, k, v, own, theirs, pattern)
+    with torch.autocast(q.device.type, enabled=False):
+        return TiledAttention.apply(q, k, v, own, theirs, pattern)
 
 
 class TiledAttention(torch.autograd.Function):

@@ -93,6 +93,16 @@ def test_bf16_is_at_most_twice_as_far_from_fp32_as_the_plain_kernel(causal):
         assert error(one, reference) <= 2 * error(other, reference)
 
 
+def test_autocast_changes_nothing():
+    mine = inputs(20, 20, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = tiled_attention(*mine, causal=True)
+    expected = tiled_attention(*mine, causal=True)
+    assert torch.equal(y, expected)
+    for one, other in zip(gradients(y, mine), gradients(expected, mine), strict=True):
+        assert torch.equal(one, other)
+
+
 def build(kernel, **attention):
     torch.manual_seed(0)
     spec = {"kind": "full", "heads": 4, "kv_heads": 2, "kernel": kernel, **attention}
