@@ -153,11 +153,13 @@ class Spans(NamedTuple):
         position: (B or 1, T) of each token in its document.
         slot: (B or 1, T) number of its document in the row, -1 for padding.
         count: slots of a row.
+        whole: whether every row is one document, without padding.
     """
 
     position: Tensor
     slot: Tensor
     count: int
+    whole: bool
 
 
 class LinformerAttention(nn.Module):
@@ -198,8 +200,8 @@ class LinformerAttention(nn.Module):
     def _sums(self, x: Tensor, table: Tensor | None, spans: Spans) -> Tensor:
         """The sums (B, H, M * k, d) of x (B, H, T, d) over the sequence."""
         spec = self.spec
-        if spec.sums == "linear" and spans.count == 1 and spans.slot.shape[0] == 1:
-            return table[:, :, : x.shape[2]].to(x.dtype) @ x  # every row is one whole document
+        if spec.sums == "linear" and spans.whole:
+            return table[:, :, : x.shape[2]].to(x.dtype) @ x
         if spec.sums == "max":
             cells = self._cells(spans)[:, None, :, None].expand_as(x)  # the last cell is for padding
             lowest = x.new_full((*x.shape[:2], spans.count * spec.rank + 1, x.shape[-1]), torch.finfo(x.dtype).min)
@@ -249,8 +251,8 @@ def spans_of(documents: Tensor | None, most: int, x: Tensor) -> Spans:
     """Where the tokens x (B, T, D) stand, whose documents (B, T) are runs, at most so many in a row."""
     steps = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
     if documents is None:
-        return Spans(steps, torch.zeros_like(steps), 1)
+        return Spans(steps, torch.zeros_like(steps), 1, whole=True)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
     start = torch.where(begins, steps, 0).cummax(dim=1).values
     slot = (begins & (documents >= 0)).cumsum(dim=1) - 1
-    return Spans(steps - start, torch.where(documents < 0, -1, slot.clamp(max=most - 1)), most)
+    return Spans(steps - start, torch.where(documents < 0, -1, slot.clamp(max=most - 1)), most, whole=False)

@@ -6,6 +6,7 @@ from linformer import LinformerSelfAttention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.attention.linformer import SUMS
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
@@ -139,6 +140,14 @@ def test_more_documents_than_it_keeps_apart_are_refused():
         model(tokens, documents=documents)
     documents[1, 6:] = -1  # padding is none
     assert model(tokens, documents=documents).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("sums", SUMS)
+def test_padding_takes_no_part_in_a_batch_of_one_row(sums):
+    model, tokens = build(documents=1, sums=sums, sharing="headwise"), torch.randint(40, (1, 9))
+    documents = torch.tensor([[-1] * 3 + [0] * 4 + [-1] * 2])
+    alone = model(tokens[:, 3:7]).logits
+    torch.testing.assert_close(model(tokens, documents=documents).logits[:, 3:7], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_what_it_cannot_be_is_refused():
