@@ -112,6 +112,17 @@ class Block(nn.Module):
         y = self._feed(x)
         return self.feedforward_norm(self.gain * x + y) if self.norm_position in AFTER else x + y
 
+    @torch.enable_grad()
+    def take_losses(self) -> dict[str, Tensor]:
+        """The training losses that the mechanisms have left since they were last taken, summed by name."""
+        found: dict[str, Tensor] = {}
+        for part in (self.attention, self.feedforward):
+            if self.training and getattr(part, "auxiliary", None):
+                for name, loss in part.auxiliary.items():
+                    found[name] = found[name] + loss if name in found else loss
+                part.auxiliary = {}
+        return found
+
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache | None:
         """An empty cache for `capacity` tokens in each of `batch` rows, or None for a layer without attention."""
         if self.attention is None:

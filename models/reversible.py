@@ -120,7 +120,7 @@ class ReversibleStack(torch.autograd.Function):
                 _, y = _graph(branch, b)
                 a, b = b, a + y.detach()
                 del y  # or its graph would live until the next one is built
-                for name, loss in _losses(block).items():
+                for name, loss in block.take_losses().items():
                     sums[name] = sums.get(name, 0) + loss.detach()
         run.losses = list(sums)
         y = torch.cat([a, b], dim=-1)  # (B, T, 2D)
@@ -155,7 +155,7 @@ def _go_back(run: Run, context: Context, y: Tensor, dy: Tensor, weights: dict[st
         for branch in reversed(block.branches(context)):
             with randomness.pop().again() if randomness else nullcontext():
                 read, found = _graph(branch, b)
-            losses = _losses(block)
+            losses = block.take_losses()
             ends, gradients = [found, *losses.values()], [dc.to(found.dtype), *(weights[name] for name in losses)]
             torch.autograd.backward(ends, gradients)
             b, c = c - found.detach(), b
@@ -171,18 +171,6 @@ def _graph(branch: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         read = x.detach().requires_grad_()
         return read, branch(read)
-
-
-@torch.enable_grad()
-def _losses(block: nn.Module) -> dict[str, Tensor]:
-    """The losses that the block's mechanisms have left since they were last taken, summed by name."""
-    found: dict[str, Tensor] = {}
-    for part in (block.attention, block.feedforward):
-        if block.training and getattr(part, "auxiliary", None):
-            for name, loss in part.auxiliary.items():
-                found[name] = found.get(name, 0) + loss
-            part.auxiliary = {}
-    return found
 
 
 def _learned(leaf: Any) -> bool:

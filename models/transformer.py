@@ -157,10 +157,9 @@ class Transformer(nn.Module):
     def _auxiliary(self) -> dict[str, Tensor]:
         """The training losses that this forward left in the blocks, summed by name."""
         found: dict[str, Tensor] = {}
-        if self.training:
-            for block in self.blocks:
-                for name, value in getattr(block.attention, "auxiliary", {}).items():
-                    found[name] = found[name] + value if name in found else value
+        for block in self.blocks:
+            for name, value in block.take_losses().items():
+                found[name] = found[name] + value if name in found else value
         return found
 
     def embed(

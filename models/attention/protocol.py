@@ -108,7 +108,7 @@ class Attention(Protocol):
     """A built mechanism: new tokens in, new tokens out.
 
     One with a training loss of its own leaves it, weighted, in an attribute `auxiliary` (name -> scalar) in every
-    forward in training mode.
+    forward in training mode, from where the model takes it.
     """
 
     def __call__(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:

@@ -1,5 +1,7 @@
 """Selective attention against x-transformers, against one token at a time, and its cache, budget and losses."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -205,6 +207,12 @@ def test_the_memory_loss_counts_what_every_document_needs_at_its_worst(packed):
     assert gradient[:, :4].any()  # of head 0
     assert not gradient[1, 4:].any()
     assert model.eval()(tokens).auxiliary == {}
+
+
+def test_a_model_can_be_copied_between_two_steps_with_a_memory_loss():
+    model = build(memory_loss=0.1).train()
+    loss = model(random_tokens(2, 9)).auxiliary["memory"]
+    assert copy.deepcopy(model)(random_tokens(2, 9)).auxiliary["memory"] == loss
 
 
 def test_what_the_layer_below_masks_is_carried():
