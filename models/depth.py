@@ -111,6 +111,7 @@ class DepthRouter(nn.Module):
         target: (1,) where the threshold goes: the quantile of the latest forward in training. It moves at the beginning
             of the next one (`advance`), so that a backward that runs the layer again chooses the same tokens, and is
             saved, so that a run goes on as if it had never stopped.
+        observed: (1,) the target that this process found in its latest forward; None where it has been averaged.
         kept: (B, C) bool, the places of the latest forward's shortened rows that hold a token; None before.
     """
 
@@ -121,6 +122,7 @@ class DepthRouter(nn.Module):
         self.register_buffer("threshold", torch.empty(1))
         self.register_buffer("target", torch.empty(1))
         self.kept: Tensor | None = None
+        self.observed: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -138,8 +140,11 @@ class DepthRouter(nn.Module):
     def advance(self) -> None:
         """Move the threshold towards the latest target, the mean over all processes."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if self.observed is not None:  # DDP has put the first process' target in the place of the others'
+                self.target.copy_(self.observed)
             torch.distributed.all_reduce(self.target)
             self.target /= torch.distributed.get_world_size()
+        self.observed = None
         self.threshold.lerp_(self.target, self.spec.rate)
 
     def forward(self, x: Tensor, context: Context, cache: "ShortenedCache | None", run: Run) -> Tensor:
@@ -165,6 +170,7 @@ class DepthRouter(nn.Module):
         counted = r.flatten() if documents is None else r[(documents != PAD).expand_as(r)]  # (N,)
         if len(counted):
             self.target.copy_(torch.quantile(counted.float(), 1 - self.spec.capacity))
+            self.observed = self.target.clone()
 
     def _shorten(self, r: Tensor, documents: Tensor | None, cached: bool) -> Shortened:
         chosen = r > self.threshold  # (B, T)
