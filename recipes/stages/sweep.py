@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,7 @@ def train(plan: Sweep, missing: list[Training], parallel: int) -> dict[str, str]
     """Train and measure what is missing, `parallel` runs at a time; returns the names of those that failed, and why."""
     threads = max(1, (os.cpu_count() or 1) // parallel)
     failed: dict[str, str] = {}
-    context = multiprocessing.get_context("spawn")
-    with Bars() as bars, concurrent.futures.ProcessPoolExecutor(parallel, context, max_tasks_per_child=RUNS) as pool:
+    with Bars() as bars, pool_of(parallel) as pool:
         begun = {}
         for one in missing:
             lengths = plan.lengths if one.axis in ("", *plan.extrapolate) else plan.lengths[:1]
@@ -180,6 +180,22 @@ def train(plan: Sweep, missing: list[Training], parallel: int) -> dict[str, str]
                 failed[begun[future].folder.name] = sentence
             bars("training", done, len(missing), begun[future].folder.name)
     return failed
+
+
+def pool_of(parallel: int) -> concurrent.futures.ProcessPoolExecutor:
+    """So many processes for the runs."""
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(parallel, context, end_with_parent, max_tasks_per_child=RUNS)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is killed: the same command again must find nobody at work."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def train_one(one: Training, lengths: list[int], tokens: int, threads: int) -> str | None:

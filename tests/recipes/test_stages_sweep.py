@@ -1,6 +1,9 @@
 """`espalier sweep`: a tiny one from end to end, going on after an interruption, and wrong files."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,35 @@ def test_a_sweep_trains_measures_and_compares(recipe, tmp_path, capsys):
     path.write_text(yaml.safe_dump(values | {"axes": {"position": {"learned": {"position": "alibi"}}}}))
     assert main(["sweep", str(path), "--out", str(out)]) == 2
     assert "was trained with another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_processes_end_when_the_sweep_is_killed():
+    script = (
+        "import os, time\n"
+        "from recipes.stages.sweep import pool_of\n"
+        "if __name__ == '__main__':\n"
+        "    pool = pool_of(1)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT.parent)
+    worker = int(sweep.stdout.readline())
+    sweep.kill()
+    sweep.wait()
+    for _ in range(100):
+        if not alive(worker):
+            return
+        time.sleep(0.1)
+    pytest.fail("a process of the pool outlives the sweep")
+
+
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize(
