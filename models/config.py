@@ -63,7 +63,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder Transformer.
+    """A Transformer: a decoder or, with direction `bidirectional`, an encoder.
 
     Args:
         vocab_size: rows of the token embedding.

@@ -1,4 +1,4 @@
-"""The decoder Transformer: embeddings -> blocks -> norm -> head, single-device pure PyTorch.
+"""The Transformer: embeddings -> blocks -> norm -> head, single-device pure PyTorch.
 
 B batch, T new tokens, S visible tokens, D model width, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Causal softmax attention over all earlier tokens, with grouped key/value heads (arXiv 1706.03762, GQA 2305.13245)."""
+"""Softmax attention over all tokens (in a decoder: all earlier ones), grouped heads (arXiv 1706.03762, 2305.13245)."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -21,7 +21,7 @@ KERNELS = ("sdpa", "tiled", "reference")
 @ATTENTIONS.register("full")
 @dataclass(frozen=True)
 class Full:
-    """Full causal attention.
+    """Full attention: of a decoder over all earlier tokens, of an encoder over all.
 
     Args:
         heads: query heads.
