@@ -94,27 +94,35 @@ def read_sweep(path: Path) -> Sweep:
     """Read a sweep file.
 
     Raises:
-        UserError: an unknown or missing key, an axis without variants, a key that no architecture has.
+        UserError: an unknown or missing key, a value of another type, an axis without variants, two variants of one
+            folder, a key that no architecture has.
     """
     values = read_recipe(path)
     check_keys(values, KEYS, path)
-    if lacking := [key for key in ("pretrain", "seeds", "axes") if not values.get(key)]:
+    if lacking := [key for key in ("pretrain", "seeds", "axes") if values.get(key) in (None, "", [], {})]:
         raise UserError(f"{path}: '{lacking[0]}' is missing")
+    check_values(values, path)
     recipe = next(
         (place for place in (path.parent / values["pretrain"], Path(values["pretrain"])) if place.is_file()), None
     )
     if recipe is None:
         raise UserError(f"{path}: there is no recipe {values['pretrain']} beside it or in the working directory")
     base = read_recipe(recipe)
-    architecture = (base.get("model") or {}).get("architecture")
+    model, data = base.get("model"), base.get("data")
+    architecture = model.get("architecture") if isinstance(model, dict) else None
     if not isinstance(architecture, dict):
         raise UserError(f"{recipe}: a sweep changes keys of model.architecture, so they must stand in the recipe")
+    trained = data.get("sequence_length") if isinstance(data, dict) else None
+    if not _whole(trained, 1):
+        raise UserError(
+            f"{recipe}: a sweep measures blocks as long as those of the training, so data.sequence_length must stand "
+            "in the recipe, a whole number of at least 1"
+        )
     variants: dict[tuple[str, str], dict[str, Any]] = {}
     for axis, choices in values["axes"].items():
         if not isinstance(choices, dict) or not all(isinstance(change, dict) for change in choices.values()):
             raise UserError(f"{path}: axes.{axis} must give each variant the keys that it changes")
         variants |= {(axis, str(name)): change for name, change in choices.items()}
-    trained = base["data"]["sequence_length"]
     extrapolate = list(values.get("extrapolate") or [])
     if unknown := [axis for axis in extrapolate if axis not in values["axes"]]:
         raise UserError(
@@ -126,8 +134,50 @@ def read_sweep(path: Path) -> Sweep:
             resolve_architecture(architecture | change, base["data"].get("vocab_size"), trained)
         except UserError as error:
             raise UserError(f"{path}: axes.{axis}.{name}: {error}") from None
-    baseline, tokens = str(values.get("baseline", BASELINE)), int(values.get("tokens", 2**16))
-    return Sweep(base, baseline, list(values["seeds"]), lengths, tokens, extrapolate, variants)
+    baseline, tokens = values.get("baseline") or BASELINE, values.get("tokens") or 2**16
+    plan = Sweep(base, str(baseline), values["seeds"], lengths, tokens, extrapolate, variants)
+    folders: dict[str, str] = {}
+    for axis, name in [("", plan.baseline), *variants]:
+        folder, called = folder_name(axis, name, plan.seeds[0]), f"axes.{axis}.{name}" if axis else f"baseline {name}"
+        if folder in folders:
+            raise UserError(
+                f"{path}: {folders[folder]} and {called} would both be written to {folder}; give one another name"
+            )
+        folders[folder] = called
+    return plan
+
+
+def check_values(values: dict[str, Any], path: Path) -> None:
+    """Raise UserError for a value of a sweep file that is of another type than its key."""
+    for key, least in (("seeds", 0), ("lengths", 1)):
+        given = values.get(key)
+        if given is not None and not (isinstance(given, list) and all(_whole(value, least) for value in given)):
+            raise UserError(
+                f"{path}: {key} is {given!r}; it must be a list of whole numbers of at least {least}, such as "
+                f"[{128 if key == 'lengths' else '1, 2'}]"
+            )
+        if twice := [value for value in given or [] if given.count(value) > 1]:
+            raise UserError(f"{path}: {key} names {twice[0]} twice; each must be there once")
+    if (tokens := values.get("tokens")) is not None and not _whole(tokens, 1):
+        raise UserError(f"{path}: tokens is {tokens!r}; it must be a whole number of at least 1")
+    if not isinstance(values["pretrain"], str):
+        raise UserError(f"{path}: pretrain is {values['pretrain']!r}; it must be the name of one recipe")
+    extrapolate = values.get("extrapolate")
+    if extrapolate is not None and not (
+        isinstance(extrapolate, list) and all(isinstance(axis, str) for axis in extrapolate)
+    ):
+        raise UserError(f"{path}: extrapolate is {extrapolate!r}; it must be a list of axes, such as [position]")
+    if not isinstance(values["axes"], dict):
+        raise UserError(f"{path}: axes must give each axis its variants by name, as in axes: {{position: {{...}}}}")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def folder_name(axis: str, name: str, seed: int) -> str:
+    """What the folder of a run is called; the baseline has no axis."""
+    return re.sub(r"[^\w.-]+", "-", f"{axis}-{name}-s{seed}".strip("-"))
 
 
 def prepare(plan: Sweep, out: Path, overwrite: bool) -> list[Training]:
@@ -141,7 +191,7 @@ def prepare(plan: Sweep, out: Path, overwrite: bool) -> list[Training]:
     trainings = []
     for (axis, name), change in {("", plan.baseline): {}, **plan.variants}.items():
         for seed in plan.seeds:
-            folder = runs / re.sub(r"[^\w.-]+", "-", f"{axis}-{name}-s{seed}".strip("-"))
+            folder = runs / folder_name(axis, name, seed)
             model = plan.base["model"] | {"architecture": plan.base["model"]["architecture"] | change}
             recipe = plan.base | {"model": model, "seed_everything": seed, "out": str(folder)}
             recipe["data"] = plan.base["data"] | {"seed": seed}

@@ -105,12 +105,42 @@ def alive(process):
         ({"pretrain": "nowhere.yaml"}, "there is no recipe nowhere.yaml"),
         ({"axes": {"position": {"none": {"position": "nonne"}}}}, "axes.position.none: .*unknown position"),
         ({"extrapolate": ["positions"]}, "there is no axis 'positions'"),
+        ({"extrapolate": "position"}, "extrapolate is 'position'; it must be a list of axes"),
+        ({"seeds": 3}, "seeds is 3; it must be a list of whole numbers"),
+        ({"seeds": 0}, "seeds is 0; it must be a list of whole numbers"),
+        ({"seeds": ["one"]}, r"seeds is \['one'\]; it must be a list of whole numbers"),
+        ({"seeds": [1, 2, 1]}, "seeds names 1 twice"),
+        ({"lengths": 128}, "lengths is 128; it must be a list of whole numbers"),
+        ({"lengths": [0]}, r"lengths is \[0\]; it must be a list of whole numbers of at least 1"),
+        ({"tokens": "many"}, "tokens is 'many'; it must be a whole number of at least 1"),
+        ({"tokens": 0}, "tokens is 0; it must be a whole number of at least 1"),
+        ({"pretrain": ["base.yaml"]}, "it must be the name of one recipe"),
+        ({"axes": [{"position": {}}]}, "axes must give each axis its variants by name"),
+        (
+            {"axes": {"position": {"a b": {"position": "none"}, "a/b": {"position": "learned"}}}},
+            "axes.position.a b and axes.position.a/b would both be written to position-a-b-s1",
+        ),
+        (
+            {"axes": {"the": {"base": {"position": "none"}}}, "extrapolate": []},
+            "baseline the base and axes.the.base would both be written to the-base-s1",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_before_anything_trains(recipe, change, sentence):
     path, values = recipe
     path.write_text(yaml.safe_dump(values | change))
     with pytest.raises(UserError, match=sentence):
+        read_sweep(path)
+    assert main(["sweep", str(path), "--out", str(path.parent / "out")]) == 2
+    assert not (path.parent / "out").exists()
+
+
+@pytest.mark.parametrize("data", [None, {"source": "text"}, {"sequence_length": "long"}])
+def test_a_base_without_the_length_of_its_blocks_is_refused(recipe, data):
+    path, _ = recipe
+    base = yaml.safe_load((path.parent / "base.yaml").read_text())
+    (path.parent / "base.yaml").write_text(yaml.safe_dump(base | {"data": data}))
+    with pytest.raises(UserError, match="data.sequence_length must stand in the recipe"):
         read_sweep(path)
 
 
