@@ -29,15 +29,16 @@ class LinearBiases(nn.Module):
         self.heads = heads
 
     def forward(self, positions: Tensor) -> Positional:  # (B or 1, T)
-        return Positional(slopes=torch.tensor(slopes(self.heads), device=positions.device))
+        return Positional(slopes=slopes(self.heads, positions.device))
 
 
-def slopes(heads: int) -> list[float]:
-    """The slope of each head: 2^(-8k / H) for k = 1 to H when H is a power of two.
+def slopes(heads: int, device: torch.device | None = None) -> Tensor:
+    """The slope of each head, (H,) in fp32: 2^(-8k / H) for k = 1 to H when H is a power of two.
 
-    Otherwise those of the power of two below, and then every other one of the power of two above.
+    Otherwise those of the power of two below, and then every other one of the power of two above. They are computed on
+    the device: numbers that are sent there in every forward would let the host wait for it.
     """
     power = 2 ** int(math.log2(heads))
-    below = [2 ** (-8 * k / power) for k in range(1, power + 1)]
-    above = [2 ** (-8 * k / (2 * power)) for k in range(1, 2 * power + 1, 2)]
-    return below + above[: heads - power]
+    below = 2 * torch.arange(power, device=device) + 2  # (P,)
+    above = 2 * torch.arange(heads - power, device=device) + 1  # (H - P,)
+    return torch.exp2(torch.cat([below, above]).float() * (-4 / power))

@@ -55,7 +55,7 @@ def dense_oracle(attention, x, documents, alibi):
         q, k, v = (y.unflatten(-1, (-1, 4)).transpose(1, 2) for y in (q(x), k(x), v(x)))
         if attention.normalises:
             q, k = attention.q_norm(q), attention.k_norm(k)
-        bias = -torch.tensor(slopes(4))[:, None, None] * (i - j).abs() if alibi else None
+        bias = -slopes(4)[:, None, None] * (i - j).abs() if alibi else None
         sink = None if attention.sink is None else attention.sink(q)
         scoring = Scoring(attention.scale, bias, attention.softcap, sink)
         return reference_attention(q, k, v, Visible(mask[:, None], False), scoring)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
@@ -26,16 +27,28 @@ def built(position, width=16, heads=4, head_width=8, **more):
 @pytest.mark.parametrize("heads", [1, 2, 8, 12, 16, 20])
 def test_alibi_slopes_are_those_of_bloom_and_mpt(heads):
     bloom = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]  # (H,) slope times position 1
-    torch.testing.assert_close(torch.tensor(slopes(heads)), bloom)
+    torch.testing.assert_close(slopes(heads), bloom)
     if heads & (heads - 1) == 0:  # MPT orders the others differently
         mpt = -build_mpt_alibi_tensor(heads, 2)[:, 0, 0]  # (H,) of distance 1
-        torch.testing.assert_close(torch.tensor(slopes(heads)), mpt.flatten())
+        torch.testing.assert_close(slopes(heads), mpt.flatten())
+
+
+@pytest.mark.parametrize("heads", [1, 4, 6, 24, 127])
+def test_alibi_slopes_are_powers_made_on_the_device(heads):
+    power = 2 ** int(math.log2(heads))
+    powers = [-8 * k / power for k in range(1, power + 1)] + [-4 * k / power for k in range(1, 2 * power, 2)]
+    exact = torch.tensor([2**exponent for exponent in powers[:heads]])
+    assert (slopes(heads).view(torch.int32) - exact.view(torch.int32)).abs().max() <= 1  # the last bit
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "tensor", None)  # numbers from the host
+        made = built("alibi", heads=heads)(torch.empty(1, 3, dtype=torch.int64, device="cuda")).slopes
+    assert (made.device.type, made.dtype) == ("cuda", torch.float32)
 
 
 def test_alibi_falls_with_the_distance():
     positional = built("alibi")(torch.arange(3)[None])
     distance = torch.tensor([[0, 1, 7]])
-    expected = -torch.tensor(slopes(4))[:, None, None] * distance
+    expected = -slopes(4)[:, None, None] * distance
     assert torch.equal(positional.bias(distance), expected)
 
 
