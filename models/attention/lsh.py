@@ -33,6 +33,7 @@ from models.cache.hashed import HashedCache
 from models.errors import UserError
 from models.linear import Linear, residual_std
 from models.positions import POSITIONS
+from models.precision import without_autocast
 
 SELF = -1e5  # the score of a query with itself: what is left where it sees no other
 NOBODY = -2  # the group of an empty place
@@ -180,7 +181,8 @@ class LshAttention(nn.Module):
         if keeps and key in context.notes:
             return context.notes[key].long()
         exact = torch.promote_types(q.dtype, torch.float32)
-        rotated = q.detach().to(exact) @ self.rotations.to(exact)  # (B, H, T, R * b / 2)
+        with without_autocast(q.device):  # rounded to half, near ties fall into other buckets
+            rotated = q.detach().to(exact) @ self.rotations.to(exact)  # (B, H, T, R * b / 2)
         rotated = rotated.unflatten(-1, (self.spec.rounds, -1))
         buckets = torch.cat([rotated, -rotated], dim=-1).argmax(-1).transpose(2, 3)  # (B, H, R, T)
         if keeps:

@@ -26,6 +26,7 @@ from models.cache import RecurrentCache, beginnings
 from models.errors import UserError
 from models.linear import Linear, residual_std
 from models.positions import POSITIONS
+from models.precision import without_autocast
 from models.registry import Registry
 
 DECAYS = Registry("decay")
@@ -193,9 +194,10 @@ def parallel(
     if memory is None:
         return y, None
     reach = _powers(rate, steps + 1) * (run == 0)[:, None]  # (B or 1, H, T), what a token still sees of the memory
-    y = y + (q.to(rate.dtype) @ memory) * (reach / rate[:, None])[..., None]
     stay = _powers(rate, len(steps) - 1 - steps) * (run == run[:, -1:])[:, None]  # (B or 1, H, T)
-    added = (k * stay[..., None]).transpose(-1, -2) @ v.to(rate.dtype)  # (B, H, d, e)
+    with without_autocast(q.device):
+        y = y + (q.to(rate.dtype) @ memory) * (reach / rate[:, None])[..., None]
+        added = (k * stay[..., None]).transpose(-1, -2) @ v.to(rate.dtype)  # (B, H, d, e)
     return y, memory * reach[..., -1, None, None] + added * rate[:, None, None]
 
 
@@ -210,7 +212,8 @@ def recurrent(
     for t in range(q.shape[2]):
         stays = 1 - forget if begins is None else (1 - forget) * ~begins[:, t, None, None, None]
         state = state * stays + forget * k[:, :, t, :, None] * v[:, :, t, None]
-        outputs.append(q[:, :, t, None] @ state / forget)  # (B, H, 1, e)
+        with without_autocast(q.device):
+            outputs.append(q[:, :, t, None] @ state / forget)  # (B, H, 1, e)
     return torch.cat(outputs, dim=2), None if memory is None else state
 
 
@@ -236,7 +239,8 @@ def chunkwise(
     q, k, v = (F.pad(x, (0, 0, 0, rest)).unflatten(2, (count, chunk)) for x in (q, k, v))  # (B, H, N, c, d or e)
     run = None if begins is None else F.pad(begins, (0, rest)).unflatten(1, (count, chunk)).cumsum(2)  # (B or 1, N, c)
     reach, stay, kept = _between(rate, tokens, chunk, run)
-    added = (k * stay.to(k.dtype)).transpose(-1, -2) @ v  # (B, H, N, d, e)
+    with without_autocast(q.device):
+        added = (k * stay.to(k.dtype)).transpose(-1, -2) @ v  # (B, H, N, d, e)
     added = added.to(rate.dtype) * rate[:, None, None, None]
     kept = kept.expand(-1, -1, count, -1, -1)
     state = torch.zeros_like(added[:, :, 0]) if memory is None else memory
@@ -244,7 +248,8 @@ def chunkwise(
     for forgotten, new in zip(kept.unbind(2), added.unbind(2), strict=True):
         before.append(state)
         state = state * forgotten + new  # (B, H, d, e)
-    carried = q @ torch.stack(before, dim=2).to(q.dtype)  # (B, H, N, c, e)
+    with without_autocast(q.device):
+        carried = q @ torch.stack(before, dim=2).to(q.dtype)  # (B, H, N, c, e)
     y = _pairs(q, k, v, rate, run) + carried.to(rate.dtype) * (reach / rate[:, None, None, None])
     return y.flatten(2, 3)[:, :, :tokens], None if memory is None else state
 
@@ -283,8 +288,9 @@ def _pairs(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, run: Tensor | None) ->
     weights = weights.view(len(rate), *[1] * (q.dim() - 4), *weights.shape[1:])
     if run is not None:
         weights = weights * (run[..., :, None] == run[..., None, :])[:, None]  # (B or 1, H, ..., c, c)
-    scores = (q @ k.transpose(-1, -2)).to(rate.dtype) * weights  # (B, H, ..., c, c)
-    return (scores.to(v.dtype) @ v).to(rate.dtype)
+    with without_autocast(q.device):
+        scores = (q @ k.transpose(-1, -2)).to(rate.dtype) * weights  # (B, H, ..., c, c)
+        return (scores.to(v.dtype) @ v).to(rate.dtype)
 
 
 def _powers(rate: Tensor, exponents: Tensor) -> Tensor:

@@ -134,6 +134,16 @@ def test_nearby_vectors_fall_into_one_bucket():
     assert len(buckets[..., 0].unique()) > 4
 
 
+def test_autocast_moves_no_token_into_another_bucket():
+    model = build(attention={"buckets": 64, "chunk": 4})
+    attention = model.blocks[0].attention
+    _, context = model.embed(torch.zeros(1, 500, dtype=torch.int64))
+    q = torch.randn(1, attention.spec.heads, 500, attention.spec.head_width)
+    expected = attention._buckets(q, context)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention._buckets(q, context), expected)
+
+
 def test_rotations_are_those_of_the_seed_and_the_layer_and_leave_random_numbers_alone():
     torch.manual_seed(0)
     state = torch.get_rng_state()

@@ -51,6 +51,15 @@ def test_the_three_forms_are_the_same(decay, tokens, chunk, continued, documents
         torch.testing.assert_close(theirs, gradients[0], atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("form", [parallel, recurrent, chunkwise])
+def test_autocast_rounds_no_product_of_exact_factors(form):
+    inputs, memory = heads(70, Powers(), torch.float32), torch.ones(2, 4, 6, 10)
+    expected = form(*inputs, memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = form(*inputs, memory)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
 def test_one_head_by_hand():
     q, k, v = (
         torch.tensor(values, dtype=torch.float64).view(1, 1, 3, 1) for values in ([1, 2, 3], [1, 1, 2], [4, 2, 1])
