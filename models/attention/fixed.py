@@ -103,6 +103,6 @@ class FixedAttention(TwoPatternAttention):
 def tokens_at(x: Tensor, columns: Tensor) -> Tensor:
     """The tokens `columns` (B or 1, ...) of x (B, H, S, d): (B, H, ..., d)."""
     if columns.shape[0] == 1:
-        return x[:, :, columns[0]]
+        return x.index_select(2, columns.flatten()).unflatten(2, columns.shape[1:])  # its backward beats indexing's
     index = columns.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return x.gather(2, index).unflatten(2, columns.shape[1:])

@@ -34,6 +34,7 @@ class Pair:
         make: settings -> the other one's module and how it is called with x (B, T, D).
         bidirectional: whether both are encoders.
         position: a position encoding of the mechanism, where the peer has one built in.
+        joins: whether the peer's module holds the output map; where not, ours is measured without it.
     """
 
     spec: dict[str, Any]
@@ -41,6 +42,7 @@ class Pair:
     make: Callable[["Peers"], tuple[nn.Module, Run]]
     bidirectional: bool = False
     position: dict[str, Any] | None = None
+    joins: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def build(settings: Peers, pair: Pair) -> tuple[nn.Module, Run]:
     heads = {"heads": settings.heads} if "heads" in kind.__dataclass_fields__ else {}
     spec = ATTENTIONS.parse({**heads, **pair.spec}, "attention").resolve(settings.width)
     module = spec.build(Place(settings.width, context=settings.tokens, bidirectional=pair.bidirectional))
+    if not pair.joins:
+        module.o = nn.Identity()
     encoding = None
     if pair.position is not None:
         sizes = {"width": settings.width, "heads": spec.heads, "head_width": spec.head_width}
@@ -221,15 +225,16 @@ PAIRS = {
     "single heads": Pair({"kind": "single_heads"}, "llms-from-scratch", _llms_from_scratch),
     "window 256": Pair({"kind": "window", "window": 256}, "local-attention", _local_attention),
     "longformer 256": Pair(
-        {"kind": "longformer", "window": 256, "globals": GLOBALS, "bias": True, "out_bias": True},
-        "transformers' Longformer", _longformer, bidirectional=True,
+        {"kind": "longformer", "window": 256, "globals": GLOBALS, "bias": True},
+        "transformers' Longformer", _longformer, bidirectional=True, joins=False,
     ),
     "transient": Pair(
         {"kind": "transient", "window": 254, "block": 16, "scale": 1.0},
         "transformers' LongT5", _long_t5, bidirectional=True, position={"kind": "t5"},
     ),
     "bigbird": Pair(
-        {"kind": "bigbird", "block": 64, "random": 3}, "transformers' BigBird", _big_bird, bidirectional=True
+        {"kind": "bigbird", "block": 64, "random": 3},
+        "transformers' BigBird", _big_bird, bidirectional=True, joins=False,
     ),
     "top-k 64": Pair({"kind": "top_k", "keep": 64}, "x-transformers", partial(_x_transformers, sparse_topk=64)),
     "selective": Pair({"kind": "selective"}, "x-transformers", partial(_x_transformers, selective=True)),
