@@ -21,7 +21,7 @@ from app.evaluation.charts import Chart, Step
 from app.evaluation.environment import environment
 from app.evaluation.events import write_events
 from app.evaluation.figures import clean
-from app.evaluation.verdict import judge
+from app.evaluation.verdict import Sentence, judge
 from app.evaluation.wording import known
 from compress.records import LayerRecord
 from models.files import write_json
@@ -48,6 +48,7 @@ class About:
         seed: of everything drawn at random.
         seconds: that the stage took, evaluation not counted.
         device: where the figures were measured.
+        notes: further sentences for the verdict, on what the stage chose by itself.
         time: when, ISO 8601.
     """
 
@@ -59,12 +60,14 @@ class About:
     seed: int | None = None
     seconds: float | None = None
     device: str = "cpu"
+    notes: Sequence[str] = ()
     time: str = field(default_factory=now)
 
 
 def build_report(figures: dict, records: Sequence[LayerRecord], about: About) -> dict:
     """The content of report.json: figures, the verdict in words, layers, recipe, history, data, environment."""
     layers = [record.to_dict() for record in records]
+    sentences = [*judge(figures, layers), *(Sentence("notes", "neutral", note) for note in about.notes)]
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -73,7 +76,7 @@ def build_report(figures: dict, records: Sequence[LayerRecord], about: About) ->
         "stage": about.stage,
         "time": about.time,
         **figures,
-        "verdict": [sentence.to_dict() for sentence in judge(figures, layers)],
+        "verdict": [sentence.to_dict() for sentence in sentences],
         "layers": layers,
         "recipe": about.recipe,
         "history": list(about.history),

@@ -18,7 +18,7 @@ SMALLER = 0.99  # a file above this share of the old one is not called smaller
 
 @dataclass(frozen=True)
 class Sentence:
-    """One finding. `topic`: headline, size, speed, quality, layers; `tone`: good, neutral, bad."""
+    """One finding. `topic`: headline, size, speed, quality, layers, notes; `tone`: good, neutral, bad."""
 
     topic: str
     tone: str

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,9 @@ class Distill(Stage[options.Distill]):
             student = fewer_layers(teacher, half if chosen.student_layers is None else chosen.student_layers).to_dict()
             initialization = initialization or "layers"
             say(f"the student has {len(student['layers'])} of the teacher's {len(teacher.layers)} layers")
+            self.notes = lost_kinds(teacher, len(student["layers"]))
+            for note in self.notes:
+                say(note)
         auto = "bfloat16" if stored == torch.bfloat16 else "float32"
         return Distillation(
             teacher=chosen.teacher,
@@ -179,8 +183,40 @@ def fewer_layers(config: ModelConfig, count: int) -> ModelConfig:
     """
     if not 1 <= count <= len(config.layers):
         raise UserError(f"student_layers is {count}; the teacher has {len(config.layers)} layers")
-    kept = [config.layers[teacher] for _, teacher in Uniform().pairs(count, len(config.layers))]
+    kept = [config.layers[number] for number in kept_layers(config, count)]
     return dataclasses.replace(config, layers=tuple(kept), exits=None, compression={})
+
+
+def kept_layers(config: ModelConfig, count: int) -> list[int]:
+    """The numbers of the `count` layers that a student of fewer layers has."""
+    return [teacher for _, teacher in Uniform().pairs(count, len(config.layers))]
+
+
+def lost_kinds(config: ModelConfig, count: int) -> list[str]:
+    """Sentences on what a student of `count` layers has in another mix than its teacher, or not at all.
+
+    A mix is another one where a kind is missing, or has one layer more or fewer than its share.
+    """
+    kept, depth, notes = kept_layers(config, count), len(config.layers), []
+    changes = []
+    for part in ("attention", "feedforward", "depth"):
+        kinds = [getattr(getattr(layer, part), "kind", "none") for layer in config.layers]
+        before, after = Counter(kinds), Counter(kinds[number] for number in kept)
+        if any(not after[kind] or abs(after[kind] - before[kind] * count / depth) >= 1 for kind in before):
+            was, now = (", ".join(f"{mix[kind]} {kind}" for kind in before) for mix in (before, after))
+            changes.append(f"{part}: {was} in the teacher, {now} in the student")
+    if changes:
+        notes.append(
+            f"The student's layers (the teacher's {', '.join(map(str, kept))}, counted from 0) are another mix of "
+            f"kinds than the teacher's ({'; '.join(changes)}); another --student_layers, or an architecture file as "
+            "--student, chooses otherwise."
+        )
+    if config.exits is not None:
+        notes.append(
+            "The teacher's early exits are left out, as the student has other layers; an architecture file as "
+            "--student can name exits of its own."
+        )
+    return notes
 
 
 def main(chosen: options.Distill) -> None:

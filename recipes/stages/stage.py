@@ -53,6 +53,7 @@ class Stage(ABC, Generic[Options]):
         self.out = Path(options.out).expanduser().absolute()
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype)
+        self.notes: list[str] = []  # sentences of `compress` for the report
 
     @abstractmethod
     def title(self) -> str:
@@ -182,6 +183,7 @@ class Stage(ABC, Generic[Options]):
                 seed=self.options.seed,
                 seconds=seconds,
                 device=str(self.device),
+                notes=self.notes,
             )
             report = write_report(target, figures, records, about)
             self.keep(state, target)

@@ -8,7 +8,9 @@ import pytest
 import models.folder
 from app.data.corpus import synthetic
 from app.data.tokenizer import load_tokenizer, train_tokenizer
+from models.config import ModelConfig
 from models.transformer import Transformer
+from recipes.stages.distill import lost_kinds
 from tests.recipes.conftest import QUICK
 
 SHORT = [*QUICK, "--max_steps", "12", "--train_batch_size", "4", "--warmup_steps", "2", "--checkpoint_every", "5"]
@@ -39,6 +41,35 @@ def test_teacher_with_norms_after_the_sublayers(teacher, espalier, tmp_path):
     status, output = espalier("distill", "--teacher", post, "--out", out, *SHORT, "--max_steps", 2)
     assert status == 0, output.err
     assert len(models.folder.load(out).blocks) == 2
+
+
+def test_what_every_other_layer_loses_is_said(teacher, espalier, tmp_path):
+    """Of layers in turns, every other one is all of one kind."""
+    mixed, out = tmp_path / "mixed", tmp_path / "student"
+    config = models.folder.read_config(teacher).to_dict()
+    for layer in config["layers"][1::2]:
+        layer["depth"] = {"kind": "mixture_of_depths"}
+    config = ModelConfig.from_dict(config | {"exits": {"layers": [1]}})
+    with models.folder.writing(mixed) as target:
+        models.folder.save_model(Transformer(config), target)
+        load_tokenizer(teacher).save(target)
+    status, output = espalier("distill", "--teacher", mixed, "--out", out, *SHORT, "--max_steps", 2)
+    assert status == 0, output.err
+    found = [one["text"] for one in json.loads((out / "report.json").read_text())["verdict"] if one["topic"] == "notes"]
+    mix = "depth: 2 none, 2 mixture_of_depths in the teacher, 0 none, 2 mixture_of_depths in the student"
+    assert mix in found[0]
+    assert "--student_layers" in found[0]
+    assert "early exits are left out" in found[1]
+    said = " ".join(output.err.split())
+    assert all(sentence in said for sentence in found)
+
+
+def test_only_another_mix_of_kinds_is_said(teacher):
+    config = models.folder.read_config(teacher)
+    layers = [dataclasses.replace(layer, feedforward=None) for layer in config.layers]
+    pairs = dataclasses.replace(config, layers=(*layers[:2], *config.layers[:2]))
+    assert lost_kinds(config, 2) == lost_kinds(pairs, 2) == []
+    assert "feedforward: 2 none, 2 swiglu in the teacher, 0 none, 1 swiglu" in lost_kinds(pairs, 1)[0]
 
 
 def test_recovery_of_a_pruned_student(teacher, espalier, tmp_path):
