@@ -25,6 +25,7 @@ from models.attention.protocol import Context, Place, document_mask
 from models.attention.standard import training_bias
 from models.cache import LayerCache
 from models.errors import UserError
+from models.precision import without_autocast
 from models.registry import Registry
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 DEPTHS = Registry("depth")
 PAD = -1  # the document of padding, which nothing attends to
+EXACT = ("threshold", "target")  # buffers that stay in at least fp32: in bf16 small steps would be lost
 ROUND = 16  # tokens to a multiple of which rows are shortened, at least
 
 Run = Callable[[Tensor, Context, LayerCache | None], Tensor]  # the layer on x (B, C, D)
@@ -107,10 +109,10 @@ class DepthRouter(nn.Module):
 
     Attributes:
         weight: (D,) w.
-        threshold: (1,) b.
-        target: (1,) where the threshold goes: the quantile of the latest forward in training. It moves at the beginning
-            of the next one (`advance`), so that a backward that runs the layer again chooses the same tokens, and is
-            saved, so that a run goes on as if it had never stopped.
+        threshold: (1,) b, in at least fp32 whatever the dtype of the model.
+        target: (1,) likewise, where the threshold goes: the quantile of the latest forward in training. It moves at the
+            beginning of the next one (`advance`), so that a backward that runs the layer again chooses the same tokens,
+            and is saved, so that a run goes on as if it had never stopped.
         observed: (1,) the target that this process found in its latest forward; None where it has been averaged.
         kept: (B, C) bool, the places of the latest forward's shortened rows that hold a token; None before.
     """
@@ -119,8 +121,8 @@ class DepthRouter(nn.Module):
         super().__init__()
         self.spec, self.place, self.attends = spec, place, attends
         self.weight = nn.Parameter(torch.empty(place.width))
-        self.register_buffer("threshold", torch.empty(1))
-        self.register_buffer("target", torch.empty(1))
+        for name in EXACT:
+            self.register_buffer(name, _exact(torch.empty(1)))
         self.kept: Tensor | None = None
         self.observed: Tensor | None = None
         self.reset_parameters()
@@ -130,11 +132,26 @@ class DepthRouter(nn.Module):
         nn.init.zeros_(self.threshold)
         nn.init.zeros_(self.target)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DepthRouter":
+        before = {name: getattr(self, name) for name in EXACT}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if _exact(moved) is not moved:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        for name in EXACT:  # those of an older file may be in bf16, and may take the place of the module's own
+            if prefix + name in state:
+                state[prefix + name] = _exact(state[prefix + name])
+        super()._load_from_state_dict(state, prefix, *arguments)
+
     def logits(self, x: Tensor) -> Tensor:
         """r (B, T) of x (B, T, D)."""
-        exact = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(exact), self.weight.to(exact)[None]).squeeze(-1)
+        x = _exact(x)
+        with without_autocast(x.device):
+            return F.linear(x, self.weight.to(x.dtype)[None]).squeeze(-1)
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -212,6 +229,11 @@ class DepthRouter(nn.Module):
             documents=seen,
             past=past,
         )
+
+
+def _exact(x: Tensor) -> Tensor:
+    """x itself, or in fp32 where its dtype is a smaller one."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def reference_mixture(router: DepthRouter, x: Tensor, context: Context, run: Run) -> Tensor:

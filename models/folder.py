@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.depth import EXACT
 from models.errors import UserError, did_you_mean
 from models.files import SHARD_BYTES, TensorFiles, inside, read_json, weight_files, write_json, write_tensors, writing
 from models.forms import described, install
@@ -34,7 +35,8 @@ def save_model(
     """Write `config.json` and the weights of `model` into an existing `directory` (usually from `writing`).
 
     Args:
-        dtype: of the dense floating-point tensors; by default each as it is. Packed tensors are never converted.
+        dtype: of the dense floating-point tensors; by default each as it is. Packed tensors are never converted, nor
+            are the buffers that a model keeps in fp32.
         shard_bytes: largest size of one file; more go into shards with an index.
     """
     packed = described(model)
@@ -52,7 +54,9 @@ def _converted(model: nn.Module, packed: dict, dtype: torch.dtype | None) -> Ite
         if tensor.numel() and tensor.data_ptr() in seen:
             raise ValueError(f"{name} shares its memory with an earlier tensor, so a reload would separate them")
         seen.add(tensor.data_ptr())
-        dense = tensor.is_floating_point() and name.rpartition(".")[0] not in packed
+        dense = (
+            tensor.is_floating_point() and not _is_exact(name, model.config) and name.rpartition(".")[0] not in packed
+        )
         yield name, tensor.to(dtype) if dense and dtype is not None else tensor
 
 
@@ -104,7 +108,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
 def stored_dtype(files: Mapping[str, Tensor], config: ModelConfig) -> torch.dtype:
     """The dtype of the first dense weight in `files`, which is what packed modules compute in."""
-    dense = (files[name] for name in files if name.rpartition(".")[0] not in config.compression)
+    dense = (
+        files[name]
+        for name in files
+        if name.rpartition(".")[0] not in config.compression and not _is_exact(name, config)
+    )
     return next((tensor.dtype for tensor in dense if tensor.is_floating_point()), torch.get_default_dtype())
 
 
@@ -142,9 +150,17 @@ def fill(
         elif not tensor.is_floating_point():
             raise UserError(f"the tensor {name} is stored as {tensor.dtype}, which is no dense weight")
         else:
-            state[name] = tensor.to(device, dtype)
+            state[name] = tensor.to(device, None if _is_exact(name, model.config) else dtype)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _is_exact(name: str, config: ModelConfig) -> bool:
+    """Whether the tensor is a buffer that stays in fp32 whatever the dtype of the model (models/depth.py)."""
+    return any(
+        layer.depth is not None and name in {f"blocks.{number}.depth.{buffer}" for buffer in EXACT}
+        for number, layer in enumerate(config.layers)
+    )
 
 
 def _computed(module: nn.Module, buffer: str) -> bool:

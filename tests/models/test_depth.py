@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.config import ModelConfig
 from models.depth import reference_mixture
 from models.errors import UserError
+from models.files import TensorFiles
+from models.folder import load, save_model, stored_dtype
 from models.transformer import Transformer
 
 ROUTED = {"kind": "mixture_of_depths", "capacity": 0.5}
@@ -200,6 +202,33 @@ def test_cached_decoding_chooses_the_same_tokens(chunks):
     assert cache.layers[1].documents.shape == (3, sum(kept))
     assert cache.layers[1].inner.length == sum(kept) < 30
     assert sum(layer.bytes() for layer in cache.layers) == 3 * model.cache_bytes(30)
+
+
+def test_a_model_in_bf16_keeps_its_thresholds_in_fp32(tmp_path):
+    model, value = build(), 1.0 + 2.0**-12  # which bf16 rounds away
+    router = model.blocks[1].depth
+    router.threshold.fill_(value)
+    assert model.to(torch.bfloat16).blocks[1].depth.threshold.item() == value
+    assert router.weight.dtype == torch.bfloat16
+    router.target.fill_(1.0 + 2.0**-10)
+    router.advance()
+    assert value < router.threshold.item() < 1.0 + 2.0**-10
+    router.threshold.fill_(value)
+    save_model(model.float(), tmp_path, torch.bfloat16)
+    for dtype in (None, torch.bfloat16):
+        loaded = load(tmp_path, dtype=dtype)
+        assert loaded.blocks[1].depth.threshold.item() == value
+        assert loaded.blocks[1].depth.weight.dtype == torch.bfloat16
+    assert stored_dtype(TensorFiles(tmp_path), model.config) == torch.bfloat16
+    assert model.double().blocks[1].depth.threshold.dtype == torch.float64
+
+
+def test_thresholds_that_were_saved_in_bf16_come_back_in_fp32():
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in build().state_dict().items()}
+    for assign in (False, True):
+        model = build()
+        model.load_state_dict(state, assign=assign)
+        assert model.blocks[1].depth.target.dtype == torch.float32
 
 
 def test_a_choice_depends_on_the_past_alone():
