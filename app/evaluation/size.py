@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.quantization.kernels import kernel_for
+from models.depth import DepthRouter
 from models.files import weight_files
 from models.forms import form_of
+from models.positions.transformer_xl import DistanceMap
 from models.transformer import Transformer
 
 
@@ -60,14 +62,18 @@ def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def dense_tensors(module: nn.Module) -> list[Tensor]:
     """The weights of one module, unpacked: its weight first, then what else it holds."""
     if form_of(module) is None:
-        return list(module.parameters(recurse=False))
+        named = dict(module.named_parameters(recurse=False))
+        return [named[name] for name in sorted(named, key=lambda name: name != "weight")]
     bias = getattr(module, "bias", None)
     return [module.dequantize(), *([bias] if isinstance(bias, Tensor) else [])]
 
 
 def stored_tensors(module: nn.Module) -> list[Tensor]:
-    """What the module writes to disk."""
-    return list(module.state_dict().values())
+    """What the module writes to disk: also buffers, such as the threshold of a router."""
+    if form_of(module) is not None:
+        return list(module.state_dict().values())
+    buffers = [one for name, one in module.named_buffers(recurse=False) if name in module.state_dict()]
+    return [*module.parameters(recurse=False), *buffers]
 
 
 def nbytes(tensors: list[Tensor]) -> int:
@@ -76,8 +82,8 @@ def nbytes(tensors: list[Tensor]) -> int:
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Bytes that the module's weights take in memory."""
-    return module.memory_bytes() if form_of(module) is not None else nbytes(list(module.parameters(recurse=False)))
+    """Bytes that the module's weights take in memory, with the buffers that are stored beside them."""
+    return module.memory_bytes() if form_of(module) is not None else nbytes(stored_tensors(module))
 
 
 @torch.no_grad()
@@ -109,7 +115,9 @@ def flops(model: Transformer, module: nn.Module, weight: Tensor) -> int:
     """Forward FLOPs of one module for one token: two for each weight of a matrix product."""
     if module is model.embedding:
         return 2 * weight.numel() if model.head is None else 0
-    return 2 * weight.numel() if isinstance(module, nn.Linear) or form_of(module) is not None else 0
+    if isinstance(module, DistanceMap):  # maps one distance more for each token, and multiplies each key by u
+        return 2 * (weight.numel() + module.u.numel())
+    return 2 * weight.numel() if isinstance(module, nn.Linear | DepthRouter) or form_of(module) is not None else 0
 
 
 def multiplies(module: nn.Module) -> bool:

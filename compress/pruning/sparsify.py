@@ -11,6 +11,7 @@ from compress.pruning import magnitude, wanda  # noqa: F401  register their crit
 from compress.pruning.criterion import CRITERIA, Criterion
 from compress.pruning.patterns import NOfM, Pattern, Unstructured, global_masks
 from compress.records import LayerRecord
+from compress.skipped import left_out
 from compress.statistics import Statistic, StatisticType
 from compress.store import Store
 from models.errors import UserError
@@ -131,18 +132,7 @@ def sparsify(
     """
     method = Sparsify(CRITERIA.parse(criterion, "method"), pattern, include)
     records = walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
-    return records + tables(model)
-
-
-def tables(model: nn.Module) -> list[LayerRecord]:
-    """Records for the matrices that are no linear map and so are never pruned, such as learned positions."""
-    offered = {name for part in parts_of(model) for name in part.linears}
-    reason = "a table that is looked up, no linear map"
-    return [
-        LayerRecord.skip(name.removesuffix(".weight"), tuple(parameter.shape), reason)
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and name.rpartition(".")[0] not in offered
-    ]
+    return records + left_out(model, "dense")
 
 
 def refuse_packed(model: nn.Module) -> None:

@@ -22,8 +22,9 @@ from compress.pruning.allocation import ALLOCATIONS, Allocation
 from compress.pruning.importance import IMPORTANCES, Importance
 from compress.pruning.patterns import smallest
 from compress.pruning.plan import Cut, Keep, has_heads, has_neurons, plan, read_ratios, resolve_heads
-from compress.pruning.sparsify import refuse_packed, tables
+from compress.pruning.sparsify import refuse_packed
 from compress.records import LayerRecord
+from compress.skipped import left_out
 from compress.statistics import Moments, StatisticType
 from compress.store import Store
 from models.attention.full import FullAttention
@@ -271,4 +272,4 @@ def prune_structured(
     cut = Cut(read_ratios(targets, ratio), ALLOCATIONS.parse(allocation, "allocation"), round_to, compensation)
     method = StructuredPruning(cut, IMPORTANCES.parse(criterion, "criterion"))
     records = walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
-    return records + tables(model)
+    return records + left_out(model, "dense")

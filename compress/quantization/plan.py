@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compress.calibration import Batch, LayerMethod, Part, Progress, load_part, parts_of, walk
 from compress.records import LayerRecord
+from compress.skipped import left_out
 from compress.statistics import StatisticType
 from compress.store import Store
 from models.errors import UserError, did_you_mean
@@ -110,25 +111,10 @@ def quantize_model(
     Raises:
         UserError: a pattern that matches nothing, weights or inputs that are not finite, no data where some is needed.
     """
-    left = _unoffered(model)
+    packed = {name: module for name, module in model.named_modules() if form_of(module)}
+    left = [LayerRecord.skip(name, one.shape, f"already stored as {form_of(one)}") for name, one in packed.items()]
+    left += left_out(model, "in full precision")
     plan = Plan(method, overrides or {}, embedding, head)
     records = walk(model, plan, batches, store=store, progress=progress, device=device, autocast=autocast)
     model.config = replace(model.config, compression=described(model))
     return records + left
-
-
-def _unoffered(model: nn.Module) -> list[LayerRecord]:
-    """Records for the matrices that no part of the walk offers: already packed ones, and tables such as positions."""
-    offered = {name for part in parts_of(model) for name in part.linears}
-    records = []
-    for name, module in model.named_modules():
-        if form := form_of(module):
-            records.append(LayerRecord.skip(name, module.shape, f"already stored as {form}"))
-            offered.add(name)
-    for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        if parameter.dim() >= 2 and owner not in offered:
-            records.append(
-                LayerRecord.skip(name.removesuffix(".weight"), parameter.shape, "a table that no product reads")
-            )
-    return records

@@ -11,7 +11,9 @@ from app.evaluation.speed import STANDARD, Round, change_of_speed, measure_speed
 from compress.quantization.grid import IntFormat
 from compress.quantization.plan import quantize_model
 from compress.quantization.rtn import Rtn
+from models.config import ModelConfig
 from models.folder import load, save_model, writing
+from models.transformer import Transformer
 
 
 def test_a_dense_model_by_hand():
@@ -79,6 +81,24 @@ def test_the_flops_of_the_layers_are_those_of_the_model_without_attention_scores
     products = sum(row.flops for row in layer_sizes(model))
     with_scores = model.flops_per_token(10) - model.flops_per_token(0)
     assert products == model.flops_per_token(10) - with_scores
+
+
+def test_the_map_of_distances_and_the_router_are_shown_as_they_are():
+    depths = [{"kind": "mixture_of_depths"}]
+    plain = {"vocab_size": VOCABULARY, "width": 16, "depth": 2, "feedforward": {"kind": "mlp", "width": 24}}
+    heads = {"attention": {"kind": "full", "heads": 2, "head_width": 4}}
+    model = Transformer(ModelConfig.from_dict(plain | heads | {"position": "transformer_xl"}))
+    rows = {row.name: row for row in layer_sizes(model)}
+    assert rows["positions.0"].shape == (8, 16)
+    assert sum(row.flops for row in rows.values()) == model.flops_per_token(0)
+    routed = Transformer(ModelConfig.from_dict(plain | heads | {"depths": depths}))
+    router = {row.name: row for row in layer_sizes(routed)}["blocks.1.depth"]
+    state = routed.blocks[1].depth.state_dict()
+    assert len(state) > 1  # the threshold, too
+    assert (router.parameters, router.flops) == (16, 32)
+    assert router.bytes == 4 * sum(tensor.numel() for tensor in state.values())
+    assert router.bits == 8 * router.bytes / router.parameters
+    assert size_figures(routed)["memory_bytes"] == size_figures(routed)["stored_bytes"]
 
 
 def test_models_take_turns_and_swap_the_order(monkeypatch):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from compress.pruning.patterns import Unstructured
+from compress.pruning.sparsify import sparsify
 from compress.quantization.gptq import Gptq
 from compress.quantization.grid import IntFormat
 from compress.quantization.plan import quantize_model
@@ -84,8 +86,23 @@ def test_every_matrix_has_a_record_with_what_was_asked_and_what_came_out(head):
     assert "'blocks.1.*'" in by_name["blocks.1.attention.v"].note
     assert by_name["embedding"].skipped
     assert "no bits are asked for the embedding" in by_name["embedding"].note
-    assert "a table" in by_name["positions.0.table"].note
+    assert "looked up" in by_name["positions.0.table"].note
     assert set(model.config.compression) == {record.name for record in records if not record.skipped}
+
+
+def test_what_is_no_linear_map_is_listed_with_the_true_reason():
+    model = build(position="transformer_xl")
+    notes = {record.name: record.note for record in quantize_model(model, Rtn(IntFormat(4, 32)))}
+    for name in ("positions.0.u", "positions.0.v", "positions.0"):
+        assert notes[name] == "read by products of its own module, which is no linear layer: left in full precision"
+    config = build().config.to_dict()
+    config["layers"][1]["depth"] = {"kind": "mixture_of_depths"}
+    quantized, pruned = (Transformer(ModelConfig.from_dict(config)) for _ in range(2))
+    for records in (quantize_model(quantized, Rtn(IntFormat(4, 32))), sparsify(pruned, "magnitude", Unstructured(0.5))):
+        router = next(record for record in records if record.name == "blocks.1.depth")
+        assert router.skipped
+        assert router.shape == (64,)
+        assert "the router that chooses the tokens of its layer" in router.note
 
 
 def test_a_second_pass_says_what_is_packed_already():

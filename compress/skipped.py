@@ -1,0 +1,36 @@
+"""What a walk over a model's linear maps does not offer to a method, and why."""
+
+from torch import nn
+
+from compress.calibration import parts_of
+from compress.records import LayerRecord
+from models.depth import DepthRouter
+from models.forms import form_of
+
+
+def left_out(model: nn.Module, what: str) -> list[LayerRecord]:
+    """A record for each matrix, and each router of mixture of depths, that no part of the walk offers.
+
+    Args:
+        model: a `Transformer`.
+        what: the weights are left as: "dense" or "in full precision".
+    """
+    offered = {name for part in parts_of(model) for name in part.linears}
+    offered |= {name for name, module in model.named_modules() if form_of(module)}
+    records = []
+    for name, parameter in model.named_parameters():
+        path = name.rpartition(".")[0]
+        owner = model.get_submodule(path)
+        if path not in offered and (parameter.dim() >= 2 or isinstance(owner, DepthRouter)):
+            reason = f"{_role(owner)}: left {what}"
+            records.append(LayerRecord.skip(name.removesuffix(".weight"), tuple(parameter.shape), reason))
+    return records
+
+
+def _role(owner: nn.Module) -> str:
+    """What the parameters of such a module are."""
+    if isinstance(owner, nn.Embedding):
+        return "a table that is looked up, and no product reads"
+    if isinstance(owner, DepthRouter):
+        return "the router that chooses the tokens of its layer"
+    return "read by products of its own module, which is no linear layer"
