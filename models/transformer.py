@@ -120,7 +120,8 @@ class Transformer(nn.Module):
         Args:
             tokens: (B, T) int64.
             targets: (B, T) int64, -100 where there is none; then the loss is returned in place of the logits.
-            documents: (B, T) number of each token's document: attention never crosses a change; -1 is padding.
+            documents: (B, T) number of each token's document: attention never crosses a change; -1 is padding. With a
+                cache, they begin with its first tokens, or a UserError is raised.
             positions: (B or 1, T) int64; by default the index of the token in its document.
             cache: keys and values of the tokens before these; the new ones are appended.
             keep: blocks whose outputs are returned.
@@ -188,6 +189,10 @@ class Transformer(nn.Module):
             positions = self.default_positions(tokens, documents, cache)  # (B or 1, T)
         seen = documents
         if cache is not None:
+            if past and cache.documents is None and documents is not None:
+                raise UserError(
+                    f"documents are given behind {past} cached tokens without any: give them from the first token on"
+                )
             if past and cache.documents is not None:
                 latest = cache.documents[:, -1:].expand(-1, new)  # (B, T)
                 documents = latest if documents is None else documents

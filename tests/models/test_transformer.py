@@ -105,3 +105,12 @@ def test_states_are_the_outputs_of_the_blocks():
     output = model(tokens, keep=(0, 1))
     torch.testing.assert_close(model.project(model.norm(output.states[1])), output.logits)
     assert output.states[0].shape == (1, 6, 32)
+
+
+def test_documents_that_begin_behind_cached_tokens_without_any_are_refused():
+    model, tokens = Transformer(tiny()).eval(), torch.zeros(1, 3, dtype=torch.int64)
+    cache = model.new_cache(1, 8)
+    model(tokens, cache=cache)
+    with pytest.raises(UserError, match="documents are given behind 3 cached tokens without any"):
+        model(tokens, cache=cache, documents=tokens)
+    assert cache.length == 3
