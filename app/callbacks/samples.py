@@ -1,9 +1,13 @@
 """Continuations that the model writes while it trains, as text in TensorBoard."""
 
+import sys
+import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from app.callbacks.metrics import log_text
 from models.errors import UserError
@@ -25,6 +29,7 @@ class Samples(Callback):
     ) -> None:
         self.prompts = [""] if prompts is None else prompts
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self._said: set[str] = set()
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Refuse prompts that leave no room for a continuation now, not after hours at the first validation."""
@@ -55,7 +60,8 @@ class Samples(Callback):
         if config.position.bounded:
             new_tokens = min(new_tokens, config.context - max(map(len, prompts)))
         eager = nullcontext() if module.compiling is None else torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), eager:
+        with torch.no_grad(), eager, warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", UserWarning)
             written = generate(
                 module.model,
                 prompts,
@@ -64,5 +70,14 @@ class Samples(Callback):
                 stop_tokens=[tokenizer.eot],
                 seed=self.seed,
             )
+        self._say(f"samples: {warning.message}" for warning in found)
         texts = [prompt + tokenizer.decode(ids) for prompt, ids in zip(self.prompts, written, strict=True)]
         return ["```\n" + text.replace("```", "'''") + "\n```" for text in texts]
+
+    @rank_zero_only
+    def _say(self, sentences: Iterable[str]) -> None:
+        """Print each sentence once in a run, without the line of code that says it."""
+        for sentence in dict.fromkeys(sentences):
+            if sentence not in self._said:
+                self._said.add(sentence)
+                print(sentence, file=sys.stderr, flush=True)

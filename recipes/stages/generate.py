@@ -1,6 +1,7 @@
 """`espalier generate`: continue a text, token by token."""
 
 import sys
+import warnings
 from collections import Counter
 
 from app.loading import load_model, resolve_device, resolve_dtype
@@ -18,17 +19,21 @@ def main(chosen: options.Generate) -> None:
     new: list[int] = []
     used: list[int] = []
     shown = ""
-    steps = stream(
-        loaded.model,
-        [prompt],
-        max_new_tokens=chosen.max_new_tokens,
-        sampling=sampling,
-        stop_tokens=[tokenizer.eot],
-        seed=chosen.seed,
-        exit_confidence=chosen.exit_confidence,
-        layers_used=used,
-        page_size=chosen.page_size,
-    )
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", UserWarning)
+        steps = stream(
+            loaded.model,
+            [prompt],
+            max_new_tokens=chosen.max_new_tokens,
+            sampling=sampling,
+            stop_tokens=[tokenizer.eot],
+            seed=chosen.seed,
+            exit_confidence=chosen.exit_confidence,
+            layers_used=used,
+            page_size=chosen.page_size,
+        )
+    for warning in found:
+        print(warning.message, file=sys.stderr, flush=True)  # the sentence, without the line of code that says it
     sys.stdout.write(chosen.prompt)
     for step in steps:
         new += [token for token in step[:1] if token is not None]

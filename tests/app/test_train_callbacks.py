@@ -128,6 +128,16 @@ def test_samples_end_where_learned_positions_do(tmp_path, cache):
     assert late.global_step == 0
 
 
+def test_samples_past_the_context_are_warned_of_once_in_one_sentence(tmp_path, cache, capsys, recwarn):
+    samples = Samples(["the "], max_new_tokens=40)
+    fit(make_trainer(tmp_path / "run", samples), language_model(), text_data(cache))
+    said = [line for line in capsys.readouterr().err.splitlines() if "exceed" in line or "warn" in line]
+    assert len(said) == 1
+    assert said[0].startswith("samples: ")
+    assert "exceed the model's context of 32" in said[0]
+    assert not [one for one in recwarn if "exceed" in str(one.message)]
+
+
 def test_samples_leave_the_training_alone(tmp_path, cache):
     hashes = []
     for name, callbacks in (("with", [Samples([""], max_new_tokens=4, temperature=1.0)]), ("without", [])):

@@ -69,3 +69,11 @@ def test_a_cache_in_pages_gives_the_same_text(untrained, espalier, refused):
     assert status == paged_status == 0
     assert paged.out == plain.out
     refused(*common, "--page_size", 0, words=["a page holds at least 1 token"])
+
+
+def test_a_text_past_the_context_is_warned_of_in_one_sentence(untrained, espalier):
+    status, output = espalier("generate", untrained["without"], "--prompt", "ba", "--max_new_tokens", 70)
+    assert status == 0, output.err
+    lines = [line for line in output.err.splitlines() if line.strip()]
+    assert len(lines) == 1
+    assert re.fullmatch(r"\d+ prompt tokens and 70 new ones exceed the model's context of 64; .* may ramble", lines[0])
