@@ -112,25 +112,12 @@ class ModelConfig:
                 f"norm position {self.norm.position} normalises after each sub-layer, "
                 "and a parallel layer has no such place"
             )
-        if self.residual == "reversible" and self.norm.position in AFTER:
-            raise UserError(
-                f"norm position {self.norm.position} normalises the stream, which a reversible one cannot take back; "
-                "give position pre or sandwich"
-            )
-        if self.residual == "reversible" and any(layer.depth is not None for layer in self.layers):
-            raise UserError(
-                "depth leaves out the tokens that a router chooses by the stream, and a reversible model computes the "
-                "stream anew with other rounding, by which it could choose others; leave one out"
-            )
-        if self.residual == "reversible" and any(getattr(layer.attention, "carry", 0) for layer in self.layers):
-            raise UserError(
-                "carry brings gradients from layer to layer beside the stream, and a reversible model computes the "
-                "stream's alone; leave one out"
-            )
-        if self.residual == "reversible" and self.exits is not None:
-            raise UserError("exits read the stream between layers, and a reversible model keeps none; leave one out")
+        if self.residual == "reversible":
+            self._check_reversible()
         if self.exits is not None:
             self.exits.check(self.layers)
+        if self.position.acts == "input":
+            self._check_sizes(self.position)
         object.__setattr__(self, "layers", tuple(self._resolved(layer) for layer in self.layers))
         attentions = [layer.attention for layer in self.layers if layer.attention is not None]
         if self.position.acts not in ("input", "nothing") and attentions and not any(a.takes for a in attentions):
@@ -138,6 +125,26 @@ class ModelConfig:
                 f"position {self.position.kind!r} acts in the attention, and no layer has one that knows positions; "
                 "give position: none, or one that is added to the embeddings"
             )
+
+    def _check_reversible(self) -> None:
+        """Refuse what a model that keeps no layer's stream cannot compute anew from the next one."""
+        if self.norm.position in AFTER:
+            raise UserError(
+                f"norm position {self.norm.position} normalises the stream, which a reversible one cannot take back; "
+                "give position pre or sandwich"
+            )
+        if any(layer.depth is not None for layer in self.layers):
+            raise UserError(
+                "depth leaves out the tokens that a router chooses by the stream, and a reversible model computes the "
+                "stream anew with other rounding, by which it could choose others; leave one out"
+            )
+        if any(getattr(layer.attention, "carry", 0) for layer in self.layers):
+            raise UserError(
+                "carry brings gradients from layer to layer beside the stream, and a reversible model computes the "
+                "stream's alone; leave one out"
+            )
+        if self.exits is not None:
+            raise UserError("exits read the stream between layers, and a reversible model keeps none; leave one out")
 
     def _resolved(self, layer: LayerConfig) -> LayerConfig:
         if layer.depth is not None:
@@ -147,6 +154,8 @@ class ModelConfig:
         attention = layer.attention.resolve(self.width)
         if self.direction not in attention.directions:
             raise UserError(f"attention {attention.kind!r} cannot be {self.direction}: {attention.directions_because}")
+        if hasattr(attention, "check"):
+            attention.check(self.direction)
         if attention.takes:
             self._check_position(attention)
         return replace(layer, attention=attention)
@@ -162,7 +171,10 @@ class ModelConfig:
                 f"attention {attention.kind!r} works with positions that act on {' or '.join(attention.takes)}, "
                 f"and {position.kind!r} acts on {position.acts}"
             )
-        position.check(attention.head_width)
+        self._check_sizes(position, attention.head_width)
+
+    def _check_sizes(self, position: Any, head_width: int = 0) -> None:
+        position.check(width=self.width, head_width=head_width, bidirectional=self.direction == "bidirectional")
 
     def residual_branches(self) -> int:
         """Number of sub-layers that write into the residual stream."""

@@ -83,7 +83,8 @@ class AttentionSpec(Protocol):
 
     It may also offer `leaves_notes`, whether the model must have `Context.notes`, and `cache_singles(tokens)`, how many
     numbers its cache holds in fp32 whatever the dtype, beside `cache_elements`; `shared(context)`, a spec of weights
-    that all layers which name the same one have in common; and `most_documents`, how many a row may hold.
+    that all layers which name the same one have in common; `most_documents`, how many a row may hold; and
+    `check(direction)`, which raises UserError where its numbers are none of that direction.
     """
 
     sees_all: bool

@@ -62,16 +62,15 @@ class Window(Full):
         """Tokens from the first to the last that a query of a decoder sees."""
         return (self.window - 1) * self.dilation + 1
 
-    def band(self, bidirectional: bool) -> Band:
-        """The keys that a query sees.
+    def check(self, direction: str) -> None:
+        """Raise UserError for an odd window in an encoder."""
+        if direction == "bidirectional" and self.window % 2:
+            raise UserError(f"window must be even in an encoder, half of it on each side of a token, got {self.window}")
 
-        Raises:
-            UserError: an odd window in an encoder.
-        """
+    def band(self, bidirectional: bool) -> Band:
+        """The keys that a query sees."""
         if not bidirectional:
             return Band(before=self.window - 1, after=0, dilation=self.dilation)
-        if self.window % 2:
-            raise UserError(f"window must be even in an encoder, half of it on each side of a token, got {self.window}")
         return Band(before=self.window // 2, after=self.window // 2, dilation=self.dilation)
 
 

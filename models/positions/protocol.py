@@ -29,8 +29,8 @@ class Encoding:
     per_layer = False
     bounded = False
 
-    def check(self, head_width: int) -> None:
-        """Raise UserError if heads of this width will not do; those of any width will."""
+    def check(self, *, width: int, head_width: int, bidirectional: bool) -> None:
+        """Raise UserError for a model width, a head width (0 on the embeddings) or a direction that will not do."""
 
     def flops_per_token(self, width: int, heads: int, head_width: int, length: int) -> int:
         """Forward FLOPs of the products with one query that sees `length` tokens, in one layer."""

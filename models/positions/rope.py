@@ -144,7 +144,7 @@ class Rope(Encoding):
         if not 0 < self.fraction <= 1:
             raise UserError(f"fraction must be above 0 and at most 1, got {self.fraction}")
 
-    def check(self, head_width: int) -> None:
+    def check(self, *, width: int, head_width: int, bidirectional: bool) -> None:
         """Raise UserError if heads of this width cannot be rotated."""
         rotated = int(head_width * self.fraction)
         if rotated < 2 or rotated % 2:

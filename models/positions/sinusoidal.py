@@ -26,9 +26,12 @@ class Sinusoidal(Encoding):
         if self.base <= 1:
             raise UserError(f"base must be above 1, got {self.base}")
 
-    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
+    def check(self, *, width: int, head_width: int, bidirectional: bool) -> None:
+        """Raise UserError for a model of odd width."""
         if width % 2:
             raise UserError(f"sinusoidal positions need an even width, got {width}")
+
+    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
         return SinusoidalPositions(self.base, width)
 
 

@@ -38,9 +38,12 @@ class T5(Encoding):
                 f"max_distance must be above {self.buckets // 2}, half the buckets, got {self.max_distance}"
             )
 
-    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
+    def check(self, *, width: int, head_width: int, bidirectional: bool) -> None:
+        """Raise UserError in an encoder whose directions would have one bucket each."""
         if bidirectional and self.buckets < 4:
             raise UserError(f"a bidirectional model needs at least 4 buckets, got {self.buckets}")
+
+    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
         return BucketBiases(self, heads, bidirectional)
 
 

@@ -29,9 +29,12 @@ class TransformerXl(Encoding):
     per_head = True
     per_layer = True
 
-    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
+    def check(self, *, width: int, head_width: int, bidirectional: bool) -> None:
+        """Raise UserError for a model of odd width."""
         if width % 2:
             raise UserError(f"sines and cosines of the distance need an even width, got {width}")
+
+    def build(self, *, width: int, heads: int, head_width: int, context: int, bidirectional: bool = False) -> nn.Module:
         return DistanceMap(width, heads, head_width, bidirectional)
 
     def flops_per_token(self, width: int, heads: int, head_width: int, length: int) -> int:

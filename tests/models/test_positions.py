@@ -170,8 +170,16 @@ def test_wrong_numbers_are_refused(position, sentence):
         POSITIONS.parse(position, "position")
 
 
-def test_sizes_that_an_encoding_cannot_have_are_refused():
-    with pytest.raises(UserError, match="at least 4 buckets"):
-        built({"kind": "t5", "buckets": 2}, bidirectional=True)
-    with pytest.raises(UserError, match="need an even width"):
-        built("transformer_xl", width=15)
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"position": {"kind": "t5", "buckets": 2}, "direction": "bidirectional"}, "at least 4 buckets, got 2"),
+        ({"position": "sinusoidal"}, "need an even width, got 15"),
+        ({"position": "transformer_xl"}, "need an even width, got 15"),
+    ],
+)
+def test_sizes_that_an_encoding_cannot_have_are_refused_by_the_config(change, sentence):
+    values = {"vocab_size": 9, "width": 15, "depth": 1, "attention": {"kind": "full", "heads": 3}}
+    values["feedforward"] = {"kind": "mlp", "width": 8}
+    with pytest.raises(UserError, match=sentence):
+        ModelConfig.from_dict(values | change)

@@ -17,12 +17,16 @@ from models.errors import UserError
 from models.transformer import Transformer
 
 
-def build(window=4, position="rope", direction="causal", **attention):
-    torch.manual_seed(0)
+def configured(window=4, position="rope", direction="causal", **attention):
     spec = {"kind": "window", "heads": 4, "kv_heads": 2, "window": window, **attention}
     config = {"vocab_size": 40, "width": 16, "depth": 2, "context": 64, "position": position, "attention": spec}
     config["direction"] = direction
-    return Transformer(ModelConfig.from_dict(config | {"feedforward": {"kind": "swiglu", "width": 24}})).eval()
+    return ModelConfig.from_dict(config | {"feedforward": {"kind": "swiglu", "width": 24}})
+
+
+def build(*numbers, **attention):
+    torch.manual_seed(0)
+    return Transformer(configured(*numbers, **attention)).eval()
 
 
 def dense_oracle(attention, q, kept, context):
@@ -296,7 +300,7 @@ def test_no_window_is_refused():
     with pytest.raises(UserError, match="dilation must be at least 1"):
         build(dilation=0)
     with pytest.raises(UserError, match="window must be even in an encoder"):
-        build(window=3, direction="bidirectional")
+        configured(window=3, direction="bidirectional")
     with pytest.raises(UserError, match="'window' is missing"):
         ModelConfig.from_dict(
             {"vocab_size": 9, "width": 8, "depth": 1, "attention": {"kind": "window", "heads": 2},
