@@ -75,8 +75,9 @@ class Llama:
             raise UserError(f"its attention has no {extras[0]}")
         if self.model_type == "llama" and "window" in attention:
             raise UserError("its attention has no window")
-        if not isinstance(config.position, Rope) or attention["position"] not in (None, config.position):
-            raise UserError(f"it has one rope position in all layers, not {config.position.kind} with exceptions")
+        exceptions = "" if attention["position"] in (None, config.position) else " with exceptions"
+        if exceptions or not isinstance(config.position, Rope):
+            raise UserError(f"it has one rope position in all layers, not {config.position.kind}{exceptions}")
         biases = self._biases(config)
         if self.model_type == "mistral" and any(biases.values()):
             raise UserError(f"it has no biases, and this model has {', '.join(key for key in biases if biases[key])}")

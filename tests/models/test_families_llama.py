@@ -267,7 +267,7 @@ def at(index, **changes):
         ({"order": "parallel"}, "layer 0 is parallel"),
         ({"norm": "layer"}, "not layer pre"),
         ({"norm": {"kind": "rms", "position": "sandwich"}}, "not rms sandwich"),
-        ({"position": "learned"}, "not learned"),
+        ({"position": "learned"}, "not learned(?! with)"),
         ({"position": {"kind": "rope", "fraction": 0.5}}, "fraction of 0.5"),
         ({"layers": at(1, attention={"position": Rope(base=7.0)})}, "layer 1 has Rope"),
         ({"layers": each(attention={"position": Rope(base=7.0)})}, "with exceptions"),
