@@ -111,7 +111,7 @@ def attend_band(
         return _by_remainder(q, k, v, band, scoring, documents, extra, dropout)
     batch, _, tokens, _ = q.shape
     before, after = band.before * band.dilation, band.after * band.dilation
-    block = min(max(before + after + 1, SMALLEST), LARGEST, tokens)
+    block = min(max(before + 1, after + 1, SMALLEST), LARGEST, tokens)
     blocks = -(-tokens // block)
     rest = blocks * block - tokens
     steps = torch.arange(block, device=q.device)

@@ -220,22 +220,24 @@ def train(plan: Sweep, missing: list[Training], parallel: int) -> dict[str, str]
     """Train and measure what is missing, `parallel` runs at a time; returns the names of those that failed, and why."""
     threads = max(1, (os.cpu_count() or 1) // parallel)
     failed: dict[str, str] = {}
-    with Bars() as bars, pool_of(parallel) as pool:
-        begun = {}
-        for one in missing:
-            lengths = plan.lengths if one.axis in ("", *plan.extrapolate) else plan.lengths[:1]
-            begun[pool.submit(train_one, one, lengths, plan.tokens, threads)] = one
-        for done, future in enumerate(concurrent.futures.as_completed(begun), start=1):
-            if sentence := future.result():
-                failed[begun[future].folder.name] = sentence
-            bars("training", done, len(missing), begun[future].folder.name)
+    with Bars() as bars:
+        for start in range(0, len(missing), RUNS * parallel):
+            with pool_of(parallel) as pool:
+                begun = {}
+                for one in missing[start : start + RUNS * parallel]:
+                    lengths = plan.lengths if one.axis in ("", *plan.extrapolate) else plan.lengths[:1]
+                    begun[pool.submit(train_one, one, lengths, plan.tokens, threads)] = one
+                for done, future in enumerate(concurrent.futures.as_completed(begun), start=start + 1):
+                    if sentence := future.result():
+                        failed[begun[future].folder.name] = sentence
+                    bars("training", done, len(missing), begun[future].folder.name)
     return failed
 
 
 def pool_of(parallel: int) -> concurrent.futures.ProcessPoolExecutor:
     """So many processes for the runs."""
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(parallel, context, end_with_parent, max_tasks_per_child=RUNS)
+    return concurrent.futures.ProcessPoolExecutor(parallel, context, end_with_parent)
 
 
 def end_with_parent() -> None:
