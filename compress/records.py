@@ -10,7 +10,7 @@ class LayerRecord:
 
     Attributes:
         name: module name in the model, e.g. `blocks.0.attention.q`.
-        shape: of its dense weight, (out, in) or (vocabulary, width).
+        shape: of its dense weight, (out, in) or (vocabulary, width); empty where no weight is meant.
         requested: what was asked for, e.g. `{"method": "gptq", "bits": 3, "group_size": 64}`.
         achieved: what came out in the same words, e.g. `{"bits": 3.25}` with scales, zeros and padding counted.
         error: relative squared error, or None where none was measured. `achieved["error_of"]` says of what:

@@ -230,7 +230,7 @@ def layer_table(layers: Sequence[dict]) -> LayerTable:
         rows.append(
             {
                 "name": layer["name"],
-                "shape": wording.shape(layer["shape"]),
+                "shape": wording.shape(layer["shape"]) or MISSING,
                 "pairs": [
                     tuple(
                         quantity(name, layer[part][name]) if name in layer[part] else MISSING

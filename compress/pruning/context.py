@@ -18,6 +18,7 @@ from compress.calibration import Batch
 from compress.records import LayerRecord
 from compress.store import Store
 from models.attention.selective import Selective
+from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
 
@@ -33,7 +34,8 @@ class Goal:
 
     Args:
         step: tokens by which a budget is lowered at a time.
-        budget_ratio: share of the cache of the selective layers at which the search ends, above 0 and below 1.
+        budget_ratio: share of the cache of the selective layers at or below which the search ends, above 0 and below 1;
+            the last step may take it below by less than that step.
         tolerance: nats per token by which the loss may rise over that of the model as it came.
     """
 
@@ -72,6 +74,18 @@ class Step:
     memory: float
 
 
+def selective_layers(config: ModelConfig) -> dict[int, Selective]:
+    """The layers that have a budget to lower, by number.
+
+    Raises:
+        UserError: there is none.
+    """
+    specs = {i: layer.attention for i, layer in enumerate(config.layers) if isinstance(layer.attention, Selective)}
+    if not specs:
+        raise UserError("context pruning needs layers of attention selective, and this model has none")
+    return specs
+
+
 class BudgetSearch:
     """The budgets of one model's selective layers while they are lowered.
 
@@ -80,10 +94,7 @@ class BudgetSearch:
     """
 
     def __init__(self, model: Transformer, batches: Sequence[Batch], goal: Goal) -> None:
-        specs = {i: layer.attention for i, layer in enumerate(model.config.layers)}
-        self.specs = {i: spec for i, spec in specs.items() if isinstance(spec, Selective)}
-        if not self.specs:
-            raise UserError("context pruning needs layers of attention selective, and this model has none")
+        self.specs = selective_layers(model.config)
         if not batches:
             raise UserError("the held-out data has no batch; give text that fills at least one sequence")
         self.model, self.batches, self.goal = model, batches, goal
@@ -208,9 +219,11 @@ def prune_context(
     requested = {"method": "context", **{name: value for name, value in asdict(goal).items() if value is not None}}
     records = []
     for i, spec in search.specs.items():
-        name, shape = f"blocks.{i}.attention", (whole[i], replace(spec, budget=None).cache_elements(1))
+        name, shape = f"blocks.{i}.attention", ()  # no weight changes
         if i in lowered:
-            achieved = {"budget": [whole[i], lowered[i]], "cache_bytes": _bytes(model, spec, whole[i], lowered[i])}
+            before, after = _bytes(model, spec, whole[i], lowered[i])
+            achieved = {"tokens_before": whole[i], "tokens_after": lowered[i]}
+            achieved |= {"cache_bytes_before": before, "cache_bytes_after": after}
             records.append(LayerRecord(name, shape, requested, achieved, None, seconds))
         else:
             records.append(LayerRecord.skip(name, shape, "every step lowered another layer", requested))

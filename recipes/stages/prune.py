@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from app.loading import Loaded, load_model
-from compress.pruning.context import Goal, Step, prune_context
+from compress.pruning.context import Goal, Step, prune_context, selective_layers
 from compress.pruning.patterns import parse_pattern
 from compress.pruning.plan import read_ratios
 from compress.pruning.sparsify import sparsify
@@ -16,6 +16,7 @@ from compress.pruning.structured import prune_structured
 from compress.records import LayerRecord
 from compress.store import FolderStore
 from models.files import write_json
+from models.folder import read_config
 from models.transformer import Transformer
 from recipes.stages import options
 from recipes.stages.stage import Stage
@@ -56,7 +57,7 @@ class Prune(Stage[options.Prune]):
             )
         if chosen.method == "context":
             goal = self.goal()
-            share = None if goal.budget_ratio is None else f"down to {goal.budget_ratio:.0%} of the cache"
+            share = None if goal.budget_ratio is None else f"down to at most {goal.budget_ratio:.0%} of the cache"
             loss = None if goal.tolerance is None else f"for at most {goal.tolerance:g} nats per token"
             return "context pruning, " + " and ".join(filter(None, (share, loss)))
         share = f"{self.pattern().sparsity:.0%}" if chosen.pattern == "unstructured" else chosen.pattern
@@ -74,6 +75,8 @@ class Prune(Stage[options.Prune]):
         return Goal(self.options.step, self.options.budget_ratio, self.options.tolerance)
 
     def check(self) -> None:
+        if self.options.method == "context" and Path(self.options.model).is_dir():
+            selective_layers(read_config(self.options.model))  # first: without such a layer no other option helps
         self.title()  # parses ratios, pattern and goal
 
     def parents(self) -> dict[str, Loaded]:

@@ -84,7 +84,9 @@ def test_the_result_is_an_ordinary_config():
     assert sum(layer.bytes() for layer in model.new_cache(1, LENGTH).layers) == model.cache_bytes(LENGTH)
     for record, budget in zip(records, budgets, strict=True):
         assert record.skipped == (budget is None)
-        assert budget is None or record.achieved["budget"] == [LENGTH, budget]
+        assert budget is None or record.achieved["tokens_before"] == LENGTH
+        assert budget is None or record.achieved["tokens_after"] == budget
+        assert budget is None or record.achieved["cache_bytes_after"] < record.achieved["cache_bytes_before"]
     assert ModelConfig.from_dict(model.config.to_dict()) == model.config
 
 

@@ -133,9 +133,17 @@ def test_context_pruning_gives_layers_a_budget(selective, espalier, tmp_path):
     assert "Cache of a full context" in (out / "report.md").read_text()
     assert any("The cache of a full context is" in sentence["text"] for sentence in report["verdict"])
     assert [layer["name"] for layer in report["layers"]] == ["blocks.0.attention", "blocks.2.attention"]
+    assert "tokens before 64, tokens after" in (out / "report.md").read_text()
+    assert "at most 50%" in report["title"]
+    assert report["layers"][0]["shape"] == []  # tokens are no side of a matrix
     steps = json.loads((out / "budgets.json").read_text())["steps"]
     assert steps[0]["memory"] == 1.0
     assert steps[-1]["memory"] <= 0.5
+
+
+def test_a_model_without_selective_layers_is_told_first(teacher, refused, tmp_path):
+    refused("prune", teacher, "--out", tmp_path / "out", *QUICK, "--method", "context", words=["attention selective"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_same_seed_same_weights(teacher, espalier, tmp_path):
