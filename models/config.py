@@ -167,9 +167,10 @@ class ModelConfig:
         if position.acts == "input":
             return
         if position.acts not in ("nothing", *attention.takes):
+            because = f": {attention.takes_because}" if hasattr(attention, "takes_because") else ""
             raise UserError(
                 f"attention {attention.kind!r} works with positions that act on {' or '.join(attention.takes)}, "
-                f"and {position.kind!r} acts on {position.acts}"
+                f"and {position.kind!r} acts on {position.acts}{because}"
             )
         self._check_sizes(position, attention.head_width)
 
@@ -269,7 +270,15 @@ def _named_specs(value: Any, registry: Any, where: str) -> dict[str, Any]:
 
 
 def _default_pair(attentions: Mapping[str, Any], feedforwards: Mapping[str, Any]) -> str:
-    for axis, specs in (("attention", attentions), ("feedforward", feedforwards)):
+    for axis, specs, registry in (
+        ("attention", attentions, ATTENTIONS),
+        ("feedforward", feedforwards, FEEDFORWARDS),
+    ):
+        if not specs:
+            raise UserError(
+                f"architecture: no {axis}: give one such as {registry.example}, or, for layers without any, the full "
+                "list of them under `layers`"
+            )
         if len(specs) != 1:
             raise UserError(f"architecture: {len(specs)} {axis} specs and no `layers` pattern that chooses among them")
     return f"{next(iter(attentions))}/{next(iter(feedforwards))}"

@@ -10,7 +10,7 @@ from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
 from models.registry import Registry
 
-FEEDFORWARDS = Registry("feedforward")
+FEEDFORWARDS = Registry("feedforward", example="{kind: swiglu, width: 688}")
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
 

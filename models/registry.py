@@ -14,10 +14,16 @@ from models.errors import UserError, did_you_mean
 
 
 class Registry:
-    """The mechanisms of one axis, by the name that a config uses for them."""
+    """The mechanisms of one axis, by the name that a config uses for them.
 
-    def __init__(self, axis: str) -> None:
+    Args:
+        axis: what a sentence calls one of them.
+        example: a spec as it stands in YAML. Nothing: the first kind that needs no numbers.
+    """
+
+    def __init__(self, axis: str, example: str | None = None) -> None:
         self.axis = axis
+        self._example = example
         self._specs: dict[str, type] = {}
 
     def register(self, kind: str) -> Callable[[type], type]:
@@ -34,6 +40,13 @@ class Registry:
     def __getitem__(self, kind: str) -> type:
         return self._specs[kind]
 
+    @property
+    def example(self) -> str:
+        """A spec of the axis that is valid, as it stands in YAML."""
+        if self._example is not None:
+            return self._example
+        return f"{{kind: {next(kind for kind in self if not any(map(_required, dataclasses.fields(self[kind]))))}}}"
+
     def parse(self, value: Any, where: str) -> Any:
         """Read a spec from `NAME`, `{"kind": NAME, ...}` or a spec itself.
 
@@ -45,7 +58,8 @@ class Registry:
         if isinstance(value, str):
             value = {"kind": value}
         if not isinstance(value, Mapping) or "kind" not in value:
-            raise UserError(f"{where}: expected a {self.axis} such as {{kind: {next(iter(self))}}}, got {value!r}")
+            article = "an" if self.axis[0] in "aeiou" else "a"
+            raise UserError(f"{where}: expected {article} {self.axis} such as {self.example}, got {value!r}")
         kind = value["kind"]
         if kind not in self._specs:
             raise UserError(f"{where}: unknown {self.axis} {kind!r}{did_you_mean(str(kind), self._specs)}")
@@ -72,12 +86,17 @@ def read_dataclass(cls: type, arguments: Mapping[str, Any], where: str) -> Any:
         else:
             values[name] = _checked(value, hints[name], f"{where}.{name}")
     for name, field in fields.items():
-        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}: {name!r} is missing ({cls.__name__.lower()} needs it)")
+        if name not in values and _required(field):
+            needs = f" ({cls.kind} needs it)" if hasattr(cls, "kind") else ""
+            raise UserError(f"{where}: {name!r} is missing{needs}")
     try:
         return cls(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def dump_dataclass(spec: Any) -> dict[str, Any]:

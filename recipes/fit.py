@@ -5,6 +5,7 @@ The command line wins over the recipes, and both win over what a checkpoint hold
 
 import json
 import logging
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from app.callbacks import (
@@ -211,8 +213,14 @@ class FitCLI(LightningCLI):
         if subcommand == "predict":
             arguments = self._prepare_subcommand_kwargs(subcommand)
             write_predictions(self.trainer.predict(**arguments))
-        else:
+            return
+        before = _content(self.root)
+        try:
             super()._run_subcommand(subcommand)
+        except (UserError, MisconfigurationException):
+            if subcommand == "fit" and self.trainer.global_step == 0:
+                remove_since(self.root, before)
+            raise
 
 
 @rank_zero_only
@@ -224,6 +232,24 @@ def write_predictions(batches: list[dict[str, torch.Tensor]]) -> None:
         ):
             if tokens:
                 print(json.dumps({"documents": documents, "nll": nll, "tokens": tokens}))
+
+
+@rank_zero_only
+def remove_since(run: Path, before: set[Path] | None) -> None:
+    """Take away what a run that was refused before its first step has put into its folder.
+
+    Args:
+        run: its folder.
+        before: the paths that were in it; None where there was no folder.
+    """
+    for path in (_content(run) or set()) - (before or set()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if before is None and run.is_dir():
+        run.rmdir()
+
+
+def _content(folder: Path | None) -> set[Path] | None:
+    return set(folder.iterdir()) if folder is not None and folder.is_dir() else None
 
 
 def whole_numbers_first(parser: LightningArgumentParser) -> None:

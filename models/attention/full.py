@@ -92,6 +92,7 @@ class Full:
         # it compares the documents of a tile, and knows no addends of the scores
         object.__setattr__(self, "sees_all", False)
         object.__setattr__(self, "takes", ("rotation",))
+        object.__setattr__(self, "takes_because", "kernel tiled adds nothing to the scores; take kernel sdpa")
 
     def resolve(self, width: int) -> Self:
         """The same attention with its head width spelled out for a model of this width."""

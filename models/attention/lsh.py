@@ -57,7 +57,7 @@ class Lsh:
         position: this layer's own position encoding. Nothing: the model's. Tokens are hashed without it.
         scale: of the scores. Nothing: 1 / sqrt(head_width). `transformers` has 1.
         across_buckets: whether an encoder's query sees tokens of all buckets in its chunks, as in `transformers`.
-        duplicates: whether a key counts as often as rounds bring it, as in `transformers`.
+        duplicates: whether a key counts as often as rounds bring it, as in `transformers`; of two rounds or more.
         seed: of the rotations, which are never trained.
     """
 
@@ -93,6 +93,8 @@ class Lsh:
             raise UserError(f"scale must be positive, got {self.scale}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be at least 0 and below 2^32, got {self.seed}")
+        if self.duplicates and self.rounds == 1:
+            raise UserError("duplicates counts a key once for each round that brings it: give rounds 2 or more")
         if self.across_buckets:
             object.__setattr__(self, "directions", ("bidirectional",))
             because = "which tokens of other buckets lie near (across_buckets) depends on later ones"

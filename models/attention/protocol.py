@@ -14,7 +14,7 @@ from models.cache import LayerCache
 from models.positions import Positional
 from models.registry import Registry
 
-ATTENTIONS = Registry("attention")
+ATTENTIONS = Registry("attention", example="{kind: full, heads: 4}")
 
 
 class Place(NamedTuple):
@@ -78,7 +78,8 @@ class AttentionSpec(Protocol):
         sees_all: whether it needs the mask of all pairs (`Context.mask`).
         directions: of `causal` and `bidirectional`, what it can be; where it is one, `directions_because` says why.
         takes: which position encodings it works with, by how they act (models/positions/protocol.py), beside those
-            that act on the embeddings or not at all. Empty: it ignores them.
+            that act on the embeddings or not at all. Empty: it ignores them. Where one of its numbers narrows them,
+            `takes_because` says which.
         free_heads: whether any of its heads can be taken away; where not, `heads_because` says why.
 
     It may also offer `leaves_notes`, whether the model must have `Context.notes`, and `cache_singles(tokens)`, how many

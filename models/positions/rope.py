@@ -11,7 +11,7 @@ from models.errors import UserError, did_you_mean
 from models.positions.protocol import POSITIONS, Encoding, Positional
 from models.registry import Registry
 
-ROPE_SCALINGS = Registry("RoPE scaling")
+ROPE_SCALINGS = Registry("RoPE scaling", example="{kind: linear, factor: 2.0}")
 LAYOUTS = ("half", "interleaved")
 
 

@@ -3,9 +3,17 @@
 import json
 
 import pytest
+import yaml
 
+from models.attention import ATTENTIONS
+from models.attention.pooling import POOLINGS
 from models.config import ModelConfig
+from models.depth import DEPTHS
 from models.errors import UserError
+from models.feedforward import FEEDFORWARDS
+from models.norms import NORMS
+from models.positions import POSITIONS
+from models.positions.rope import ROPE_SCALINGS
 from models.presets import PRESETS, preset
 
 SHORT = {
@@ -65,6 +73,9 @@ def test_each_kind_of_sublayer_follows_its_own_pattern_in_an_explicit_order():
         ({"depth": 3}, "architecture: a pattern of 2 layers does not tile a depth of 3"),
         ({"layers": ["many/fat", "one/thin"]}, "architecture.layers: 'many/fat' names no feedforward"),
         ({"layers": None}, "architecture: 2 attention specs and no `layers` pattern that chooses among them"),
+        ({"attention": None}, "architecture: no attention: give one such as {kind: full, heads: 4}, or, for layers"),
+        ({"attention": 3}, "architecture.attention: expected an attention such as {kind: full, heads: 4}, got 3"),
+        ({"attention": {"kind": "top_k", "heads": 4}}, "architecture.attention: 'keep' is missing (top_k needs it)"),
         ({"norm": {"kind": "rms", "position": "per"}}, "architecture.norm: unknown norm position 'per'"),
         ({"norm": None}, "architecture.norm: expected a norm"),
         ({"position": "ropes"}, "architecture.position: unknown position 'ropes' (did you mean 'rope'?)"),
@@ -83,6 +94,20 @@ def test_wrong_architectures_are_refused_with_place_and_reason(change, sentence)
     with pytest.raises(UserError) as refusal:
         ModelConfig.from_dict(values)
     assert sentence in str(refusal.value)
+
+
+def test_a_missing_size_is_named_alone():
+    with pytest.raises(UserError, match="^architecture: 'vocab_size' is missing$"):
+        ModelConfig.from_dict({name: value for name, value in SHORT.items() if name != "vocab_size"})
+
+
+@pytest.mark.parametrize(
+    "registry",
+    [ATTENTIONS, DEPTHS, FEEDFORWARDS, NORMS, POSITIONS, POOLINGS, ROPE_SCALINGS],
+    ids=lambda axis: axis.axis,
+)
+def test_the_example_of_an_axis_is_valid(registry):
+    registry.parse(yaml.safe_load(registry.example), "")
 
 
 def test_full_list_of_layers_excludes_the_short_keys():

@@ -214,6 +214,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(direction):
         ({"buckets": 3}, "buckets must be even and at least 2, got 3"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"chunk": 0}, "chunk must be at least 1"),
+        ({"rounds": 1, "duplicates": True}, "duplicates counts .*: give rounds 2 or more"),
         ({"scale": -1.0}, "scale must be positive"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"across_buckets": True}, "cannot be causal: which tokens of other buckets lie near .* depends on later ones"),

@@ -348,3 +348,16 @@ def test_recipes_parse(name):
         Parsed(["fit", "-c", str(path)])
     assert parsed[0].ckpt_path == "last"
     assert parsed[0].trainer.max_steps > 0
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["nothing there", "an earlier run"])
+def test_a_run_that_is_refused_before_its_first_step_leaves_nothing(earlier, refused, tmp_path):
+    """Positions that end are known to be too few only when the prompts have been read."""
+    path = write(tmp_path / "recipe.yaml", model__architecture__position="learned", samples__prompts=["the end " * 40])
+    run = tmp_path / "model.run"
+    if earlier:
+        run.mkdir()
+        (run / "note").write_text("mine")
+    refused("fit", "-c", path, "--out", tmp_path / "model", words=["samples.prompts", "learned positions end at 32"])
+    left = {str(one.relative_to(tmp_path)) for one in tmp_path.rglob("*")} - {"recipe.yaml"}
+    assert left == ({"model.run", "model.run/note"} if earlier else set())
