@@ -243,7 +243,7 @@ def remove_since(run: Path, before: set[Path] | None) -> None:
         before: the paths that were in it; None where there was no folder.
     """
     for path in (_content(run) or set()) - (before or set()):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if before is None and run.is_dir():
         run.rmdir()
 
