@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 
 from app.data.blocks import TokenBlocks
@@ -178,10 +179,9 @@ def differences(outcomes: Sequence[Outcome], baseline: Outcome) -> Chart:
         for label, row in zip(panel.get_yticklabels(), rows, strict=True):
             label.set_fontweight("bold" if isinstance(row, str) else "normal")
         panel.set_ylim(len(rows) - 0.4, -0.8)
-        middle = [one.difference.value for one in outcomes]
-        reach = 1.4 * max(map(abs, middle), default=1.0) + 0.02
-        panel.set_xlim(max(-reach, 1.6 * min([0.0, *middle]) - 0.05), reach)
-        panel.set_title(f"Nats per token above or below {baseline.name}: left is better")
+        panel.set_xscale("symlog", linthresh=0.1)  # most differences are small, and some are not
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.signed(f"{value:+g}" if value else "0")))
+        panel.set_title("Nats per token against the baseline: left is better")
 
     caption = (
         f"Difference in held-out loss of each variant to {baseline.name} (perplexity "
