@@ -14,6 +14,7 @@ import yaml
 from models.errors import UserError, did_you_mean
 
 Options = TypeVar("Options")
+_RECIPES = Path(__file__).parents[1]
 
 
 def build_parser(verb: str, options: type, *, partial: bool = False) -> jsonargparse.ArgumentParser:
@@ -100,6 +101,19 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of keys to values, not a {type(values).__name__}")
     return values
+
+
+def find_recipe(name: str, file: Path, where: str | os.PathLike[str]) -> Path:
+    """Return the recipe that `file` names: beside it, below the working directory, or one of Espalier's own.
+
+    Raises:
+        UserError: there is none; `where` is the place that names it.
+    """
+    places = [file.parent / name, Path(name).expanduser(), _RECIPES / name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"{where}: there is no recipe {name} beside {file} or in the working directory")
+    return found
 
 
 def check_keys(values: dict[str, Any], allowed: set[str], where: str | os.PathLike[str]) -> None:

@@ -22,12 +22,11 @@ from models.errors import UserError, did_you_mean
 from recipes.fit_arguments import ALIASES
 from recipes.stages import options
 from recipes.stages.inputs import Input, pretraining_inputs, stage_inputs
-from recipes.stages.parser import check_keys, parse_values, read_recipe
+from recipes.stages.parser import check_keys, find_recipe, parse_values, read_recipe
 from recipes.stages.partial import fingerprint_of
 
 PRETRAIN = "pretrain"
 OPTIONS = {"quantize": options.Quantize, "prune": options.Prune, "distill": options.Distill}
-_RECIPES = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class _Reader:
             raise UserError(f"{where}: the name '{name}' is taken or no plain name; give another with `name`")
         out = self.out / f"{number:02d}-{name}"
         config = values.pop("config", None)
-        recipe = {} if config is None else read_recipe(self._recipe(config, where))
+        recipe = {} if config is None else read_recipe(find_recipe(config, self.path, where))
         if verb == PRETRAIN:
             flags = self._shared_flags() | values
             chosen: Any = self._pretrain(config, flags, out, where)
@@ -116,14 +115,6 @@ class _Reader:
         self.steps.append(Step(verb, name, out, chosen, self.fingerprint, inputs))
         self.folders[name] = self.latest = out
 
-    def _recipe(self, config: str, where: str) -> Path:
-        """A recipe beside the pipeline file, below the working directory, or one of Espalier's own."""
-        places = [self.path.parent / config, Path(config).expanduser(), _RECIPES / config]
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
-            raise UserError(f"{where}: there is no recipe {config} beside {self.path} or in the working directory")
-        return found
-
     def _shared_flags(self) -> dict[str, Any]:
         """What `common` says and pretraining has a flag for; `dtype: auto` is what it does without being told."""
         flags = {"data.column" if key == "column" else key: value for key, value in self.common.items()}
@@ -135,7 +126,7 @@ class _Reader:
             raise UserError(f"{where}: pretrain needs `config`, a recipe of recipes/pretrain")
         if self.steps:
             raise UserError(f"{where}: pretrain starts from nothing and can only come first")
-        argv = ["-c", str(self._recipe(config, where))]
+        argv = ["-c", str(find_recipe(config, self.path, where))]
         argv += [f"--{key}={value}" for key, value in flags.items()]
         return [*argv, *(["--trust"] if self.trust else []), f"--out={out}", "--ckpt_path=last"]
 

@@ -6,7 +6,6 @@ The same command again goes on after the runs that are finished. OUT/sweep.md, .
 
 import concurrent.futures
 import contextlib
-import json
 import multiprocessing
 import os
 import re
@@ -25,10 +24,11 @@ from app.evaluation.environment import environment
 from app.loading import load_model
 from app.tasks.architecture import resolve_architecture
 from models.errors import UserError, did_you_mean
-from models.files import read_json, write_json
+from models.files import read_json
 from recipes import cli
 from recipes.stages import options
-from recipes.stages.parser import check_keys, read_recipe
+from recipes.stages.evaluate import write_figures
+from recipes.stages.parser import check_keys, find_recipe, read_recipe
 from recipes.stages.terminal import Bars, out_console, say
 
 KEYS = {"pretrain", "baseline", "seeds", "lengths", "tokens", "extrapolate", "axes"}
@@ -102,22 +102,7 @@ def read_sweep(path: Path) -> Sweep:
     if lacking := [key for key in ("pretrain", "seeds", "axes") if values.get(key) in (None, "", [], {})]:
         raise UserError(f"{path}: '{lacking[0]}' is missing")
     check_values(values, path)
-    recipe = next(
-        (place for place in (path.parent / values["pretrain"], Path(values["pretrain"])) if place.is_file()), None
-    )
-    if recipe is None:
-        raise UserError(f"{path}: there is no recipe {values['pretrain']} beside it or in the working directory")
-    base = read_recipe(recipe)
-    model, data = base.get("model"), base.get("data")
-    architecture = model.get("architecture") if isinstance(model, dict) else None
-    if not isinstance(architecture, dict):
-        raise UserError(f"{recipe}: a sweep changes keys of model.architecture, so they must stand in the recipe")
-    trained = data.get("sequence_length") if isinstance(data, dict) else None
-    if not _whole(trained, 1):
-        raise UserError(
-            f"{recipe}: a sweep measures blocks as long as those of the training, so data.sequence_length must stand "
-            "in the recipe, a whole number of at least 1"
-        )
+    base, architecture, trained = read_base(find_recipe(values["pretrain"], path, path))
     variants: dict[tuple[str, str], dict[str, Any]] = {}
     for axis, choices in values["axes"].items():
         if not isinstance(choices, dict) or not all(isinstance(change, dict) for change in choices.values()):
@@ -136,15 +121,40 @@ def read_sweep(path: Path) -> Sweep:
             raise UserError(f"{path}: axes.{axis}.{name}: {error}") from None
     baseline, tokens = values.get("baseline") or BASELINE, values.get("tokens") or 2**16
     plan = Sweep(base, str(baseline), values["seeds"], lengths, tokens, extrapolate, variants)
+    check_folders(plan, path)
+    return plan
+
+
+def read_base(recipe: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return the recipe of one training, its architecture, and the tokens of one of its sequences.
+
+    Raises:
+        UserError: it holds no architecture that keys could be changed in, or no length of a sequence.
+    """
+    base = read_recipe(recipe)
+    model, data = base.get("model"), base.get("data")
+    architecture = model.get("architecture") if isinstance(model, dict) else None
+    if not isinstance(architecture, dict):
+        raise UserError(f"{recipe}: a sweep changes keys of model.architecture, so they must stand in the recipe")
+    trained = data.get("sequence_length") if isinstance(data, dict) else None
+    if not _whole(trained, 1):
+        raise UserError(
+            f"{recipe}: a sweep measures blocks as long as those of the training, so data.sequence_length must stand "
+            "in the recipe, a whole number of at least 1"
+        )
+    return base, architecture, trained
+
+
+def check_folders(plan: Sweep, path: Path) -> None:
+    """Raise UserError where two variants have names that make one folder."""
     folders: dict[str, str] = {}
-    for axis, name in [("", plan.baseline), *variants]:
+    for axis, name in [("", plan.baseline), *plan.variants]:
         folder, called = folder_name(axis, name, plan.seeds[0]), f"axes.{axis}.{name}" if axis else f"baseline {name}"
         if folder in folders:
             raise UserError(
                 f"{path}: {folders[folder]} and {called} would both be written to {folder}; give one another name"
             )
         folders[folder] = called
-    return plan
 
 
 def check_values(values: dict[str, Any], path: Path) -> None:
@@ -263,9 +273,7 @@ def train_one(one: Training, lengths: list[int], tokens: int, threads: int) -> s
     blocks = token_blocks(one.recipe["data"]["source"], loaded.text_tokenizer(), "test", lengths[0])
     found = sweep.losses(loaded.model, blocks, lengths, tokens)
     parameters = loaded.model.count_parameters()["total"]
-    temporary = one.figures.with_suffix(".new")
-    write_json(temporary, {"losses": found, "parameters": parameters, "seed": one.seed})
-    temporary.replace(one.figures)
+    write_figures(one.figures, {"losses": found, "parameters": parameters, "seed": one.seed})
     return None
 
 
@@ -295,6 +303,6 @@ def write(plan: Sweep, trainings: list[Training], out: Path) -> None:
     (out / "sweep.md").write_text(text + "\n", encoding="utf-8")
     figures = {"environment": environment(), "seeds": plan.seeds, "lengths": plan.lengths, "tokens": plan.tokens}
     figures["runs"] = {f"{axis}/{name}" if axis else name: found for (axis, name), found in runs.items()}
-    (out / "sweep.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(out / "sweep.json", figures)
     out_console().print("\n\n".join(tables))
     say(f"written to {out}: sweep.md, sweep.json, plots/{chart.name}.png")

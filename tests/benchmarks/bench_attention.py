@@ -122,13 +122,17 @@ class Copies(nn.Module):
         return x.repeat_interleave(-(-self.outputs // x.shape[-1]), dim=-1)[..., : self.outputs]
 
 
+def resolved(spec: dict[str, Any], heads: int, width: int) -> Any:
+    """The spec for a model of this width, with so many heads where the mechanism has heads."""
+    given = {"heads": heads} if "heads" in ATTENTIONS[spec["kind"]].__dataclass_fields__ else {}
+    return ATTENTIONS.parse({**given, **spec}, "attention").resolve(width)
+
+
 def built(settings: Lengths, mechanism: Mechanism, length: int) -> tuple[nn.Module, Tensor, Context]:
     """The mechanism without its maps, a sequence (1, T, D), and what it knows about it."""
     torch.manual_seed(1)
     width = settings.heads * settings.width
-    kind = ATTENTIONS[mechanism.spec["kind"]]
-    heads = {"heads": settings.heads} if "heads" in kind.__dataclass_fields__ else {}
-    spec = ATTENTIONS.parse({**heads, **mechanism.spec}, "attention").resolve(width)
+    spec = resolved(mechanism.spec, settings.heads, width)
     module = spec.build(Place(width, context=length, bidirectional=mechanism.bidirectional))
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.Linear):
@@ -196,10 +200,7 @@ def decode(module: nn.Module, cache: Any, settings: Lengths, context: Context, s
 
 def cache_bytes(settings: Lengths, mechanism: Mechanism, tokens: int) -> int:
     """Bytes of one layer's cache, fp32."""
-    kind = ATTENTIONS[mechanism.spec["kind"]]
-    heads = {"heads": settings.heads} if "heads" in kind.__dataclass_fields__ else {}
-    resolved = ATTENTIONS.parse({**heads, **mechanism.spec}, "attention").resolve(settings.heads * settings.width)
-    return 4 * resolved.cache_elements(tokens)
+    return 4 * resolved(mechanism.spec, settings.heads, settings.heads * settings.width).cache_elements(tokens)
 
 
 def grid(rows: list[Row], settings: Lengths | None = None) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention import ATTENTIONS
 from models.attention.protocol import Context, Place
 from models.positions import POSITIONS, Positional
+from tests.benchmarks.bench_attention import resolved
 from tests.benchmarks.timing import Row, rate_row, say, take_turns
 
 NAME = "peers"
@@ -81,9 +81,7 @@ def run(settings: Peers | None = None) -> list[Row]:
 
 def build(settings: Peers, pair: Pair) -> tuple[nn.Module, Run]:
     """Our module, in training as the peer is, and how it is called."""
-    kind = ATTENTIONS[pair.spec["kind"]]
-    heads = {"heads": settings.heads} if "heads" in kind.__dataclass_fields__ else {}
-    spec = ATTENTIONS.parse({**heads, **pair.spec}, "attention").resolve(settings.width)
+    spec = resolved(pair.spec, settings.heads, settings.width)
     module = spec.build(Place(settings.width, context=settings.tokens, bidirectional=pair.bidirectional))
     if not pair.joins:
         module.o = nn.Identity()
