@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Context, Place
+from models.attention.documents import document_starts
 from models.attention.protocol import count_documents, document_mask
 from models.attention.standard import training_bias
 from models.block import Block
@@ -242,11 +243,7 @@ class Transformer(nn.Module):
         steps = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         if cache is not None and cache.length:
             return cache.next_position + steps  # (B, T)
-        if documents is None:
-            return steps
-        begins = documents[:, 1:] != documents[:, :-1]  # (B, T - 1)
-        start = torch.where(F.pad(begins, (1, 0), value=True), steps, 0).cummax(dim=1).values  # (B, T)
-        return steps - start
+        return steps - document_starts(documents, tokens.shape[1], tokens.device)
 
     def _mask(self, x: Tensor, documents: Tensor | None, past: int) -> tuple[Tensor | None, bool]:
         """The attention mask (B or 1, 1, T, S), or None with whether plain causality holds."""

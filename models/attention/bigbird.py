@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.documents import document_ends, document_starts
-from models.attention.fixed import tokens_at
 from models.attention.full import Full, FullAttention, token_distance
+from models.attention.places import take, tokens_at
 from models.attention.protocol import ATTENTIONS, Context, Place, document_mask
-from models.attention.standard import Scoring, Visible, attend
-from models.attention.top_k import logits
+from models.attention.standard import Scoring, Visible, attend, logits
 from models.cache import Kept
 from models.errors import UserError
 
@@ -81,7 +80,7 @@ class Blocks(NamedTuple):
 
     def at(self, columns: Tensor) -> "Blocks":
         """Those of the tokens `columns` (B' or 1, ...), of tables (B', S)."""
-        return Blocks(*(_pick(table, columns) for table in self))
+        return Blocks(*(take(table, columns) for table in self))
 
 
 class BigBirdAttention(FullAttention):
@@ -176,7 +175,7 @@ class BigBirdAttention(FullAttention):
         columns = first.start[..., None, None, None] + far[..., None] * self.block + within  # (B', N, O, F, b)
         seen = blocks.start.shape[1]
         inside, columns = (columns >= 0) & (columns < seen), columns.clamp(0, seen - 1)
-        same = _pick(blocks.start, columns) == first.start[..., None, None, None]
+        same = take(blocks.start, columns) == first.start[..., None, None, None]
         usable = (valid[..., None] & inside & same).flatten(3)  # (B', N, O, F * b)
         query = blocks.at(own)  # (B', N, c)
         owned = (query.number[..., None] == number[..., None, :]) & (query.start == first.start[..., None])[..., None]
@@ -193,7 +192,7 @@ class BigBirdAttention(FullAttention):
         columns = (firsts[:, None] + torch.arange(self.block, device=q.device))[None]  # (1, N, b)
         rows, counted = self._global_rows(firsts, 1 if context.documents is None else 2, blocks)  # (B', N, R) both
         inside, columns = columns < tokens, columns.clamp(max=tokens - 1)
-        same = _pick(blocks.start, rows)[..., None] == _pick(blocks.start, columns)[..., None, :]
+        same = take(blocks.start, rows)[..., None] == take(blocks.start, columns)[..., None, :]
         mask = counted[..., None] & inside[..., None, :] & same  # (B', N, R, b)
         asking = tokens_at(q, rows).movedim(2, 1).flatten(0, 1)  # (B * N, H, R, d)
         k, v = (tokens_at(x, columns).movedim(2, 1).flatten(0, 1) for x in (kept.keys, kept.values))  # (B * N, G, b, d)
@@ -218,7 +217,7 @@ class BigBirdAttention(FullAttention):
         begins = torch.stack([owner.start, owner.start + (owner.count - 1) * self.block], dim=-1)  # (B', N, O, 2)
         rows = begins[..., None] + torch.arange(self.block, device=firsts.device)  # (B', N, O, 2, b)
         inside, rows = rows < tokens, rows.clamp(max=tokens - 1)
-        counted = counted[..., None, None] & inside & (_pick(blocks.start, rows) == owner.start[..., None, None])
+        counted = counted[..., None, None] & inside & (take(blocks.start, rows) == owner.start[..., None, None])
         return rows.flatten(2), counted.flatten(2)
 
     def _put_together(self, scores: Tensor, v: Tensor, rows: Tensor, scoring: Scoring, tokens: int) -> Tensor:
@@ -287,9 +286,3 @@ def _hashed(number: Tensor, turn: int, seed: int) -> Tensor:
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return (x ^ (x >> 16)) & 0x7FFFFFFF
-
-
-def _pick(table: Tensor, columns: Tensor) -> Tensor:
-    """The entries `columns` (B' or 1, ...) of a table (B', S), (B', ...)."""
-    wide = columns.expand(table.shape[0], *columns.shape[1:])
-    return table.gather(1, wide.flatten(1)).view(wide.shape)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from models.attention.blocks import Band, Extra, attend_band
 from models.attention.documents import document_starts
+from models.attention.places import tokens_at
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import Scoring
 from models.attention.strided import TwoPatternAttention, TwoPatterns
@@ -98,11 +99,3 @@ class FixedAttention(TwoPatternAttention):
         numbers = torch.arange(seen, device=places.device).expand_as(slots)
         found = torch.full_like(slots[:, :1], seen).repeat(1, count + 1)
         return found.scatter(1, slots, numbers)[:, :count]
-
-
-def tokens_at(x: Tensor, columns: Tensor) -> Tensor:
-    """The tokens `columns` (B or 1, ...) of x (B, H, S, d): (B, H, ..., d)."""
-    if columns.shape[0] == 1:
-        return x.index_select(2, columns.flatten()).unflatten(2, columns.shape[1:])  # its backward beats indexing's
-    index = columns.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, index).unflatten(2, columns.shape[1:])

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from models.precision import without_autocast
+
 
 class Tiles(NamedTuple):
     """Queries and keys of a tile."""
@@ -86,7 +88,7 @@ def tiled_attention(
     # the backward is outside of any autocast, and must make the very probabilities of the forward
     if not torch.amp.is_autocast_available(q.device.type):  # meta
         return TiledAttention.apply(q, k, v, own, theirs, pattern)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return TiledAttention.apply(q, k, v, own, theirs, pattern)
 
 

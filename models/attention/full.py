@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.flash import tiled_attention
-from models.attention.options import QK_NORMS, SINKS
+from models.attention.options import QK_NORMS, SINKS, check_dropout, head_width_of
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import Scoring, ValueTerms, attend, reference_attention
 from models.cache import ContiguousCache, Kept, KeyValueCache
@@ -70,8 +70,7 @@ class Full:
             object.__setattr__(self, "kv_heads", self.heads)
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise UserError(f"kv_heads must divide heads, got {self.heads} heads and {self.kv_heads} kv_heads")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        check_dropout(self.dropout)
         for name in ("scale", "softcap"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
@@ -96,11 +95,7 @@ class Full:
 
     def resolve(self, width: int) -> Self:
         """The same attention with its head width spelled out for a model of this width."""
-        if self.head_width is not None:
-            return self
-        if width % self.heads:
-            raise UserError(f"width {width} is not a multiple of {self.heads} heads: give head_width")
-        return replace(self, head_width=width // self.heads)
+        return replace(self, head_width=head_width_of(self.head_width, self.heads, width))
 
     def build(self, place: Place) -> nn.Module:
         return FullAttention(self, place)

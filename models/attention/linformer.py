@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention.options import check_dropout, head_width_of
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import Scoring, Visible, attend
 from models.cache import LayerCache
@@ -72,8 +73,7 @@ class Linformer:
             raise UserError(f"unknown sums {self.sums!r}{did_you_mean(self.sums, SUMS)}")
         if self.sums in ("mean", "max") and self.sharing != "headwise":
             raise UserError(f"sums {self.sums} learns nothing that could be shared {self.sharing}: leave sharing out")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        check_dropout(self.dropout)
 
     @property
     def most_documents(self) -> int:
@@ -81,11 +81,7 @@ class Linformer:
 
     def resolve(self, width: int) -> Self:
         """The same with its head width spelled out for a model of this width."""
-        if self.head_width is not None:
-            return self
-        if width % self.heads:
-            raise UserError(f"width {width} is not a multiple of {self.heads} heads: give head_width")
-        return replace(self, head_width=width // self.heads)
+        return replace(self, head_width=head_width_of(self.head_width, self.heads, width))
 
     def build(self, place: Place) -> nn.Module:
         return LinformerAttention(self, place)

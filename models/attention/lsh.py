@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention.options import check_dropout, head_width_of
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.cache.hashed import HashedCache
 from models.errors import UserError
@@ -87,8 +88,7 @@ class Lsh:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.buckets < 2 or self.buckets % 2:
             raise UserError(f"buckets must be even and at least 2, got {self.buckets}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        check_dropout(self.dropout)
         if self.scale is not None and self.scale <= 0:
             raise UserError(f"scale must be positive, got {self.scale}")
         if not 0 <= self.seed < 2**32:
@@ -102,11 +102,7 @@ class Lsh:
 
     def resolve(self, width: int) -> Self:
         """The same with its head width spelled out for a model of this width."""
-        if self.head_width is not None:
-            return self
-        if width % self.heads:
-            raise UserError(f"width {width} is not a multiple of {self.heads} heads: give head_width")
-        return replace(self, head_width=width // self.heads)
+        return replace(self, head_width=head_width_of(self.head_width, self.heads, width))
 
     def build(self, place: Place) -> nn.Module:
         return LshAttention(self, place)

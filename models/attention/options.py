@@ -11,6 +11,19 @@ from models.registry import Registry
 QK_NORMS = Registry("query and key norm")
 
 
+def head_width_of(head_width: int | None, heads: int, width: int) -> int:
+    """Channels of a head: those that are given, or the share of each of the heads in the model's width."""
+    if head_width is None and width % heads:
+        raise UserError(f"width {width} is not a multiple of {heads} heads: give head_width")
+    return width // heads if head_width is None else head_width
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise UserError for what is no probability below 1."""
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
+
+
 @QK_NORMS.register("rms")
 @dataclass(frozen=True)
 class QkRms:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention.options import head_width_of
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.cache import RecurrentCache, beginnings
 from models.errors import UserError
@@ -107,9 +108,7 @@ class Retention:
 
     def resolve(self, width: int) -> Self:
         """The same with the widths of its heads spelled out for a model of this width."""
-        if self.head_width is None and width % self.heads:
-            raise UserError(f"width {width} is not a multiple of {self.heads} heads: give head_width")
-        head_width = self.head_width or width // self.heads
+        head_width = head_width_of(self.head_width, self.heads, width)
         return replace(self, head_width=head_width, value_width=self.value_width or 2 * head_width)
 
     def build(self, place: Place) -> nn.Module:

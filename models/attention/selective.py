@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.full import Full, FullAttention
+from models.attention.places import take
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import Scoring, Visible, attend, reference_attention
 from models.cache import Kept, Remembered, SelectiveCache
@@ -206,11 +207,7 @@ def head_scores(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
 
 def of_columns(documents: Tensor, columns: Tensor) -> Tensor:
     """Documents (B or 1, K) of the tokens `columns` (B or 1, K) among all (B or 1, S); -2 before the first of them."""
-    if len(columns) == 1:
-        found = documents[:, columns[0].clamp(min=0)]
-    else:
-        found = documents.expand(len(columns), -1).gather(1, columns.clamp(min=0))
-    return found.where(columns >= 0, -2)
+    return take(documents, columns.clamp(min=0)).where(columns >= 0, -2)
 
 
 def at_columns(values: Tensor, columns: Tensor) -> Tensor:

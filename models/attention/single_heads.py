@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.full import positioned, token_distance
+from models.attention.options import check_dropout
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import PLAIN, Scoring, attend
 from models.cache import ContiguousCache, Kept, KeyValueCache
@@ -50,8 +51,7 @@ class SingleHeads:
     def __post_init__(self) -> None:
         if self.heads < 1:
             raise UserError(f"attention needs at least one head, got heads {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        check_dropout(self.dropout)
 
     def resolve(self, width: int) -> Self:
         """The same attention with its head width spelled out for a model of this width."""

@@ -127,22 +127,30 @@ def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring = PLAIN, dropout: float = 0.0
 ) -> Tensor:
     """The same as `attend`, written down plainly: all scores in memory, softmax in at least fp32."""
-    batch, groups, seen, width = k.shape
-    grouped = q.view(batch, groups, -1, *q.shape[2:])  # (B, G, R, T, d)
+    scores = logits(q, k, scoring)  # (B, H, T, S)
+    if (mask := visible.dense(q, k)) is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return weigh(scores, q, v, scoring, dropout)
+
+
+def logits(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
+    """What `scoring` makes of Q K^T, in at least fp32: q (B, H, T, d), k (B, G, S, d) -> (B, H, T, S)."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    scale = width**-0.5 if scoring.scale is None else scoring.scale
+    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    grouped = q.unflatten(1, (k.shape[1], -1))  # (B, G, R, T, d)
     scores = ((grouped @ k[:, :, None].transpose(-1, -2)).to(exact) * scale).flatten(1, 2)  # (B, H, T, S)
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    if scoring.position is not None:
-        scores = scores + scoring.position
-    if (mask := visible.dense(q, k)) is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+    return scores if scoring.position is None else scores + scoring.position
+
+
+def weigh(scores: Tensor, q: Tensor, v: Tensor, scoring: Scoring, dropout: float) -> Tensor:
+    """The values v (B, G, S, d) by the softmax of scores (B, H, T, S), the sink among them: (B, H, T, d) as q."""
     if scoring.sink is not None:
-        sink = scoring.sink.to(exact)[:, None, None].expand(*scores.shape[:3], 1)  # (B, H, T, 1)
+        sink = scoring.sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)  # (B, H, T, 1)
         scores = torch.cat([scores, sink], dim=-1)
-    p = F.dropout(scores.softmax(-1)[..., :seen], dropout)
-    y = (p.to(q.dtype).view(batch, groups, -1, *p.shape[2:]) @ v[:, :, None]).view(*q.shape[:3], -1)
+    p = F.dropout(scores.softmax(-1)[..., : v.shape[2]], dropout)  # (B, H, T, S)
+    y = (p.to(q.dtype).unflatten(1, (v.shape[1], -1)) @ v[:, :, None]).flatten(1, 2)
     return y if scoring.values is None else y + scoring.values.mix(p).to(q.dtype)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.attention.full import Full, FullAttention
+from models.attention.places import take
 from models.attention.pooling import POOLINGS, Mean
 from models.attention.protocol import Context, Place
 from models.attention.tree import (
@@ -28,7 +29,6 @@ from models.attention.tree import (
     join_heads,
     new_nodes,
     place_tokens,
-    take,
 )
 from models.cache import Entries, SummaryCache, Tail
 from models.errors import UserError

@@ -10,12 +10,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.full import Full, FullAttention, token_distance
 from models.attention.protocol import ATTENTIONS, Context, Place
-from models.attention.standard import Scoring, Visible
+from models.attention.standard import Scoring, Visible, logits, weigh
 from models.cache import Kept
 from models.errors import UserError
 
@@ -75,23 +74,7 @@ def top_k_attention(
         scores = scores.masked_fill(~mask, -math.inf)
     if keep < k.shape[2]:
         scores = scores.masked_fill(~largest(scores.detach(), keep), -math.inf)
-    if scoring.sink is not None:
-        sink = scoring.sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)  # (B, H, T, 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    p = F.dropout(scores.softmax(-1)[..., : k.shape[2]], dropout)  # (B, H, T, S)
-    y = (p.to(q.dtype).unflatten(1, (k.shape[1], -1)) @ v[:, :, None]).flatten(1, 2)
-    return y if scoring.values is None else y + scoring.values.mix(p).to(q.dtype)
-
-
-def logits(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
-    """What `scoring` makes of Q K^T, in at least fp32: q (B, H, T, d), k (B, G, S, d) -> (B, H, T, S)."""
-    exact = torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
-    grouped = q.unflatten(1, (k.shape[1], -1))  # (B, G, R, T, d)
-    scores = ((grouped @ k[:, :, None].transpose(-1, -2)).to(exact) * scale).flatten(1, 2)  # (B, H, T, S)
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    return scores if scoring.position is None else scores + scoring.position
+    return weigh(scores, q, v, scoring, dropout)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

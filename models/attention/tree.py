@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention.documents import document_ends, document_starts
+from models.attention.places import take
 from models.attention.protocol import Context
 from models.attention.standard import Scoring, Visible, attend, reference_attention
 from models.cache.summaries import ABSENT, Entries
@@ -187,16 +188,6 @@ def _slots(tokens: Tokens, width: int, cached: bool) -> int:
     if tokens.single:
         return (past + new) // width - past // width
     return (new + min(past, width - 1)) // width
-
-
-def take(x: Tensor, places: Tensor) -> Tensor:
-    """Rows x (B or 1, N, ...) at places (B or 1, ...): (B, ..., ...), 1 where both have 1."""
-    if len(places) == 1:
-        return x[:, places[0]]
-    flat = places.flatten(1)  # (B, P)
-    x = x.expand(len(flat), *x.shape[1:])
-    flat = flat.view(*flat.shape, *[1] * (x.ndim - 2)).expand(*flat.shape, *x.shape[2:])
-    return x.gather(1, flat).unflatten(1, places.shape[1:])
 
 
 def children(nodes: Nodes, below: Listed, aligned: bool) -> tuple[Tensor, Tensor]:
