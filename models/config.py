@@ -11,6 +11,7 @@ them only some tokens take part. The canonical form, which `to_dict` writes, lis
 `layers: [{attention: {...}, feedforward: {...}, order: ...}, ...]`. A pruned model is an ordinary config.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from models.reversible import RESIDUALS
 
 HEADS = ("tied", "untied")
 DIRECTIONS = ("causal", "bidirectional")
+SQRT_WIDTH = "sqrt_width"  # of an embedding_scale
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class ModelConfig:
         norm: kind and position of the normalisation.
         position: position encoding of every attention that names none of its own.
         head: `tied` (the embedding is also the output projection) or `untied`.
+        embedding_scale: what token embeddings are multiplied by on their way into the stream: a number, or `sqrt_width`
+            (arXiv 1706.03762, section 3.4). The tied head reads them as they are.
         dropout: on the embeddings and on every residual branch, in training.
         direction: `causal`, where a token sees itself and those before it, or `bidirectional`, an encoder.
         residual: `standard`, or `reversible`: two streams, of which training keeps no layer's (models/reversible.py).
@@ -87,6 +91,7 @@ class ModelConfig:
     norm: Any = field(default_factory=Rms, metadata={"registry": NORMS})
     position: Any = field(default_factory=Rope, metadata={"registry": POSITIONS})
     head: str = "tied"
+    embedding_scale: float | str = 1.0
     dropout: float = 0.0
     direction: str = "causal"
     residual: str = "standard"
@@ -103,6 +108,9 @@ class ModelConfig:
             raise UserError(f"unknown direction {self.direction!r}{did_you_mean(self.direction, DIRECTIONS)}")
         if self.residual not in RESIDUALS:
             raise UserError(f"unknown residual {self.residual!r}{did_you_mean(self.residual, RESIDUALS)}")
+        scale = self.embedding_scale
+        if scale != SQRT_WIDTH and (isinstance(scale, str) or not 0 < scale < math.inf):
+            raise UserError(f"embedding_scale must be a number above 0 or {SQRT_WIDTH}, got {scale!r}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.layers:
@@ -221,6 +229,7 @@ class _Plain:
     norm: Any = field(default_factory=Rms, metadata={"registry": NORMS})
     position: Any = field(default_factory=Rope, metadata={"registry": POSITIONS})
     head: str = "tied"
+    embedding_scale: float | str = 1.0
     dropout: float = 0.0
     direction: str = "causal"
     residual: str = "standard"

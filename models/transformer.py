@@ -16,7 +16,7 @@ from models.attention.protocol import count_documents, document_mask
 from models.attention.standard import training_bias
 from models.block import Block
 from models.cache import ContiguousCache, ModelCache, PagedCache
-from models.config import LayerConfig, ModelConfig
+from models.config import SQRT_WIDTH, LayerConfig, ModelConfig
 from models.errors import UserError
 from models.exits import ExitNorms
 from models.linear import Embedding, Linear, itemsize
@@ -50,6 +50,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width, std=0.02)
+        self.embedding_scale = config.width**0.5 if config.embedding_scale == SQRT_WIDTH else config.embedding_scale
         self.positions = nn.ModuleList()
         self.shared = nn.ModuleList()
         self._position_index: dict[object, int] = {}
@@ -200,6 +201,7 @@ class Transformer(nn.Module):
                 seen = torch.cat([cache.documents, documents], dim=1)  # (B, S)
             cache.advance(positions, seen)
         x = self.embedding(tokens)  # (B, T, D)
+        x = x if self.embedding_scale == 1 else x * self.embedding_scale
         context = self.context(x, positions, seen, past, cached=cache is not None)
         if context.positional and context.positional[0].added is not None:
             x = x + context.positional[0].added.to(x.dtype)

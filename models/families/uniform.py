@@ -51,8 +51,10 @@ def common(
 
     Raises:
         UserError: a layer without one of the two, of another kind or order, or layers whose numbers differ; tokens that
-            leave early or pass a layer by.
+            leave early or pass a layer by; scaled embeddings.
     """
+    if config.embedding_scale != 1:
+        raise UserError(f"it has no embedding_scale, and this model's is {config.embedding_scale}")
     if config.exits is not None:
         raise UserError("it has one norm before the head, and this model has early exits with norms of their own")
     for i, layer in enumerate(config.layers):

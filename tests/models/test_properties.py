@@ -16,7 +16,7 @@ from torch.func import functional_call
 from models.attention import ATTENTIONS
 from models.attention.linformer import SHARINGS, SUMS
 from models.block import ORDERS
-from models.config import HEADS, ModelConfig
+from models.config import HEADS, SQRT_WIDTH, ModelConfig
 from models.depth import DEPTHS
 from models.errors import UserError
 from models.feedforward import ACTIVATIONS, FEEDFORWARDS
@@ -104,6 +104,7 @@ AXES = {
         *(example(FEEDFORWARDS, "swiglu", activation=activation, bias=True) for activation in ACTIVATIONS),
     ],
     "head": HEADS,
+    "embedding_scale": [1.0, SQRT_WIDTH],
     "residual": RESIDUALS,
     "depths": [None, *([None, example(DEPTHS, kind)] for kind in DEPTHS)],
 }

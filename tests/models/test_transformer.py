@@ -114,3 +114,19 @@ def test_documents_that_begin_behind_cached_tokens_without_any_are_refused():
     with pytest.raises(UserError, match="documents are given behind 3 cached tokens without any"):
         model(tokens, cache=cache, documents=tokens)
     assert cache.length == 3
+
+
+def test_scaled_embeddings_enter_the_stream_and_not_the_tied_head():
+    torch.manual_seed(0)
+    scaled, plain = Transformer(tiny(embedding_scale="sqrt_width")), Transformer(tiny())
+    plain.load_state_dict(scaled.state_dict())
+    tokens = torch.randint(0, plain.config.vocab_size, (2, 5))
+    x, _ = scaled.embed(tokens)
+    assert torch.equal(x, plain.embed(tokens)[0] * plain.config.width**0.5)
+    assert torch.equal(scaled.project(x), plain.project(x))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, "sqrt"])
+def test_a_scale_of_embeddings_that_is_none_is_refused(scale):
+    with pytest.raises(UserError, match="embedding_scale must be a number above 0 or sqrt_width"):
+        tiny(embedding_scale=scale)
