@@ -15,14 +15,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from compress.calibration import LayerMethod
-from compress.quantization.grid import IntFormat, MseClip, Quantized, encode, fit, fit_matrix, stored
+from compress.quantization.grid import BITS, CLIPS, IntFormat, MseClip, Quantized, encode, fit, fit_matrix, stored
+from compress.quantization.methods import GRID, METHODS, requested
 from compress.quantization.rtn import (
     Rtn,
     bits_per_weight,
@@ -30,7 +31,6 @@ from compress.quantization.rtn import (
     group_note,
     packed,
     relative_error,
-    requested,
 )
 from compress.records import LayerRecord
 from compress.statistics import Hessian, Statistic, StatisticType
@@ -57,6 +57,7 @@ class Factor(NamedTuple):
     damping: float
 
 
+@METHODS.register("gptq")
 @dataclass(frozen=True)
 class Gptq(LayerMethod):
     """GPTQ with the Cholesky form and lazy blocks.
@@ -71,8 +72,14 @@ class Gptq(LayerMethod):
         precision: `float32` or `float64` of the solve.
     """
 
+    calibrates: ClassVar[bool] = True
+    grid: ClassVar[tuple[str, ...]] = GRID
+    bits: ClassVar[tuple[int, ...]] = BITS
+    ends: ClassVar[tuple[int, ...]] = ()
+    together: ClassVar[bool] = False
+
     format: IntFormat = field(default_factory=IntFormat)
-    clip: MseClip | None = None
+    clip: MseClip | None = field(default=None, metadata={"registry": CLIPS})
     act_order: bool = True
     damping: float = 0.01
     pruned_share: float = 0.05
@@ -107,15 +114,12 @@ class Gptq(LayerMethod):
         error = output_error(weight, dense, statistic.matrix())
         seconds = time.perf_counter() - started
         note = "; ".join(filter(None, (group_note(self.format, weight), self._notes(factor, keep))))
-        return new, LayerRecord(name, tuple(weight.shape), self._requested(), achieved, error, seconds, note)
-
-    def _requested(self) -> dict[str, Any]:
-        return {**requested(self), "act_order": self.act_order, "damping": self.damping}
+        return new, LayerRecord(name, tuple(weight.shape), requested(self), achieved, error, seconds, note)
 
     def _rounded(self, name: str, module: nn.Module, note: str) -> tuple[nn.Module, LayerRecord]:
         new, record = Rtn(self.format, self.clip).compress(name, module, None)
         values = record.to_dict() | {
-            "requested": self._requested(),
+            "requested": requested(self),
             "note": "; ".join(filter(None, (record.note, note))),
         }
         return new, LayerRecord.from_dict(values)

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.errors import UserError, did_you_mean
+from models.registry import Registry
 
 BITS = (2, 3, 4, 8)
+CLIPS = Registry("clip", example="mse")
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -134,6 +136,7 @@ def _spread(values: Tensor, width: int, format: IntFormat) -> Tensor:
     return values.repeat_interleave(format.group(width), dim=1)[:, :width]
 
 
+@CLIPS.register("mse")
 @dataclass(frozen=True)
 class MseClip:
     """Search for the range with the least squared error: shrink min and max together.

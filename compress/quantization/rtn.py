@@ -2,18 +2,20 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from compress.calibration import LayerMethod
-from compress.quantization.grid import IntFormat, MseClip, Quantized, quantize
+from compress.quantization.grid import BITS, CLIPS, IntFormat, MseClip, Quantized, quantize
 from compress.quantization.linear import PackedInt, PackedIntEmbedding, PackedIntLinear
+from compress.quantization.methods import GRID, METHODS, requested
 from compress.records import LayerRecord
 from compress.statistics import Statistic, StatisticType
 from models.errors import UserError
 
 
+@METHODS.register("rtn")
 @dataclass(frozen=True)
 class Rtn(LayerMethod):
     """Round-to-nearest.
@@ -23,8 +25,14 @@ class Rtn(LayerMethod):
         clip: search for a smaller range with less squared error, or nothing for the full range.
     """
 
+    calibrates: ClassVar[bool] = False
+    grid: ClassVar[tuple[str, ...]] = GRID
+    bits: ClassVar[tuple[int, ...]] = BITS
+    ends: ClassVar[tuple[int, ...]] = BITS
+    together: ClassVar[bool] = False
+
     format: IntFormat = field(default_factory=IntFormat)
-    clip: MseClip | None = None
+    clip: MseClip | None = field(default=None, metadata={"registry": CLIPS})
 
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
         return None
@@ -39,12 +47,6 @@ class Rtn(LayerMethod):
         seconds = time.perf_counter() - started
         note = group_note(self.format, weight)
         return new, LayerRecord(name, tuple(weight.shape), requested(self), achieved, error, seconds, note)
-
-
-def requested(method: Any) -> dict[str, Any]:
-    """What a method was asked for, as JSON values."""
-    clip = "none" if method.clip is None else f"mse, down to {method.clip.smallest:g}"
-    return {"method": type(method).__name__.lower(), **method.format.to_dict(), "clip": clip}
 
 
 def packed(module: nn.Module, quantized: Quantized) -> PackedInt:

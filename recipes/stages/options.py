@@ -114,28 +114,29 @@ class Quantize(StageOptions):
     """Store the weights in fewer bits, and report what that cost."""
 
     model: str = positional(MODEL, "MODEL")
-    method: Literal["rtn", "gptq"] = option(
-        "rtn rounds every weight to the nearest grid point; gptq lets the weights that are still free make up for the "
-        "error of those already rounded, on calibration text",
+    method: Spec = option(
+        "a name, or one with options of its own: '{kind: gptq, act_order: false, clip: mse}'. rtn rounds every weight "
+        "to the nearest grid point; gptq lets the weights that are still free make up for the error of those already "
+        "rounded, on calibration text",
         "gptq",
     )
-    bits: Literal[2, 3, 4, 8] = option("bits of a weight of a linear layer", 4)
-    group_size: int | Literal["channel", "tensor"] = option(
-        "weights of one row that share a scale; `channel`: the whole row, `tensor`: all of them", 64
+    bits: int | None = option("bits of a weight of a linear layer; default: 4, where the method has a choice", None)
+    group_size: int | Literal["channel", "tensor"] | None = option(
+        "weights of one row that share a scale; `channel`: the whole row, `tensor`: all of them; default: 64, where "
+        "the method has groups",
+        None,
     )
-    symmetric: bool = option("a grid around zero (true), or one with a zero point for each group (false)", True)
+    symmetric: bool | None = option(
+        "a grid around zero (true), or one with a zero point for each group (false); default: what suits the method",
+        None,
+    )
     embedding_bits: Literal[2, 3, 4, 8, 16] = option("bits of the token embedding; 16 leaves it as it is", 16)
     head_bits: Literal[2, 3, 4, 8, 16] = option("bits of an untied output head; 16 leaves it as it is", 16)
     skip: Names = option("layers to leave as they are, by name or pattern (`blocks.0.*`), comma-separated", "")
     samples: int = option("calibration blocks of --sequence_length tokens, from the training split of --data", 128)
     layers: dict[str, dict[str, Any]] = option(
-        "layers with bits, group_size or symmetric of their own, by name or pattern: {'*.down': {bits: 8}}",
+        "layers with a method, bits, group_size or symmetric of their own, by name or pattern: {'*.down': {bits: 8}}",
         factory=dict,
-    )
-    clip: Literal["none", "mse"] = option("mse: search for the range of each grid with the least squared error", "none")
-    act_order: bool | None = option("gptq: take the inputs with the most energy first; default: true", None)
-    damping: float | None = option(
-        "gptq: share of the Hessian's mean diagonal that is added to its diagonal; default: 0.01", None
     )
 
 

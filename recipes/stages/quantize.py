@@ -1,15 +1,15 @@
-"""`espalier quantize`: round-to-nearest or GPTQ, one block at a time."""
+"""`espalier quantize`: the weights in fewer bits by a method of compress.quantization, one block at a time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from app.loading import Loaded, load_model
-from compress.calibration import LayerMethod
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat, MseClip
+from compress.calibration import Method
+from compress.quantization import Rtn
+from compress.quantization.methods import GRID, grid_of, own_options, read_method, title_of, with_grid
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
 from compress.records import LayerRecord
 from compress.store import FolderStore
 from models.errors import UserError
@@ -21,8 +21,6 @@ from recipes.stages.terminal import Bars, by_layer
 from recipes.stages.text import Text
 
 FULL = 16  # bits that stand for "leave it as it is"
-FORMAT_KEYS = {"bits", "group_size", "symmetric"}
-METHODS = {"rtn": {}, "gptq": {"act_order": True, "damping": 0.01}}  # the options that each method alone has
 
 
 class Quantize(Stage[options.Quantize]):
@@ -31,19 +29,19 @@ class Quantize(Stage[options.Quantize]):
     verb = "quantize"
 
     def __init__(self, chosen: options.Quantize) -> None:
-        super().__init__(options.settle(chosen, "method", METHODS))
+        given = {name: getattr(chosen, name) for name in GRID if getattr(chosen, name) is not None}
+        self.method = with_grid(read_method(chosen.method, "method"), given)
+        self.made = [self.method]
+        spec = {"kind": self.method.kind, **own_options(self.method)}
+        super().__init__(replace(chosen, method=spec, **grid_of(self.method)))
 
     def title(self) -> str:
-        chosen = self.options
-        size = chosen.group_size
-        groups = {"channel": "a scale a row", "tensor": "one scale a matrix"}.get(size, f"groups of {size}")
-        return f"{chosen.method.upper()}, {chosen.bits} bits, {groups}"
+        return title_of(self.method)
 
     def check(self) -> None:
         self.overrides()
-        self.method({})
-        self.end(self.options.embedding_bits)
-        self.end(self.options.head_bits)
+        self.end(self.options.embedding_bits, "embedding_bits")
+        self.end(self.options.head_bits, "head_bits")
 
     def parents(self) -> dict[str, Loaded]:
         loaded = load_model(self.options.model, self.device, self.dtype)
@@ -54,48 +52,64 @@ class Quantize(Stage[options.Quantize]):
             )
         return {"model": loaded}
 
-    def format(self, values: dict[str, Any]) -> IntFormat:
-        """The grid that the options ask for, with `values` in place of some of them."""
-        chosen = self.options
-        return IntFormat(
-            bits=values.get("bits", chosen.bits),
-            group_size=values.get("group_size", chosen.group_size),
-            symmetric=values.get("symmetric", chosen.symmetric),
-        )
+    def overrides(self) -> dict[str, Method | None]:
+        """Layers with a method or a grid of their own, and layers to leave as they are."""
+        found = {pattern: self.override(pattern, values) for pattern, values in self.options.layers.items()}
+        return found | dict.fromkeys(options.names(self.options.skip))
 
-    def method(self, values: dict[str, Any]) -> LayerMethod:
-        """The method for the linear layers of the blocks."""
-        chosen, clip = self.options, MseClip() if self.options.clip == "mse" else None
-        if chosen.method == "rtn":
-            return Rtn(self.format(values), clip)
-        return Gptq(self.format(values), clip, act_order=chosen.act_order, damping=chosen.damping)
+    def override(self, pattern: str, values: dict[str, Any]) -> Method | None:
+        """The method for layers that match `pattern`: what it does not say is as in the rest of the model."""
+        where = f"layers, {pattern}"
+        check_keys(values, {*GRID, "method"}, where)
+        if values.get("bits") == FULL:
+            if len(values) > 1:
+                raise UserError(f"{where}: {FULL} bits leave a layer as it is; say nothing else about it")
+            return None
+        method, grid = self.method, {name: value for name, value in values.items() if name != "method"}
+        if "method" in values:
+            method = self.like_the_rest(read_method(values["method"], f"{where}, method"), where)
+        return self.shared(with_grid(method, grid, where))
 
-    def end(self, bits: int) -> LayerMethod | None:
-        """The method for embedding or head: rounding, with one scale a row at 8 bits, as the kernels want it."""
+    def like_the_rest(self, method: Any, where: str) -> Any:
+        """Another method with as much of the grid of the blocks' as it can take."""
+        rest = {name: value for name, value in grid_of(self.method).items() if name in method.grid}
+        if rest.get("bits") not in method.bits:
+            rest.pop("bits", None)
+        return with_grid(method, rest, where)
+
+    def end(self, bits: int, where: str) -> Method | None:
+        """The method for embedding or head: the blocks' where it can do them, otherwise rounding.
+
+        Rounding to 8 bits takes one scale a row, as the kernels want it.
+        """
         if bits == FULL:
             return None
-        return Rtn(self.format({"bits": bits, **({"group_size": "channel", "symmetric": True} if bits == 8 else {})}))
+        if bits in self.method.ends:
+            return self.shared(with_grid(self.method, {"bits": bits} if "bits" in self.method.grid else {}, where))
+        grid = {"bits": bits, **({"group_size": "channel", "symmetric": True} if bits == 8 else {})}
+        return self.shared(with_grid(self.like_the_rest(Rtn(), where), grid, where))
 
-    def overrides(self) -> dict[str, LayerMethod | None]:
-        """Layers with a grid of their own, and layers to leave as they are."""
-        found: dict[str, LayerMethod | None] = {}
-        for pattern, values in self.options.layers.items():
-            check_keys(values, FORMAT_KEYS, f"layers, {pattern}")
-            found[pattern] = None if values.get("bits") == FULL else self.method(values)
-        return found | dict.fromkeys(options.names(self.options.skip))
+    def shared(self, method: Any) -> Any:
+        """The method of these very numbers that was made before: layers share what an instance works out once."""
+        if method not in self.made:
+            self.made.append(method)
+        return self.made[self.made.index(method)]
 
     def compress(
         self, parents: dict[str, Loaded], text: Text, state: Path, bars: Bars
     ) -> tuple[Transformer, Sequence[LayerRecord]]:
         chosen, model = self.options, parents["model"].model
-        batches = text.calibration(chosen.samples, self.device) if chosen.method == "gptq" else None
+        overrides = self.overrides()
+        embedding, head = self.end(chosen.embedding_bits, "embedding_bits"), self.end(chosen.head_bits, "head_bits")
+        methods = [self.method, *overrides.values(), embedding, head]
+        calibrates = any(method is not None and method.calibrates for method in methods)
         records = quantize_model(
             model,
-            self.method({}),
-            batches,
-            overrides=self.overrides(),
-            embedding=self.end(chosen.embedding_bits),
-            head=self.end(chosen.head_bits),
+            self.method,
+            text.calibration(chosen.samples, self.device) if calibrates else None,
+            overrides=overrides,
+            embedding=embedding,
+            head=head,
             store=FolderStore(state),
             progress=by_layer(bars, "quantizing", model),
         )
