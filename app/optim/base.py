@@ -7,6 +7,9 @@ Weight decay and Muon act on matrices that map hidden states to hidden states. E
     head        the output projection, where it is not tied        yes             no
     embedding   token and position tables (also a tied head)       no              no
     vector      norms and biases                                   no              no
+
+A weight of 3 dimensions is a stack of matrices, one an expert (models/experts/stacked.py); its biases (E, F) are
+vectors all the same. A router is a matrix like any other.
 """
 
 import math
@@ -48,16 +51,16 @@ def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     roles: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
+        for own, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            roles[_role(name, module, parameter)].append(parameter)
+            roles[_role(name, module, own, parameter)].append(parameter)
     return roles
 
 
-def _role(name: str, module: nn.Module, parameter: nn.Parameter) -> str:
-    if parameter.ndim < 2:
+def _role(name: str, module: nn.Module, own: str, parameter: nn.Parameter) -> str:
+    if parameter.ndim < 2 or own.endswith("bias"):
         return "vector"
     if isinstance(module, nn.Embedding):
         return "embedding"

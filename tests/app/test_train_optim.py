@@ -113,13 +113,13 @@ def test_options_win_over_loaded_ones(kind):
     assert new.param_groups[0]["weight_decay"] == 0.2
 
 
-def test_muon_refuses_what_is_no_matrix():
+def test_muon_refuses_what_is_no_matrix_and_no_stack_of_them():
     class Stack(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.ones(2, 3, 4))
+            self.weight = nn.Parameter(torch.ones(2, 3, 4, 5))
 
-    with pytest.raises(UserError, match=r"\(2, 3, 4\)"):
+    with pytest.raises(UserError, match=r"\(2, 3, 4, 5\)"):
         Muon().build(Stack())
 
 
