@@ -41,11 +41,16 @@ class Block(nn.Module):
                 self.attention_out_norm = model.norm.build(model.width)
         if layer.feedforward is not None:
             self.feedforward_norm = model.norm.build(model.width)
-            self.feedforward = self._drawn(lambda: layer.feedforward.build(model.width, place.branches), None)
+            self.feedforward = self._drawn(lambda: self._feedforward(layer, model), None)
             if self.norm_position == "sandwich":
                 self.feedforward_out_norm = model.norm.build(model.width)
         self.dropout = nn.Dropout(model.dropout)
         self.depth = None if layer.depth is None else layer.depth.build(place, layer.attention is not None)
+
+    def _feedforward(self, layer: "LayerConfig", model: "ModelConfig") -> nn.Module:
+        feedforwards = [other.feedforward for other in model.layers if other.feedforward is not None]
+        alike = sum(other.kind == layer.feedforward.kind for other in feedforwards)
+        return layer.feedforward.build(model.width, self.place.branches, layer=self.place.layer, layers=alike)
 
     def _drawn(self, build: Callable[[], nn.Module], small: tuple[str, ...] | None) -> nn.Module:
         """The sub-layer with the weights that it starts from; in deepnorm the maps `small` (all: None) are smaller."""
@@ -68,10 +73,10 @@ class Block(nn.Module):
                 a, b = b, a + branch(b)
             return torch.cat([a, b], dim=-1)  # (B, T, 2D)
         if self.order == "parallel":
-            return x + self._attend(x, context, cache) + self._feed(x)
+            return x + self._attend(x, context, cache) + self._feed(x, context)
         if self.order == "feedforward_first":
-            return self._attention_step(self._feedforward_step(x), context, cache)
-        return self._feedforward_step(self._attention_step(x, context, cache))
+            return self._attention_step(self._feedforward_step(x, context), context, cache)
+        return self._feedforward_step(self._attention_step(x, context, cache), context)
 
     def branches(self, context: Context, cache: LayerCache | None = None) -> list[Callable[[Tensor], Tensor]]:
         """The branches of a reversible block in their order, each from (B, T, D) to (B, T, D).
@@ -83,7 +88,7 @@ class Block(nn.Module):
             return self._attend(x.to(self.attention_norm.weight.dtype), context, cache)
 
         def feed(x: Tensor) -> Tensor:
-            return self._feed(x.to(self.feedforward_norm.weight.dtype))
+            return self._feed(x.to(self.feedforward_norm.weight.dtype), context)
 
         if self.order == "parallel":
             return [lambda x: attend(x) + feed(x)]
@@ -95,9 +100,9 @@ class Block(nn.Module):
         y = self.attention(x if self.norm_position in AFTER else self.attention_norm(x), context, cache)
         return self.dropout(self.attention_out_norm(y) if self.norm_position == "sandwich" else y)
 
-    def _feed(self, x: Tensor) -> Tensor:
+    def _feed(self, x: Tensor, context: Context) -> Tensor:
         """The feed-forward branch, normalised likewise: (B, T, D) -> (B, T, D)."""
-        y = self.feedforward(x if self.norm_position in AFTER else self.feedforward_norm(x))
+        y = self.feedforward(x if self.norm_position in AFTER else self.feedforward_norm(x), context)
         return self.dropout(self.feedforward_out_norm(y) if self.norm_position == "sandwich" else y)
 
     def _attention_step(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
@@ -106,10 +111,10 @@ class Block(nn.Module):
         y = self._attend(x, context, cache)
         return self.attention_norm(self.gain * x + y) if self.norm_position in AFTER else x + y
 
-    def _feedforward_step(self, x: Tensor) -> Tensor:
+    def _feedforward_step(self, x: Tensor, context: Context) -> Tensor:
         if self.feedforward is None:
             return x
-        y = self._feed(x)
+        y = self._feed(x, context)
         return self.feedforward_norm(self.gain * x + y) if self.norm_position in AFTER else x + y
 
     @torch.enable_grad()

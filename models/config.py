@@ -22,7 +22,7 @@ from models.block import ORDERS
 from models.depth import DEPTHS
 from models.errors import UserError, did_you_mean
 from models.exits import EXITS
-from models.feedforward import FEEDFORWARDS
+from models.experts import FEEDFORWARDS
 from models.norms import AFTER, NORMS, Rms
 from models.positions import POSITIONS, Rope
 from models.registry import dump_dataclass, read_dataclass
@@ -157,6 +157,8 @@ class ModelConfig:
     def _resolved(self, layer: LayerConfig) -> LayerConfig:
         if layer.depth is not None:
             layer.depth.check(layer, getattr(layer.attention, "position", None) or self.position)
+        if hasattr(layer.feedforward, "check"):
+            layer.feedforward.check(self.direction, self.context)
         if layer.attention is None:
             return layer
         attention = layer.attention.resolve(self.width)

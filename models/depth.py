@@ -25,15 +25,15 @@ from models.attention.protocol import Context, Place, document_mask
 from models.attention.standard import training_bias
 from models.cache import LayerCache
 from models.errors import UserError
-from models.precision import without_autocast
+from models.precision import ExactBuffers, exact, without_autocast
 from models.registry import Registry
 
 if TYPE_CHECKING:
     from models.config import LayerConfig
 
 DEPTHS = Registry("depth")
+EXACT = ("threshold", "target")  # buffers of a layer that stay in at least fp32
 PAD = -1  # the document of padding, which nothing attends to
-EXACT = ("threshold", "target")  # buffers that stay in at least fp32: in bf16 small steps would be lost
 ROUND = 16  # tokens to a multiple of which rows are shortened, at least
 
 Run = Callable[[Tensor, Context, LayerCache | None], Tensor]  # the layer on x (B, C, D)
@@ -104,7 +104,7 @@ class Shortened(NamedTuple):
     documents: Tensor
 
 
-class DepthRouter(nn.Module):
+class DepthRouter(ExactBuffers):
     """Chooses the tokens of one layer, and runs the layer on them.
 
     Attributes:
@@ -117,12 +117,14 @@ class DepthRouter(nn.Module):
         kept: (B, C) bool, the places of the latest forward's shortened rows that hold a token; None before.
     """
 
+    exact_buffers = EXACT
+
     def __init__(self, spec: MixtureOfDepths, place: Place, attends: bool) -> None:
         super().__init__()
         self.spec, self.place, self.attends = spec, place, attends
         self.weight = nn.Parameter(torch.empty(place.width))
-        for name in EXACT:
-            self.register_buffer(name, _exact(torch.empty(1)))
+        for name in self.exact_buffers:
+            self.register_buffer(name, exact(torch.empty(1)))
         self.kept: Tensor | None = None
         self.observed: Tensor | None = None
         self.reset_parameters()
@@ -132,24 +134,9 @@ class DepthRouter(nn.Module):
         nn.init.zeros_(self.threshold)
         nn.init.zeros_(self.target)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DepthRouter":
-        before = {name: getattr(self, name) for name in EXACT}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = getattr(self, name)
-            if _exact(moved) is not moved:
-                setattr(self, name, buffer.to(moved.device))
-        return self
-
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        for name in EXACT:  # those of an older file may be in bf16, and may take the place of the module's own
-            if prefix + name in state:
-                state[prefix + name] = _exact(state[prefix + name])
-        super()._load_from_state_dict(state, prefix, *arguments)
-
     def logits(self, x: Tensor) -> Tensor:
         """r (B, T) of x (B, T, D)."""
-        x = _exact(x)
+        x = exact(x)
         with without_autocast(x.device):
             return F.linear(x, self.weight.to(x.dtype)[None]).squeeze(-1)
 
@@ -176,7 +163,9 @@ class DepthRouter(nn.Module):
             return x
         where = short.index[..., None].expand(-1, -1, x.shape[-1])  # (B, C, D)
         before = x.gather(1, where)  # (B, C, D)
-        inside = self._context(before, context, short, cache) if self.attends else context
+        inside = context._replace(documents=short.documents, past=0)
+        if self.attends:
+            inside = self._context(before, context, short, cache)
         after = run(before, inside, cache and cache.inner)  # (B, C, D)
         share = r.gather(1, short.index).sigmoid()[..., None].to(x.dtype)  # (B, C, 1)
         return x.scatter(1, where, torch.where(short.kept[..., None], before + share * (after - before), before))
@@ -229,11 +218,6 @@ class DepthRouter(nn.Module):
             documents=seen,
             past=past,
         )
-
-
-def _exact(x: Tensor) -> Tensor:
-    """x itself, or in fp32 where its dtype is a smaller one."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def reference_mixture(router: DepthRouter, x: Tensor, context: Context, run: Run) -> Tensor:

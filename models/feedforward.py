@@ -1,17 +1,43 @@
-"""Feed-forward sub-layers: the gated SwiGLU and the plain two-layer network."""
+"""Feed-forward sub-layers: the gated SwiGLU and the plain two-layer network; mixtures of them are in models/experts.
+
+B batch, T tokens, D model width.
+"""
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention.protocol import Context
 from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
 from models.registry import Registry
 
 FEEDFORWARDS = Registry("feedforward", example="{kind: swiglu, width: 688}")
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
+
+
+class FeedForwardSpec(Protocol):
+    """What a feed-forward in a config offers.
+
+    It may also offer `check(direction, context)`, which raises UserError where it cannot be in a model of that
+    direction and so many tokens; and `active_parameters(width)`, those that one token passes where that is not all.
+    """
+
+    def build(self, width: int, branches: int, *, layer: int = 0, layers: int = 1) -> nn.Module:
+        """The module: called with x (B, T, D) and the forward's `Context`, it gives (B, T, D).
+
+        Args:
+            width: D.
+            branches: sub-layers of the model that write into the residual stream.
+            layer: number of the layer.
+            layers: of the model that have a feed-forward of this kind.
+        """
+
+    def flops_per_token(self, width: int) -> int:
+        """Forward FLOPs of one token."""
 
 
 def _check(width: int, activation: str) -> None:
@@ -41,7 +67,7 @@ class Swiglu:
     def __post_init__(self) -> None:
         _check(self.width, self.activation)
 
-    def build(self, width: int, branches: int) -> nn.Module:
+    def build(self, width: int, branches: int, *, layer: int = 0, layers: int = 1) -> nn.Module:
         return GatedFeedForward(self, width, branches)
 
     def flops_per_token(self, width: int) -> int:
@@ -68,7 +94,7 @@ class Mlp:
     def __post_init__(self) -> None:
         _check(self.width, self.activation)
 
-    def build(self, width: int, branches: int) -> nn.Module:
+    def build(self, width: int, branches: int, *, layer: int = 0, layers: int = 1) -> nn.Module:
         return FeedForward(self, width, branches)
 
     def flops_per_token(self, width: int) -> int:
@@ -85,7 +111,7 @@ class GatedFeedForward(nn.Module):
         self.up = Linear(width, spec.width, bias=spec.bias, std=0.02)
         self.down = Linear(spec.width, width, bias=spec.out_bias, std=residual_std(0.02, branches))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
@@ -98,5 +124,5 @@ class FeedForward(nn.Module):
         self.up = Linear(width, spec.width, bias=spec.bias, std=0.02)
         self.down = Linear(spec.width, width, bias=spec.out_bias, std=residual_std(0.02, branches))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         return self.down(self.activation(self.up(x)))

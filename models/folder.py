@@ -54,9 +54,7 @@ def _converted(model: nn.Module, packed: dict, dtype: torch.dtype | None) -> Ite
         if tensor.numel() and tensor.data_ptr() in seen:
             raise ValueError(f"{name} shares its memory with an earlier tensor, so a reload would separate them")
         seen.add(tensor.data_ptr())
-        dense = (
-            tensor.is_floating_point() and not _is_exact(name, model.config) and name.rpartition(".")[0] not in packed
-        )
+        dense = tensor.is_floating_point() and not _is_exact(name) and name.rpartition(".")[0] not in packed
         yield name, tensor.to(dtype) if dense and dtype is not None else tensor
 
 
@@ -108,11 +106,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
 def stored_dtype(files: Mapping[str, Tensor], config: ModelConfig) -> torch.dtype:
     """The dtype of the first dense weight in `files`, which is what packed modules compute in."""
-    dense = (
-        files[name]
-        for name in files
-        if name.rpartition(".")[0] not in config.compression and not _is_exact(name, config)
-    )
+    dense = (files[name] for name in files if name.rpartition(".")[0] not in config.compression and not _is_exact(name))
     return next((tensor.dtype for tensor in dense if tensor.is_floating_point()), torch.get_default_dtype())
 
 
@@ -150,17 +144,15 @@ def fill(
         elif not tensor.is_floating_point():
             raise UserError(f"the tensor {name} is stored as {tensor.dtype}, which is no dense weight")
         else:
-            state[name] = tensor.to(device, None if _is_exact(name, model.config) else dtype)
+            state[name] = tensor.to(device, None if _is_exact(name) else dtype)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def _is_exact(name: str, config: ModelConfig) -> bool:
-    """Whether the tensor is a buffer that stays in fp32 whatever the dtype of the model (models/depth.py)."""
-    return any(
-        layer.depth is not None and name in {f"blocks.{number}.depth.{buffer}" for buffer in EXACT}
-        for number, layer in enumerate(config.layers)
-    )
+def _is_exact(name: str) -> bool:
+    """Whether the tensor is a buffer that stays in fp32 whatever the dtype (models/depth.py, models/experts)."""
+    owner, _, buffer = name.rpartition(".")
+    return (owner.endswith(".depth") and buffer in EXACT) or name.endswith(".feedforward.router.bias")
 
 
 def _computed(module: nn.Module, buffer: str) -> bool:

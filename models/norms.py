@@ -84,10 +84,13 @@ def draw_deepnorm(module: nn.Module, names: tuple[str, ...] | None, branches: in
         names: its maps whose gain is (4 branches)^(-1/4), the others' being 1; None means all of them.
         branches: sub-layers of the model.
     """
+    small = (4 * max(1, branches)) ** -0.25
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
-            gain = (4 * max(1, branches)) ** -0.25 if names is None or name.rpartition(".")[2] in names else 1.0
+            gain = small if names is None or name.rpartition(".")[2] in names else 1.0
             part.std = gain * (2 / (part.in_features + part.out_features)) ** 0.5
+        elif hasattr(part, "stds"):  # stacks of experts, whose maps are no modules
+            part.stds = {map: small * (2 / sum(getattr(part, map).shape[1:])) ** 0.5 for map in part.stds}
     module.to_empty(device=torch.get_default_device())
     for part in module.modules():
         if hasattr(part, "reset_parameters"):

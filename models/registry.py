@@ -70,6 +70,39 @@ class Registry:
         return {"kind": spec.kind, **dump_dataclass(spec)}
 
 
+class Several:
+    """In a field's `registry`: any number of specs of one registry, a list in YAML and a tuple in the spec."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+
+    def parse(self, value: Any, where: str) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where}: expected a list such as [{self.registry.example}], got {value!r}")
+        return tuple(self.registry.parse(item, f"{where}[{i}]") for i, item in enumerate(value))
+
+    def dump(self, specs: tuple[Any, ...]) -> list[dict[str, Any]]:
+        return [self.registry.dump(spec) for spec in specs]
+
+
+class Single:
+    """In a field's `registry`: a spec of one class, which needs no `kind`."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+
+    def parse(self, value: Any, where: str) -> Any:
+        if isinstance(value, self.cls):
+            return value
+        if not isinstance(value, Mapping):
+            names = ", ".join(field.name for field in dataclasses.fields(self.cls))
+            raise UserError(f"{where}: expected its keys ({names}), got {value!r}")
+        return read_dataclass(self.cls, value, where)
+
+    def dump(self, spec: Any) -> dict[str, Any]:
+        return dump_dataclass(spec)
+
+
 def read_dataclass(cls: type, arguments: Mapping[str, Any], where: str) -> Any:
     """Build `cls` from plain values, checking names and types; `registry` in a field's metadata reads a nested spec."""
     fields = {field.name: field for field in dataclasses.fields(cls)}

@@ -178,8 +178,9 @@ class Transformer(nn.Module):
         A reversible model's blocks pass (B, T, 2D) on; `stream` and `finish` make (B, T, D) of it.
         """
         for block in self.blocks if self.training else ():
-            if block.depth is not None:
-                block.depth.advance()
+            for part in (block.depth, block.feedforward):
+                if hasattr(part, "advance"):
+                    part.advance()
         new = tokens.shape[1]
         past = 0 if cache is None else cache.length
         if self.config.position.bounded and past + new > self.config.context:

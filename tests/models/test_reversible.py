@@ -61,7 +61,7 @@ def test_two_streams_are_those_of_the_paper(order):
     for block in model.blocks:
         branches = [
             lambda y, block=block: block.attention(block.attention_norm(y), context),
-            lambda y, block=block: block.feedforward(block.feedforward_norm(y)),
+            lambda y, block=block: block.feedforward(block.feedforward_norm(y), context),
         ]
         f, g = branches if order == "attention_first" else branches[::-1]
         y1 = x1 + f(x2)

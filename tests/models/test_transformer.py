@@ -69,7 +69,8 @@ def test_parallel_wiring_equals_the_formula():
     tokens = torch.randint(50, (1, 6))
     x, context = model.embed(tokens)
     block = model.blocks[0]
-    expected = x + block.attention(block.attention_norm(x), context) + block.feedforward(block.feedforward_norm(x))
+    attended = block.attention(block.attention_norm(x), context)
+    expected = x + attended + block.feedforward(block.feedforward_norm(x), context)
     torch.testing.assert_close(block(x, context), expected)
 
 
