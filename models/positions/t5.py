@@ -22,6 +22,7 @@ class T5(Encoding):
         buckets: half of them hold one distance each, the others ranges that grow geometrically. In a bidirectional
             model half of all are for keys ahead.
         max_distance: from here on all distances are in the last bucket.
+        per_layer: whether each layer has addends of its own (GLaM, arXiv 2112.06905), and not all the same.
     """
 
     acts = "scores"
@@ -29,6 +30,7 @@ class T5(Encoding):
 
     buckets: int = 32
     max_distance: int = 128
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         if self.buckets < 2 or self.buckets % 2:

@@ -17,6 +17,7 @@ from models.errors import UserError
 from models.positions import POSITIONS
 from models.positions.alibi import slopes
 from models.positions.t5 import bucket
+from models.transformer import Transformer
 
 
 def built(position, width=16, heads=4, head_width=8, **more):
@@ -79,6 +80,20 @@ def test_t5_adds_the_row_of_the_bucket():
     bias = module(torch.arange(3)[None]).bias(distance)  # (H, 1, 50)
     rows = module.table.weight[bucket(distance, 8, 20)]  # (1, 50, H)
     assert torch.equal(bias, rows.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_t5_biases_can_be_those_of_a_layer(per_layer):
+    values = {"vocab_size": 20, "width": 16, "depth": 3, "attention": {"kind": "full", "heads": 2}}
+    values |= {"feedforward": {"kind": "mlp", "width": 8}, "position": {"kind": "t5", "per_layer": per_layer}}
+    model = Transformer(ModelConfig.from_dict(values)).eval()
+    assert len(model.positions) == (3 if per_layer else 1)
+    tokens = torch.arange(6)[None]
+    before = [model(tokens, keep=range(3)).states[i] for i in range(3)]
+    model.positions[-1].table.weight.data += torch.randn(32, 2)
+    after = [model(tokens, keep=range(3)).states[i] for i in range(3)]
+    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert changed == ([False, False, True] if per_layer else [True, True, True])
 
 
 def test_interleaved_rope_is_that_of_roformer():
