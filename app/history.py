@@ -93,17 +93,17 @@ def write_card(
 
 def _card(model: Transformer, entries: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> str:
     config = model.config
-    parameters = model.count_parameters()["total"]
+    counts = model.count_parameters()
     lines = [
         "---",
         "library_name: espalier",
         "pipeline_tag: text-generation",
         "---",
         "",
-        f"# {wording.count(parameters)} parameter decoder",
+        f"# {wording.count(counts['total'])} parameter decoder",
         "",
         f"{len(config.layers)} layers, width {config.width}, vocabulary {config.vocab_size}, "
-        f"context {config.context} tokens.",
+        f"context {config.context} tokens.{_experts(counts)}",
         "",
         "## How it came about",
         "",
@@ -127,6 +127,12 @@ def _card(model: Transformer, entries: Sequence[Mapping[str, Any]], figures: Map
         "",
     ]
     return "\n".join(lines)
+
+
+def _experts(counts: Mapping[str, int]) -> str:
+    if counts["active"] == counts["total"]:
+        return ""
+    return f" Of its {counts['total']:,} parameters {counts['active']:,} are active for a token."
 
 
 def _commands(config: ModelConfig) -> list[str]:

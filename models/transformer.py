@@ -304,11 +304,20 @@ class Transformer(nn.Module):
         return ModelCache(layers, batch, capacity, device)
 
     def count_parameters(self) -> dict[str, int]:
-        """Weights of the dense architecture: `total`, those `active` for one token, and those of the `embedding`."""
+        """Weights of the dense architecture: `total`, those `active` for one token, and those of the `embedding`.
+
+        Of experts those are active that a token chooses (models/experts); a layer that a token passes by
+        (models/depth.py) counts as if it took part.
+        """
         with torch.device("meta"):
             dense = Transformer(self.config) if self.config.compression else self
             total = sum(parameter.numel() for parameter in dense.parameters())
-        return {"total": total, "active": total, "embedding": self.config.vocab_size * self.config.width}
+        idle = 0
+        for layer, block in zip(self.config.layers, dense.blocks, strict=True):
+            if hasattr(layer.feedforward, "active_parameters"):
+                own = sum(parameter.numel() for parameter in block.feedforward.parameters())
+                idle += own - layer.feedforward.active_parameters(self.config.width)
+        return {"total": total, "active": total - idle, "embedding": self.config.vocab_size * self.config.width}
 
     def flops_per_token(self, length: int) -> int:
         """FLOPs of the forward for one token that sees `length` tokens (PaLM's count, arXiv 2204.02311, app. B)."""

@@ -96,5 +96,6 @@ def baselines(
 def describe(config: ModelConfig) -> str:
     """An architecture in words: its layers, its width, its parameters."""
     layers = "1 layer" if len(config.layers) == 1 else f"{len(config.layers)} layers"
-    parameters = skeleton(replace(config, compression={})).count_parameters()["total"]
-    return f"a model of {layers}, width {config.width} and {wording.count(parameters)} parameters"
+    counts = skeleton(replace(config, compression={})).count_parameters()
+    parameters = wording.parameters(counts["total"], counts["active"])
+    return f"a model of {layers}, width {config.width} and {parameters} parameters"

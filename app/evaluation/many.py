@@ -231,7 +231,7 @@ def rows(entries: Sequence[Entry], content: dict) -> list[dict]:
                 "stored": wording.size(point.stored_bytes),
                 "smaller": wording.times(first.stored_bytes / point.stored_bytes) if smaller else wording.MISSING,
                 "memory": wording.size(size["memory_bytes"]),
-                "parameters": wording.count(size["parameters"]),
+                "parameters": wording.parameters(size["parameters"], size.get("active_parameters")),
                 "decode": wording.rate(point.decode_rate),
                 "step": step_change(entry),
                 "fronts": " and ".join(model["fronts"]) or wording.MISSING,

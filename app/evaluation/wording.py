@@ -52,6 +52,11 @@ def count(value) -> str:
     return scaled(value, ("", "k", "M", "B", "T"))
 
 
+def parameters(total, active=None) -> str:
+    """Weights, and those active for a token where not all are: 5.41 M (2.13 M active)."""
+    return count(total) if active in (None, total) else f"{count(total)} ({count(active)} active)"
+
+
 def flops(value) -> str:
     """Floating-point operations: 10.9 MFLOP."""
     return scaled(value, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
