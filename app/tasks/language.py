@@ -172,6 +172,13 @@ class LanguageModel(LightningModule):
         self.figures = StepFigures(nll, tokens, norm, optimizer.param_groups[0]["lr"])
         self._window, self.stepped = [], True
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the mechanisms follow that move once a step without a gradient (loss-free balancing)."""
+        super().optimizer_step(*args, **kwargs)
+        for module in self.model.modules():
+            if hasattr(module, "after_step"):
+                module.after_step()
+
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
 
