@@ -16,14 +16,15 @@ B batch, T tokens of a row, D model width, N tokens, K input channels of a linea
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from copy import deepcopy
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from compress.experts import ExpertLoad, load_of, router_maps
+from compress.observer import Enough, Observer
 from compress.records import LayerRecord
 from compress.statistics import Statistic, StatisticType
 from compress.store import Store
@@ -55,6 +56,7 @@ class Part:
         statistics: full name -> what was gathered at that module's input; maps that read one input share it.
         inputs: hidden states (B, T, D) that enter the part, one tensor a batch; empty when nothing asked for data.
         contexts: what `Transformer.embed` gave beside each of them: `module(inputs[i], contexts[i])` runs a block.
+        load: which experts of the block the calibration tokens went to; None where it has none, or no data was run.
         extras: tensors, by name, that the method wants kept with this part; there again in `restore_block`.
     """
 
@@ -65,6 +67,7 @@ class Part:
     statistics: dict[str, Statistic] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)
     contexts: list[Any] = field(default_factory=list)
+    load: ExpertLoad | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
     report: Callable[[LayerRecord], None] = lambda record: None
 
@@ -157,11 +160,13 @@ def load_part(part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, A
 
 
 def parts_of(model: nn.Module) -> list[Part]:
-    """The blocks of a `Transformer` in their order, then embedding and head."""
+    """The blocks of a `Transformer` in their order, then embedding and head; routers are no part of any."""
     parts = []
     for index, block in enumerate(model.blocks):
         name = f"blocks.{index}"
-        linears = {f"{name}.{child}": m for child, m in block.named_modules() if isinstance(m, nn.Linear)}
+        apart = router_maps(block)
+        maps = {child: m for child, m in block.named_modules() if isinstance(m, nn.Linear) and child not in apart}
+        linears = {f"{name}.{child}": m for child, m in maps.items()}
         parts.append(Part(index, model, (name,), linears))
     ends = {name: getattr(model, name) for name in ("embedding", "head")}
     present = tuple(name for name, module in ends.items() if module is not None)
@@ -190,93 +195,28 @@ class Chain:
         if not self.inputs:
             raise UserError("the calibration data holds no batch; give text that fills at least one sequence")
 
+    def casting(self) -> AbstractContextManager:
+        """What forward passes compute their matrix products in."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
     def run(self, module: Callable[[Tensor, Any], Tensor], keep: bool, begin: Callable[[int], None]) -> None:
         """Pass every batch through `module`; with `keep` its outputs become the inputs of what follows."""
-        casting = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
         for i, (x, context) in enumerate(zip(self.inputs, self.contexts, strict=True)):
             begin(i)
-            with casting, suppress(Enough):
-                y = module(_to(x, self.device), _to(context, self.device))  # (B, T, D)
+            with self.casting(), suppress(Enough):
+                y = module(moved(x, self.device), moved(context, self.device))  # (B, T, D)
             if keep:
                 self.inputs[i] = y.to(x)
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
     """Tensors inside (named) tuples on `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):
-        moved = [_to(item, device) for item in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+        items = [moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
-
-
-class Enough(Exception):
-    """Every statistic has had its share of this batch: the rest of the forward would change nothing."""
-
-
-class Observer:
-    """Updates statistics from forward pre-hooks; linear maps that read the very same tensor share one statistic.
-
-    `depth` is the router of a block that only some tokens take part in: what fills up its rows is no token.
-    """
-
-    def __init__(self, types: dict[str, StatisticType], device: torch.device, depth: nn.Module | None = None) -> None:
-        self.types, self.device, self.depth = types, device, depth
-        self.statistics: dict[str, Statistic] = {}
-        self.valid: Tensor | None = None
-        self._owners: dict[str, str] = {}  # map -> the one that updates its statistic
-        self._seen: dict[tuple[int, StatisticType], tuple[Tensor, str]] = {}
-        self._calls: list[str] = []
-        self._first: list[str] | None = None  # the calls of the first batch, when they have reached every map
-
-    def begin(self, valid: Tensor | None) -> None:
-        """A new batch: `valid` (B, T) marks its tokens that are not padding; None means all of them."""
-        if self._first is None and set(self._calls) == set(self.types):
-            self._first = self._calls
-        self.valid, self._calls = valid, []
-        self._seen.clear()
-
-    def take(self, name: str, x: Tensor) -> None:
-        """The map `name` reads x (B, T, K), or (N, K) where tokens were picked. Raises Enough after the last map."""
-        _, owner = self._seen.setdefault((id(x), self.types[name]), (x, name))  # held, so that its id stays its own
-        if self._owners.setdefault(name, owner) != owner:
-            self._part(name)
-        if self._owners[name] == name:
-            if name not in self.statistics:
-                self.statistics[name] = self.types[name](x.shape[-1], self.device)
-            if torch.is_autocast_enabled(x.device.type):  # what the map will compute with
-                x = x.to(torch.get_autocast_dtype(x.device.type))
-            valid = self.valid if self.depth is None else self.depth.kept
-            whole = valid is None or x.shape[:-1] != valid.shape
-            self.statistics[name].update(x.flatten(0, -2) if whole else x[valid.to(x.device)])  # (N, K)
-        self.statistics[name] = self.statistics[self._owners[name]]
-        self._calls.append(name)
-        if self._calls == self._first:
-            raise Enough
-
-    def _part(self, name: str) -> None:
-        """Give the map `name`, which now reads another input than its owner, a statistic of its own."""
-        owner = self._owners[name]
-        if owner == name:
-            return
-        if self._calls.count(owner) != self._calls.count(name):  # the owner's has seen what this map has not
-            raise RuntimeError(f"{name} and {owner} read one input at first, and two now")
-        self._owners[name] = name
-        self.statistics[name] = deepcopy(self.statistics[owner])
-
-
-@contextmanager
-def _watching(observer: Observer, linears: dict[str, nn.Module]):
-    def watch(name: str, module: nn.Module):
-        return module.register_forward_pre_hook(lambda _, args: observer.take(name, args[0]))
-
-    handles = [watch(name, linears[name]) for name in observer.types]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _wanted(method: Method, part: Part) -> dict[str, StatisticType]:
@@ -286,6 +226,21 @@ def _wanted(method: Method, part: Part) -> dict[str, StatisticType]:
         if isinstance(module, nn.Linear) or part.model.head is None:
             kinds[name] = method.statistic(name, module)
     return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def _pass(part: Part, observer: Observer, chain: Chain) -> None:
+    """Take every batch through a block; experts that were given too few tokens take more."""
+    load = part.load
+    with observer.watching(part.linears), load.counting(observer.real) if load else nullcontext():
+        chain.run(part.module, keep=False, begin=lambda i: observer.begin(chain.valid[i]))
+    if load is None:
+        return
+    further = load.further(lambda begin: chain.run(part.module, keep=False, begin=begin))
+    with observer.watching(part.linears), chain.casting():
+        for expert, x in further.items():  # x (n, D)
+            observer.begin(None)
+            with suppress(Enough):
+                load.experts[expert](x)
 
 
 def _gather(part: Part, kinds: dict[str, StatisticType], chain: Chain) -> None:
@@ -301,8 +256,7 @@ def _gather(part: Part, kinds: dict[str, StatisticType], chain: Chain) -> None:
 
         chain.run(observe, keep=False, begin=lambda i: observer.begin(chain.valid[i]))
     else:
-        with _watching(observer, part.linears):
-            chain.run(part.module, keep=False, begin=lambda i: observer.begin(chain.valid[i]))
+        _pass(part, observer, chain)
     part.statistics = observer.statistics
     for name, statistic in part.statistics.items():
         if not statistic.finite():
@@ -322,6 +276,7 @@ def walk(
     progress: Callable[[Progress], None] | None = None,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
+    minimum_tokens: int | None = None,
 ) -> list[LayerRecord]:
     """Take `method` through every block of a `Transformer`, then embedding and head; the model changes in place.
 
@@ -334,6 +289,7 @@ def walk(
         progress: called after every layer.
         device: where blocks run, one at a time; by default where the model is. The rest stays where it is.
         autocast: dtype in which the calibration forward passes compute their matrix products; by default the model's.
+        minimum_tokens: that every expert is calibrated on (compress/experts.py); 0: what its router gives it.
 
     Raises:
         UserError: no calibration data where the method needs some; NaN or infinity at a named layer's input.
@@ -353,14 +309,16 @@ def walk(
         blocklike = part.module is not model
         part.module.to(chain.device if chain and blocklike else home)
         if kind:
+            part.load = load_of(model, part.prefixes[0], kind, minimum_tokens)
             _gather(part, kind, chain)
         new = method.compress_block(part)
+        new = part.load.noted(new) if part.load else new
         if part.index < last:
             chain.run(part.module, keep=True, begin=lambda i: None)
         part.module.to(home)
         records += new
         _keep(part, new, store, chain, last)
-        part.statistics, part.inputs, part.contexts = {}, [], []
+        part.statistics, part.inputs, part.contexts, part.load = {}, [], [], None
     return records
 
 

@@ -3,6 +3,7 @@
 from torch import nn
 
 from compress.calibration import parts_of
+from compress.experts import router_maps
 from compress.records import LayerRecord
 from models.depth import DepthRouter
 from models.forms import form_of
@@ -15,6 +16,7 @@ def left_out(model: nn.Module, what: str) -> list[LayerRecord]:
         model: a `Transformer`.
         what: the weights are left as: "dense" or "in full precision".
     """
+    routers = router_maps(model)
     offered = {name for part in parts_of(model) for name in part.linears}
     offered |= {name for name, module in model.named_modules() if form_of(module)}
     records = []
@@ -22,7 +24,8 @@ def left_out(model: nn.Module, what: str) -> list[LayerRecord]:
         path = name.rpartition(".")[0]
         owner = model.get_submodule(path)
         if path not in offered and (parameter.dim() >= 2 or isinstance(owner, DepthRouter)):
-            reason = f"{_role(owner)}: left {what}"
+            role = "the router that chooses the experts of a token" if path in routers else _role(owner)
+            reason = f"{role}: left {what}"
             records.append(LayerRecord.skip(name.removesuffix(".weight"), tuple(parameter.shape), reason))
     return records
 
