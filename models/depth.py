@@ -163,7 +163,7 @@ class DepthRouter(ExactBuffers):
             return x
         where = short.index[..., None].expand(-1, -1, x.shape[-1])  # (B, C, D)
         before = x.gather(1, where)  # (B, C, D)
-        inside = context._replace(documents=short.documents, past=0)
+        inside = context._replace(documents=short.documents, past=0, block_masks={})
         if self.attends:
             inside = self._context(before, context, short, cache)
         after = run(before, inside, cache and cache.inner)  # (B, C, D)
@@ -217,6 +217,7 @@ class DepthRouter(ExactBuffers):
             bias=bias,
             documents=seen,
             past=past,
+            block_masks={},  # those of all tokens
         )
 
 
@@ -230,7 +231,7 @@ def reference_mixture(router: DepthRouter, x: Tensor, context: Context, run: Run
     chosen = (r > router.threshold) & (documents != PAD)
     theirs = documents.expand_as(chosen).masked_fill(~chosen, PAD)
     mask = document_mask(theirs, theirs, not router.place.bidirectional)  # (B, 1, T, T)
-    y = run(x, context._replace(mask=mask, causal=False, bias=None), None)  # (B, T, D)
+    y = run(x, context._replace(mask=mask, causal=False, bias=None, block_masks={}), None)  # (B, T, D)
     return torch.where(chosen[..., None], x + r.sigmoid()[..., None].to(x.dtype) * (y - x), x)
 
 

@@ -9,9 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from models.attention import Context, Place
+from models.attention.blocks import Band
 from models.attention.documents import document_starts
+from models.attention.flex import block_masks
 from models.attention.protocol import count_documents, document_mask
 from models.attention.standard import training_bias
 from models.block import Block
@@ -228,7 +231,14 @@ class Transformer(nn.Module):
         if documents is not None:
             self._check_documents(documents)
         shared = tuple(weights() for weights in self.shared)
-        return Context(tables, mask, causal, bias, documents, past, {} if leaves_notes else None, shared)
+        masks = {} if cached else self._block_masks(x, documents)
+        return Context(tables, mask, causal, bias, documents, past, {} if leaves_notes else None, shared, masks)
+
+    def _block_masks(self, x: Tensor, documents: Tensor | None) -> dict[Band | None, BlockMask]:
+        """The patterns (models/attention/flex.py) of the layers that take kernel flex, for x (B, T, D)."""
+        layers = [block.attention for block in self.blocks if getattr(block.attention, "kernel", None) == "flex"]
+        bands = [getattr(attention, "band", None) for attention in layers]
+        return block_masks(bands, self.config.direction == "causal", documents, x.shape[1], x.device)
 
     def _check_documents(self, documents: Tensor) -> None:
         """Refuse rows of more documents (B, S) than an attention of the model can keep apart."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.flash import tiled_attention
+from models.attention.flex import attend_flex
 from models.attention.options import QK_NORMS, SINKS, check_dropout, head_width_of
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import Scoring, ValueTerms, attend, reference_attention
@@ -15,7 +16,7 @@ from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
 from models.positions import POSITIONS, Positional
 
-KERNELS = ("sdpa", "tiled", "reference")
+KERNELS = ("sdpa", "flex", "tiled", "reference")
 
 
 @ATTENTIONS.register("full")
@@ -35,7 +36,8 @@ class Full:
         qk_norm: normalisation of every query and key head before the rotation (arXiv 2302.05442), or nothing.
         softcap: c, where scores become c tanh(scores / c) (Gemma 2); nothing leaves them.
         sink: one more logit in every softmax, without a value: `learned` by each head (gpt-oss), `zero`, or nothing.
-        kernel: what computes the softmax. `sdpa`, PyTorch's kernels, is for all work. `tiled`, FlashAttention in plain
+        kernel: what computes the softmax. `sdpa`, PyTorch's kernels, is for all work. `flex`, FlexAttention, makes no
+            mask of packed rows on CUDA; elsewhere, and behind a cache, it is `tiled`. `tiled`, FlashAttention in plain
             PyTorch (models/attention/flash.py), needs O(T) memory wherever PyTorch runs, also where no fused kernel
             fits. `reference` has all scores in memory, and is what others are compared with.
     """
@@ -81,17 +83,17 @@ class Full:
     def _check_kernel(self) -> None:
         if self.kernel not in KERNELS:
             raise UserError(f"unknown kernel {self.kernel!r}{did_you_mean(self.kernel, KERNELS)}")
-        if self.kernel != "sdpa" and self.kind != "full":
+        if self.kernel != "sdpa" and self.kind != "full" and (self.kind, self.kernel) != ("window", "flex"):
             raise UserError(f"kernel {self.kernel} is an option of full alone: {self.kind} has a way of its own")
-        if self.kernel != "tiled":
+        if self.kernel not in ("flex", "tiled"):
             return
         for name in ("softcap", "sink", "dropout"):
             if getattr(self, name):
-                raise UserError(f"kernel tiled has no {name}: leave it out, or take kernel sdpa")
+                raise UserError(f"kernel {self.kernel} has no {name}: leave it out, or take kernel sdpa")
         # it compares the documents of a tile, and knows no addends of the scores
         object.__setattr__(self, "sees_all", False)
         object.__setattr__(self, "takes", ("rotation",))
-        object.__setattr__(self, "takes_because", "kernel tiled adds nothing to the scores; take kernel sdpa")
+        object.__setattr__(self, "takes_because", f"kernel {self.kernel} adds nothing to the scores; take kernel sdpa")
 
     def resolve(self, width: int) -> Self:
         """The same attention with its head width spelled out for a model of this width."""
@@ -152,7 +154,9 @@ class FullAttention(nn.Module):
 
     def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
         """Attention of the new queries (B, H, T, head_width) over what is kept: (B, H, T, head_width)."""
-        if self.kernel == "tiled":
+        if self.kernel == "flex" and (mask := context.block_masks.get(None)) is not None:
+            return attend_flex(q, kept.keys, kept.values, mask, self.scale)
+        if self.kernel in ("flex", "tiled"):
             documents = None if context.documents is None else (context.documents[:, context.past :], context.documents)
             causal = not self.bidirectional
             return tiled_attention(q, kept.keys, kept.values, causal=causal, scale=self.scale, documents=documents)

@@ -3,11 +3,14 @@
 B batch, T new tokens, S tokens that can be seen (cached and new), D model width, H query heads, G key/value heads.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from models.attention.standard import Visible
 from models.cache import LayerCache
@@ -55,6 +58,8 @@ class Context(NamedTuple):
         notes: what a layer leaves for its own recomputation or for later layers, by (layer, name); None where no layer
             of the model does so.
         shared: weights that several layers have in common.
+        block_masks: by how far a query sees (models/attention/flex.py), for layers of kernel `flex` on a device with
+            it, where no token is cached.
     """
 
     positional: tuple[Positional, ...]
@@ -65,6 +70,7 @@ class Context(NamedTuple):
     past: int = 0
     notes: dict[tuple[int, str], Tensor] | None = None
     shared: tuple[Tensor, ...] = ()
+    block_masks: Mapping[Any, BlockMask] = MappingProxyType({})
 
     @property
     def visible(self) -> Visible:

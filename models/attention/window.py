@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.blocks import Band, attend_band
+from models.attention.flex import attend_flex
 from models.attention.full import Full, FullAttention, token_distance
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import Visible, attend
@@ -83,6 +84,8 @@ class WindowAttention(FullAttention):
         self.reach = self.band.before * self.band.dilation
 
     def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
+        if self.kernel == "flex" and (mask := context.block_masks.get(self.band)) is not None:
+            return attend_flex(q, kept.keys, kept.values, mask, self.scale)
         if q.shape[2] <= self.window:
             return self._at_once(q, kept, context)
         keys = kept.keys.shape[2]

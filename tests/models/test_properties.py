@@ -74,7 +74,7 @@ AXES = {
         example(ATTENTIONS, "full", kv_heads=2, qk_norm="rms", scale=0.7),
         *(example(ATTENTIONS, kind, softcap=2.0, sink="learned") for kind in ("full", "window")),
         example(ATTENTIONS, "full", sink="zero"),
-        *(example(ATTENTIONS, "full", kv_heads=2, kernel=kernel) for kernel in ("tiled", "reference")),
+        *(example(ATTENTIONS, "full", kv_heads=2, kernel=kernel) for kernel in ("flex", "tiled", "reference")),
         example(ATTENTIONS, "selective", kv_heads=2, budget=3, softcap=2.0, sink="zero"),
         example(ATTENTIONS, "selective", carry=0.5),
         example(ATTENTIONS, "selective", budget=4, carry=0.5),
