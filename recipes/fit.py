@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from app.callbacks import (
     Checkpoints,
+    ExpertLoad,
     FiniteGuard,
     Metrics,
     ModelFolder,
@@ -196,6 +197,7 @@ class FitCLI(LightningCLI):
         if self.subcommand == "fit":
             settings = self.config[self.subcommand]
             callbacks.append(RunRecord(self.recipe, self.plan.stale))
+            callbacks.append(ExpertLoad(settings.metrics.every_n_steps))
             out = Path(settings.out).expanduser()
             callbacks.append(ModelFolder(out, self.recipe, settings.seed_everything, settings.weights))
         return callbacks

@@ -2,6 +2,7 @@
 
 from app.callbacks.checkpoints import Checkpoints, newest_checkpoint
 from app.callbacks.early_stopping import StopEarly
+from app.callbacks.experts import ExpertLoad
 from app.callbacks.finite import FiniteGuard, NonFiniteLoss
 from app.callbacks.folder import ModelFolder
 from app.callbacks.metrics import Metrics
@@ -12,6 +13,7 @@ from app.callbacks.samples import Samples
 
 __all__ = [
     "Checkpoints",
+    "ExpertLoad",
     "FiniteGuard",
     "Metrics",
     "ModelFolder",

@@ -7,14 +7,17 @@ text. Nothing in the SVG refers to the outside.
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from app.evaluation import wording
@@ -23,6 +26,8 @@ from app.evaluation.wording import known
 
 PALETTE = {"ink": "#1d2521", "muted": "#66716b", "rule": "#d5dad3", "accent": "#2e6b4c", "warm": "#a8501e"}
 INK, MUTED, RULE, ACCENT, WARM = PALETTE.values()
+SHADES = LinearSegmentedColormap.from_list("shades", ["white", ACCENT, INK])
+WRITTEN = 16  # experts up to which their loads are written into a picture
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -87,6 +92,14 @@ class Chart:
         with mpl.rc_context(STYLE):
             self.figure().savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
         return path
+
+    def pixels(self) -> np.ndarray:
+        """The same picture as (height, width, 3) float32 from 0 to 1, at 100 dpi."""
+        buffer = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            self.figure().savefig(buffer, format="png", dpi=100, facecolor="white")
+        buffer.seek(0)
+        return imread(buffer)[..., :3]
 
     def svg(self) -> str:
         """An inline `<svg>` element in the colours and the fonts of the page around it."""
@@ -301,3 +314,45 @@ def grid_place(name: str) -> tuple[int, str] | None:
     """Row and column in the layer grid: blocks.3.attention.q -> (3, "q"). None for a module outside the blocks."""
     match = re.fullmatch(r"blocks\.(\d+)\.(?:attention\.|feedforward\.)?(.+)", name)
     return (int(match[1]), match[2]) if match else None
+
+
+def load_picture(models: Mapping[str, dict], caption: str, name: str = "expert-load") -> Chart | None:
+    """The load of every layer's experts against an even one, a panel a model; None where no model has experts.
+
+    Args:
+        models: title of the panel -> figures of a model (app/evaluation/experts.py).
+        caption: what the picture shows.
+        name: of its file.
+    """
+    models = {title: figures for title, figures in models.items() if figures}
+    if not models:
+        return None
+    heights = [len(figures) for figures in models.values()]
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(len(models), 1, squeeze=False, height_ratios=[height + 1 for height in heights])
+        even = {title: [relative(layer["load"]) for layer in figures.values()] for title, figures in models.items()}
+        highest = max(2.0, *(value for rows in even.values() for row in rows for value in row))
+        for panel, (title, figures) in zip(panels[:, 0], models.items(), strict=True):
+            widest = max(len(row) for row in even[title])
+            rows = [row + [float("nan")] * (widest - len(row)) for row in even[title]]
+            shown = panel.imshow(rows, cmap=SHADES, vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
+            for y, row in enumerate(rows if widest <= WRITTEN else []):
+                for x, value in enumerate(row):
+                    colour = "white" if value > 0.4 * highest else INK
+                    text = wording.number(value, 2) if wording.known(value) else ""
+                    panel.text(x, y, text, ha="center", va="center", fontsize=6.8, color=colour)
+            panel.set_title(title)
+            panel.set_yticks(range(len(rows)), [layer.replace("blocks.", "block ") for layer in figures])
+            panel.set_xticks(range(0, widest, max(1, widest // 16)))
+            panel.grid(False)
+        panels[-1, 0].set_xlabel("expert")
+        figure.colorbar(shown, ax=panels[:, 0].tolist(), label="load, 1 is even", shrink=min(1.0, 4 / sum(heights)))
+
+    return Chart(name, caption, draw, 7.6, 0.9 + 0.55 * len(models) + 0.26 * sum(heights))
+
+
+def relative(load: Sequence[float]) -> list[float]:
+    """Each expert's load over the mean; all 0 where nothing reached an expert."""
+    mean = sum(load) / len(load)
+    return [one / mean if mean else 0.0 for one in load]

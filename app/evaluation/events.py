@@ -1,13 +1,15 @@
-"""A report's figures in TensorBoard: scalars, the verdict and the recipe as text, the charts as images.
+"""A report's figures in TensorBoard: scalars, the verdict and the recipe as text, the charts as images; a run's read.
 
 Step 0 is the model before, step 1 the model after, so that every scalar is a line from one to the other.
 """
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from app.evaluation.wording import known
@@ -44,3 +46,12 @@ def write_events(directory: Path, report: dict, plots: Path) -> None:
             writer.add_image(f"plots/{picture.stem}", imread(picture)[..., :3], 1, dataformats="HWC")
     for file in directory.glob("events.out.tfevents.*"):
         file.rename(directory / "events.out.tfevents.0.report")
+
+
+def median_scalar(directory: Path, tag: str) -> float | None:
+    """The median over all entries of a scalar in a run's event files, or None where there is none."""
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    if tag not in events.Tags()["scalars"]:
+        return None
+    return statistics.median(event.value for event in events.Scalars(tag))

@@ -46,8 +46,9 @@ class Subject:
     folder: Path | None = None
 
     def block(self, quality: Quality) -> dict:
-        """The figures that need no clock: name, hash of the weights, quality, size."""
+        """The figures that need no clock: name, hash of the weights, quality, size, and the load of experts."""
         found = {"name": self.name, "quality": quality.figures(), "size": size_figures(self.model, self.folder)}
+        found |= {"experts": quality.experts} if quality.experts else {}
         return found if self.folder is None else found | {"weights_sha256": hash_weights(self.folder)}
 
 

@@ -13,13 +13,14 @@ B rows in a batch, T tokens in a block, V vocabulary, D width, N predicted token
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from app.evaluation.experts import Loads
 from app.evaluation.intervals import Interval, cluster_mean
 from app.evaluation.size import device_of
 from models.errors import UserError
@@ -100,6 +101,7 @@ class Quality:
     bytes_per_token: float | None  # UTF-8 bytes of text behind a predicted token
     context: int  # T, the longest context
     mean_context: float
+    experts: dict = field(default_factory=dict)  # of each layer with experts, what app/evaluation/experts.py gathers
 
     @property
     def loss(self) -> Interval:
@@ -261,7 +263,7 @@ def evaluate_qualities(
     size = batch_size or rows_at_once(vocabulary, len(blocks[0]["tokens"]))
     count = len(models)
     ledger = Ledger(count + 2)
-    training = [model.training for model in models]
+    training, loads = [model.training for model in models], [Loads(model) for model in models]
     for model in models:
         model.eval()
     done = 0
@@ -271,6 +273,8 @@ def evaluate_qualities(
             final_hidden(model, batch["tokens"].to(device_of(model)), on(batch.get("documents"), device_of(model)))
             for model in models
         ]  # each (B, T, D)
+        for load in loads:
+            load.add(valid.numel())
         rows, columns = valid.nonzero(as_tuple=True)  # (N of the batch,)
         for part in torch.arange(len(rows)).split(max(1, LOGITS_AT_ONCE // vocabulary)):
             row, column = rows[part], columns[part]
@@ -286,7 +290,8 @@ def evaluate_qualities(
         progress(done, len(blocks))
     for model, was_training in zip(models, training, strict=True):
         model.train(was_training)
-    return settle(ledger, count, getattr(blocks, "bytes_per_token", None))
+    qualities, divergence = settle(ledger, count, getattr(blocks, "bytes_per_token", None))
+    return [replace(one, experts=load.figures()) for one, load in zip(qualities, loads, strict=True)], divergence
 
 
 def on(tensor: Tensor | None, device: torch.device) -> Tensor | None:

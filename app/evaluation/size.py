@@ -1,13 +1,14 @@
 """How large a model is: in weights, on disk, in memory; and the same layer by layer.
 
 parameters            weights of the architecture as it stands (a packed tensor counts the weights it stands for)
-active_parameters     those that take part in one token
+active_parameters     those that take part in one token: all, but of experts only those that it chooses
 nonzero_parameters    those that are not zero once unpacked
 stored_bytes          what the file system says of the weight files; without a folder, what its tensors would take
 memory_bytes          the weights as they are held when the model runs (repacked for a kernel where it wants that)
 cache_bytes           the cache of one sequence as long as the model's context
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,18 +18,21 @@ from torch import Tensor, nn
 
 from compress.quantization.kernels import kernel_for
 from models.depth import DepthRouter
+from models.experts import StackedExperts
 from models.files import weight_files
 from models.forms import form_of
 from models.positions.transformer_xl import DistanceMap
 from models.transformer import Transformer
+
+BLOCK = re.compile(r"blocks\.(\d+)\.(.*)")
 
 
 @dataclass(frozen=True)
 class LayerSize:
     """One module that holds weights.
 
-    `bits`: stored bits per weight, scales and bias included. `bytes`: in memory. `flops`: forward, for one token; 0 for
-    an embedding unless it is also the head.
+    `bits`: stored bits per weight, scales and bias included. `bytes`: in memory. `flops`: forward, for one token, the
+    mean over tokens where not every token takes part; 0 for an embedding unless it is also the head.
     """
 
     name: str
@@ -104,15 +108,28 @@ def layer_sizes(model: Transformer) -> list[LayerSize]:
                 sparsity=1 - nonzero / total,
                 parameters=total,
                 bytes=held,
-                flops=flops(model, module, weight),
+                flops=round(share(model, name, module) * flops(model, module, tensors)),
                 kernel=kernel_for(module, device_of(model), dtype=dtype_of(model)).name if multiplies(module) else "",
             )
         )
     return rows
 
 
-def flops(model: Transformer, module: nn.Module, weight: Tensor) -> int:
-    """Forward FLOPs of one module for one token: two for each weight of a matrix product."""
+def share(model: Transformer, name: str, module: nn.Module) -> float:
+    """The share of the tokens that the module `name` runs on: of those that take part in its layer, and choose it."""
+    place = BLOCK.match(name)
+    if place is None or isinstance(module, DepthRouter):
+        return 1
+    layer = model.config.layers[int(place[1])]
+    chosen = place[2].startswith("feedforward.experts")
+    return layer.share * (layer.feedforward.top_k / layer.feedforward.count if chosen else 1)
+
+
+def flops(model: Transformer, module: nn.Module, tensors: list[Tensor]) -> int:
+    """Forward FLOPs of one module for one token that it runs on: two for each weight of a matrix product."""
+    weight = tensors[0]
+    if isinstance(module, StackedExperts):
+        return sum(2 * stack.numel() for stack in tensors if stack.ndim == 3)
     if module is model.embedding:
         return 2 * weight.numel() if model.head is None else 0
     if isinstance(module, DistanceMap):  # maps one distance more for each token, and multiplies each key by u

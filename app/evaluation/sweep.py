@@ -46,8 +46,8 @@ class Sliding(Sequence):
         return {name: torch.cat([before[name], now[name]]) for name in ("tokens", "targets", "documents")}
 
 
-def losses(model: nn.Module, blocks: TokenBlocks, lengths: Sequence[int], tokens: int) -> dict[str, dict[str, float]]:
-    """Nats per token on the first `tokens` tokens of a split, read in blocks of each length.
+def measure(model: nn.Module, blocks: TokenBlocks, lengths: Sequence[int], tokens: int) -> dict[str, dict]:
+    """What a model makes of the first `tokens` tokens of a split, read in blocks of each length.
 
     Args:
         model: a Transformer.
@@ -56,20 +56,23 @@ def losses(model: nn.Module, blocks: TokenBlocks, lengths: Sequence[int], tokens
         tokens: how many are predicted, rounded down to whole blocks of the longest length.
 
     Returns:
-        length -> {"blocks": blocks side by side} and, where there are several lengths, {"sliding": blocks that overlap
-        by half}; a length beyond bounded positions is left out.
+        `losses` in nats per token: length -> {"blocks": blocks side by side} and, where there are several lengths,
+        {"sliding": blocks that overlap by half}; a length beyond bounded positions is left out. `experts`: the load of
+        every layer with experts at the first length (app/evaluation/experts.py).
     """
     count = max(1, tokens // max(lengths)) * max(lengths)
-    found = {}
+    found, experts = {}, {}
     for length in lengths:
         if model.config.position.bounded and length > model.config.context:
             continue
         whole, halves = (TokenBlocks(blocks.folder, size, last="drop") for size in (length, length // 2))
-        found[str(length)] = {"blocks": evaluate_quality(model, Part.first(whole, count // length)).loss.value}
+        quality = evaluate_quality(model, Part.first(whole, count // length))
+        found[str(length)] = {"blocks": quality.loss.value}
+        experts = experts or quality.experts
         if len(lengths) > 1:
             overlapping = Sliding(Part.first(halves, 2 * count // length))
             found[str(length)]["sliding"] = evaluate_quality(model, overlapping).loss.value
-    return found
+    return {"losses": found, "experts": experts}
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ class Outcome:
 
     Attributes:
         axis, name: which choice it is.
-        parameters: of the model.
+        parameters: of the model, and those of them that are `active` for a token.
+        flops: of the forward for one token at the length of the training.
+        rate: tokens per second of the training, the median over seeds; None where it was not measured.
         losses: nats per token of each seed at the length of the training.
         difference: to the baseline, paired by seed, with its interval.
         lengths: length -> (blocks, sliding where it was measured): perplexity, the geometric mean over the seeds.
@@ -87,6 +92,9 @@ class Outcome:
     axis: str
     name: str
     parameters: int
+    active: int
+    flops: int
+    rate: float | None
     losses: tuple[float, ...]
     difference: Interval
     lengths: Mapping[str, tuple[float, ...]]
@@ -115,25 +123,32 @@ def outcome(axis: str, name: str, runs: Sequence[Mapping], baseline: Sequence[Ma
         length: tuple(math.exp(statistics.fmean(run["losses"][length][form] for run in runs)) for form in forms)
         for length, forms in runs[0]["losses"].items()
     }
-    return Outcome(axis, name, runs[0]["parameters"], own, difference, lengths)
+    rates = [run["tokens_per_second"] for run in runs if run["tokens_per_second"] is not None]
+    sizes = (runs[0][size] for size in ("parameters", "active_parameters", "flops_per_token"))
+    return Outcome(axis, name, *sizes, statistics.median(rates) if rates else None, own, difference, lengths)
 
 
 def table(outcomes: Sequence[Outcome], baseline: Outcome) -> str:
     """One row a variant as Markdown: perplexity, its range over the seeds, and the difference to the baseline."""
     lines = [
-        "| axis | variant | parameters | perplexity (range over seeds) | difference in nats [95 %] |",
-        "|---|---|---|---|---|",
-        f"| | **{baseline.name}** (baseline) | {wording.count(baseline.parameters)} | {_ranged(baseline)} | |",
+        "| axis | variant | parameters | FLOPs a token | tokens/s | perplexity (range over seeds) "
+        "| difference in nats [95 %] |",
+        "|---|---|---|---|---|---|---|",
+        f"| | **{baseline.name}** (baseline) | {_costs(baseline)} | {_ranged(baseline)} | |",
     ]
     for one in outcomes:
         low, high = (wording.signed(f"{end:+.3f}") for end in (one.difference.low, one.difference.high))
         middle = wording.signed(f"{one.difference.value:+.3f}")
         verdict = "" if one.difference.beyond_noise else " (within noise)"
         lines.append(
-            f"| {one.axis} | {one.name} | {wording.count(one.parameters)} | {_ranged(one)} | "
-            f"{middle} [{low}, {high}]{verdict} |"
+            f"| {one.axis} | {one.name} | {_costs(one)} | {_ranged(one)} | {middle} [{low}, {high}]{verdict} |"
         )
     return "\n".join(lines)
+
+
+def _costs(one: Outcome) -> str:
+    rate = wording.MISSING if one.rate is None else f"{one.rate:,.0f}"
+    return f"{wording.parameters(one.parameters, one.active)} | {wording.flops(one.flops)} | {rate}"
 
 
 def _ranged(one: Outcome) -> str:

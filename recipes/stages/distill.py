@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from app.callbacks import Checkpoints, FiniteGuard, Metrics, RandomState, RunProgress, newest_checkpoint
+from app.callbacks import Checkpoints, ExpertLoad, FiniteGuard, Metrics, RandomState, RunProgress, newest_checkpoint
 from app.data.module import TextData
 from app.loading import Loaded, Source, load_model
 from app.memory import keep_freed_memory
@@ -163,6 +163,7 @@ class Distill(Stage[options.Distill]):
                 RandomState(),
                 FiniteGuard(),
                 Metrics(),
+                ExpertLoad(),
                 RunProgress(),
                 Checkpoints(chosen.checkpoint_every, monitor=None, folder=str(state / CHECKPOINTS)),
             ],

@@ -34,8 +34,11 @@ def main(chosen: options.Inspect) -> None:
     out_console().print(table)
     model = loaded.model
     dtype = next(model.parameters()).dtype
+    parts = f"{wording.count(size['nonzero_parameters'])} not 0"
+    if size["active_parameters"] != size["parameters"]:
+        parts += f", {wording.count(size['active_parameters'])} active for a token"
     out_console().print(
-        f"{wording.count(size['parameters'])} parameters ({wording.count(size['nonzero_parameters'])} not 0), "
+        f"{wording.count(size['parameters'])} parameters ({parts}), "
         f"{wording.size(size['stored_bytes'])} on disk, {wording.size(size['memory_bytes'])} in memory; "
         f"{wording.flops(model.flops_per_token(model.config.context))} for a token at the full context of "
         f"{model.config.context}, {wording.size(model.cache_bytes(model.config.context, dtype))} of cache"

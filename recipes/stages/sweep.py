@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ import yaml
 
 from app.data.blocks import token_blocks
 from app.evaluation import sweep
+from app.evaluation.charts import Chart, load_picture
 from app.evaluation.environment import environment
+from app.evaluation.events import median_scalar
 from app.loading import load_model
 from app.tasks.architecture import resolve_architecture
 from models.errors import UserError, did_you_mean
 from models.files import read_json
 from recipes import cli
+from recipes.fit_state import run_folder
 from recipes.stages import options
 from recipes.stages.evaluate import write_figures
 from recipes.stages.parser import check_keys, find_recipe, read_recipe
@@ -271,14 +275,17 @@ def train_one(one: Training, lengths: list[int], tokens: int, threads: int) -> s
         return last[0].removeprefix("espalier: error: ") if last else f"exit status {status}"
     loaded = load_model(one.folder)
     blocks = token_blocks(one.recipe["data"]["source"], loaded.text_tokenizer(), "test", lengths[0])
-    found = sweep.losses(loaded.model, blocks, lengths, tokens)
-    parameters = loaded.model.count_parameters()["total"]
-    write_figures(one.figures, {"losses": found, "parameters": parameters, "seed": one.seed})
+    found = sweep.measure(loaded.model, blocks, lengths, tokens)
+    counts = loaded.model.count_parameters()
+    found |= {"parameters": counts["total"], "active_parameters": counts["active"], "seed": one.seed}
+    found["flops_per_token"] = loaded.model.flops_per_token(lengths[0])
+    found["tokens_per_second"] = median_scalar(run_folder(one.folder), "speed/tokens_per_second")
+    write_figures(one.figures, found)
     return None
 
 
 def write(plan: Sweep, trainings: list[Training], out: Path) -> None:
-    """Write the table, the figures and the picture over every variant that has all its seeds."""
+    """Write the table, the figures and the pictures over every variant that has all its seeds."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in trainings:
         if one.figures.exists():
@@ -296,13 +303,21 @@ def write(plan: Sweep, trainings: list[Training], out: Path) -> None:
         tables.append(
             f"Perplexity by length, blocks side by side / overlapping by half ({axis}):\n\n{sweep.extrapolation(own)}"
         )
-    chart = sweep.differences(outcomes, baseline)
-    (out / "plots").mkdir(exist_ok=True)
-    chart.png(out / "plots")
-    text = f"# Sweep against {plan.baseline}\n\n![{chart.caption}](plots/{chart.name}.png)\n\n" + "\n\n".join(tables)
+    everyone = {("", plan.baseline): base} | whole
+    loads = {f"{axis}: {name}" if axis else name: found[0]["experts"] for (axis, name), found in everyone.items()}
+    caption = f"Load of every layer's experts on held-out text, of the runs with seed {plan.seeds[0]}"
+    charts = [sweep.differences(outcomes, baseline), load_picture(loads, caption)]
+    shown = draw([chart for chart in charts if chart is not None], out / "plots")
+    text = "\n\n".join([f"# Sweep against {plan.baseline}", shown[0], *tables, *shown[1:]])
     (out / "sweep.md").write_text(text + "\n", encoding="utf-8")
     figures = {"environment": environment(), "seeds": plan.seeds, "lengths": plan.lengths, "tokens": plan.tokens}
     figures["runs"] = {f"{axis}/{name}" if axis else name: found for (axis, name), found in runs.items()}
     write_figures(out / "sweep.json", figures)
     out_console().print("\n\n".join(tables))
-    say(f"written to {out}: sweep.md, sweep.json, plots/{chart.name}.png")
+    say(f"written to {out}: sweep.md, sweep.json, plots/")
+
+
+def draw(charts: Sequence[Chart], folder: Path) -> list[str]:
+    """Draw the pictures into the folder; returns the lines of Markdown that show them."""
+    folder.mkdir(exist_ok=True)
+    return [f"![{chart.caption}]({folder.name}/{chart.png(folder).name})" for chart in charts]

@@ -12,7 +12,9 @@ from models.transformer import Transformer
 
 
 def run(loss, parameters=10):
-    return {"losses": {"8": {"blocks": loss, "sliding": loss - 0.1}}, "parameters": parameters}
+    sizes = {"parameters": parameters, "active_parameters": parameters // 2, "flops_per_token": 99}
+    figures = {"losses": {"8": {"blocks": loss, "sliding": loss - 0.1}}, "tokens_per_second": 1234.0}
+    return figures | sizes
 
 
 def halves(count=5, half=4):
@@ -64,7 +66,7 @@ def test_a_variant_is_compared_seed_by_seed():
     assert better.difference.value == pytest.approx(-0.1)
     assert better.difference.beyond_noise  # though the seeds differ ten times as much
     text = table([better], outcome("", "base", baseline, baseline))
-    assert "| order | other | 10 | 49.4" in text
+    assert "| order | other | 10 (5 active) | 99 FLOP | 1,234 | 49.4" in text
     assert "[\u22120.125, \u22120.075]" in text
     assert "8 tokens" in extrapolation([better])
     drawn = differences([better], outcome("", "base", baseline, baseline)).svg()
