@@ -15,7 +15,7 @@ B batch, T tokens of a row, D model width, N tokens, K input channels of a linea
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -57,6 +57,7 @@ class Part:
         inputs: hidden states (B, T, D) that enter the part, one tensor a batch; empty when nothing asked for data.
         contexts: what `Transformer.embed` gave beside each of them: `module(inputs[i], contexts[i])` runs a block.
         load: which experts of the block the calibration tokens went to; None where it has none, or no data was run.
+        methods: full name -> the method chosen for it, where several share the part and one is handed all of it.
         extras: tensors, by name, that the method wants kept with this part; there again in `restore_block`.
     """
 
@@ -68,6 +69,7 @@ class Part:
     inputs: list[Tensor] = field(default_factory=list)
     contexts: list[Any] = field(default_factory=list)
     load: ExpertLoad | None = None
+    methods: Mapping[str, Any] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
     report: Callable[[LayerRecord], None] = lambda record: None
 

@@ -100,7 +100,7 @@ class Gptq(LayerMethod):
     def compress(self, name: str, module: nn.Module, statistic: Statistic | None) -> tuple[nn.Module, LayerRecord]:
         started = time.perf_counter()
         if statistic is None or statistic.tokens == 0:
-            why = "it reads token ids" if statistic is None else "no calibration token reached it"
+            why = "it reads token ids" if isinstance(module, nn.Embedding) else "no calibration token reached it"
             return self._rounded(name, module, f"{why}: rounded to nearest")
         factor = self._factor(statistic)
         if factor is None:
@@ -162,7 +162,13 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Factor | None
 
 
 def solve(
-    weight: Tensor, factor: Factor, format: IntFormat, *, clip: MseClip | None = None, keep: Tensor | None = None
+    weight: Tensor,
+    factor: Factor,
+    format: IntFormat,
+    *,
+    clip: MseClip | None = None,
+    keep: Tensor | None = None,
+    grids: tuple[Tensor, Tensor] | None = None,
 ) -> Quantized:
     """Quantize a weight matrix.
 
@@ -172,12 +178,13 @@ def solve(
         format: the grid.
         clip: how the ranges are fitted.
         keep: (N, K) bool, weights that must be exactly zero.
+        grids: scale and zero, (N, G) or (1, 1), where the ranges were fitted before.
     """
     upper = factor.upper
     columns = weight.to(upper.dtype).masked_fill(factor.dead, 0).T.contiguous()  # (K, N): a column lies in one piece
     free = None if keep is None else (~keep).T.to(upper.dtype).contiguous()  # (K, N), 0 where a weight stays zero
-    static = factor.order is not None or isinstance(format.group_size, str)
-    scale, zero = fit_matrix(columns.T, format, clip)  # (N, G) or (1, 1)
+    static = grids is not None or factor.order is not None or isinstance(format.group_size, str)
+    scale, zero = fit_matrix(columns.T, format, clip) if grids is None else grids  # (N, G) or (1, 1)
     grids = torch.stack([scale, zero]).transpose(1, 2).contiguous()  # (2, G, N)
     width, group = columns.shape[0], format.group(columns.shape[0])
     member = torch.arange(width, device=columns.device) // group  # (K,) the group of each column

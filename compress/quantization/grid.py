@@ -124,12 +124,12 @@ def dequantize(
     if zeros is None:
         split -= 2.0 ** (format.bits - 1)
     else:
-        split -= zeros.to(working)[..., None] if whole else _spread(zeros.to(working), width, format)
-    split *= scales.to(working)[..., None] if whole else _spread(scales.to(working), width, format)
+        split -= zeros.to(working)[..., None] if whole else spread(zeros.to(working), width, format)
+    split *= scales.to(working)[..., None] if whole else spread(scales.to(working), width, format)
     return weight.to(dtype)
 
 
-def _spread(values: Tensor, width: int, format: IntFormat) -> Tensor:
+def spread(values: Tensor, width: int, format: IntFormat) -> Tensor:
     """One value a column (N, K) of one a group (N, G); a single group broadcasts by itself."""
     if values.shape[1] == 1:
         return values
@@ -214,7 +214,7 @@ def quantize(weight: Tensor, format: IntFormat, clip: MseClip | None = None) -> 
     weight = weight.float()
     scale, zero = fit_matrix(weight, format, clip)
     width = weight.shape[1]
-    codes = encode(weight, _spread(scale, width, format), _spread(zero, width, format), format)
+    codes = encode(weight, spread(scale, width, format), spread(zero, width, format), format)
     return Quantized(*stored(codes, scale, zero, format), format)
 
 

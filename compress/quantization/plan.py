@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, LayerMethod, Part, Progress, load_part, parts_of, walk
+from compress.calibration import Batch, Method, Part, Progress, load_part, parts_of, walk
 from compress.records import LayerRecord
 from compress.skipped import left_out
 from compress.statistics import StatisticType
@@ -29,12 +29,12 @@ class Plan:
         head: method for the head of an untied model.
     """
 
-    method: LayerMethod | None
-    overrides: Mapping[str, LayerMethod | None] = field(default_factory=dict)
-    embedding: LayerMethod | None = None
-    head: LayerMethod | None = None
+    method: Method | None
+    overrides: Mapping[str, Method | None] = field(default_factory=dict)
+    embedding: Method | None = None
+    head: Method | None = None
 
-    def choose(self, name: str) -> tuple[LayerMethod | None, str]:
+    def choose(self, name: str) -> tuple[Method | None, str]:
         """The method for the module `name`, and the reason where it is None."""
         for pattern in reversed(self.overrides):
             if fnmatchcase(name, pattern):
@@ -60,10 +60,12 @@ class Plan:
     def compress_block(self, part: Part) -> list[LayerRecord]:
         """Hand each method its own layers of the part."""
         chosen = {name: self.choose(name) for name in part.linears}
+        methods = {name: method for name, (method, _) in chosen.items() if method is not None}
         records = {}
-        for method in _distinct([method for method, _ in chosen.values()]):
-            own = {name: module for name, module in part.linears.items() if chosen[name][0] is method}
-            records |= {record.name: record for record in method.compress_block(replace(part, linears=own))}
+        for group in _groups(methods):
+            own = {name: part.linears[name] for name in group}
+            handed = replace(part, linears=own, methods={name: methods[name] for name in group})
+            records |= {record.name: record for record in methods[group[0]].compress_block(handed)}
         for name, (method, reason) in chosen.items():
             if method is None:
                 records[name] = LayerRecord.skip(name, part.linears[name].weight.shape, reason)
@@ -75,22 +77,31 @@ class Plan:
         load_part(part, state, forms)
 
 
-def _distinct(methods: Sequence[LayerMethod | None]) -> list[LayerMethod]:
-    found: list[LayerMethod] = []
+def _distinct(methods: Sequence[Method | None]) -> list[Method]:
+    found: list[Method] = []
     for method in methods:
         if method is not None and not any(method is other for other in found):
             found.append(method)
     return found
 
 
+def _groups(methods: Mapping[str, Method]) -> list[list[str]]:
+    """The layers that are handed over at once, by name; methods that treat them together come first."""
+    groups: dict[Any, list[str]] = {}
+    for name, method in methods.items():
+        together = getattr(method, "together", False)
+        groups.setdefault((not together, type(method) if together else id(method)), []).append(name)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+
+
 def quantize_model(
     model: nn.Module,
-    method: LayerMethod | None,
+    method: Method | None,
     batches: Sequence[Batch] | None = None,
     *,
-    overrides: Mapping[str, LayerMethod | None] | None = None,
-    embedding: LayerMethod | None = None,
-    head: LayerMethod | None = None,
+    overrides: Mapping[str, Method | None] | None = None,
+    embedding: Method | None = None,
+    head: Method | None = None,
     store: Store | None = None,
     progress: Callable[[Progress], None] | None = None,
     device: torch.device | str | None = None,
@@ -100,7 +111,7 @@ def quantize_model(
 
     Args:
         model: the model, in any floating-point dtype; left in evaluation mode. What stays dense keeps its dtype.
-        method: `Rtn`, `Gptq` or another `LayerMethod` for the linear maps of the blocks.
+        method: `Rtn`, `Gptq` or another method for the linear maps of the blocks.
         batches: calibration tokens, for methods that look at data.
         overrides, embedding, head: see `Plan`.
         store, progress, device, autocast: see `compress.calibration.walk`.

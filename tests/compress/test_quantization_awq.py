@@ -1,0 +1,257 @@
+"""AWQ: folding changes nothing, the search does no worse than rounding, and what cannot be folded is said."""
+
+import copy
+
+import pytest
+import torch
+
+from compress.calibration import LayerMethod, walk
+from compress.quantization import METHODS, Awq, Gptq, Rtn
+from compress.quantization.awq import Activations, clipped, on_grids, scale_block
+from compress.quantization.gptq import output_error
+from compress.quantization.grid import IntFormat, quantize
+from compress.quantization.plan import quantize_model
+from compress.records import LayerRecord
+from compress.store import FolderStore
+from models.config import ModelConfig
+from models.errors import UserError
+from models.transformer import Transformer
+
+SWIGLU = {"kind": "swiglu", "width": 48}
+ARCHITECTURES = {
+    "llama": {},
+    "many heads": {"attention": {"kind": "full", "heads": 4}},
+    "gpt2": {
+        "norm": "layer",
+        "position": "learned",
+        "attention": {"kind": "full", "heads": 4, "bias": True, "out_bias": True},
+        "feedforward": {"kind": "mlp", "width": 48},
+    },
+    "relu": {"feedforward": {"kind": "mlp", "width": 48, "activation": "relu"}},
+    "gated with biases": {"feedforward": SWIGLU | {"bias": True, "out_bias": True}},
+    "parallel": {"order": "parallel"},
+    "feed-forward first": {"order": "feedforward_first"},
+    "post": {"norm": {"kind": "rms", "position": "post"}},
+    "sandwich": {"norm": {"kind": "layer", "position": "sandwich"}},
+    "deepnorm": {"norm": {"kind": "layer", "position": "deepnorm"}},
+    "reversible": {"residual": "reversible"},
+    "values with positions": {
+        "position": {"kind": "shaw", "clip": 4, "terms": "keys_and_values"},
+        "attention": {"kind": "full", "heads": 4},
+    },
+    "query norms": {"attention": {"kind": "full", "heads": 4, "kv_heads": 2, "qk_norm": "rms"}},
+    "single heads": {"attention": {"kind": "single_heads", "heads": 4}},
+    "longformer": {"attention": {"kind": "longformer", "heads": 4, "window": 8, "globals": 2}},
+    "linformer": {
+        "attention": {"kind": "linformer", "heads": 4, "rank": 8, "documents": 1},
+        "direction": "bidirectional",
+        "position": "learned",
+    },
+    "lsh": {"attention": {"kind": "lsh", "heads": 4, "buckets": 4, "chunk": 8}},
+    "retention": {"attention": {"kind": "retention", "heads": 4}, "position": "none"},
+    "convolution": {"attention": {"kind": "convolution"}, "position": "learned"},
+    "selective": {"attention": {"kind": "selective", "heads": 4}},
+}
+
+
+def build(seed=0, **changes):
+    """A model whose norms, biases and tables are not what they start as, with a few channels that stand out."""
+    torch.manual_seed(seed)
+    values = {
+        "width": 32,
+        "depth": 2,
+        "vocab_size": 96,
+        "context": 64,
+        "attention": {"kind": "full", "heads": 4, "kv_heads": 2},
+        "feedforward": SWIGLU,
+    }
+    model = Transformer(ModelConfig.from_dict(values | changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+                if "norm" in name and name.endswith("weight"):
+                    parameter[::9] *= 8
+            elif "embedding" not in name:
+                parameter.mul_(4)
+    return model
+
+
+def batches(count=2, rows=4, length=32):
+    generator = torch.Generator().manual_seed(7)
+    return [{"tokens": torch.randint(0, 96, (rows, length), generator=generator)} for _ in range(count)]
+
+
+def logits(model, data):
+    with torch.no_grad():
+        return torch.cat([model(batch["tokens"]).logits for batch in data])
+
+
+class ScaleAlone(LayerMethod):
+    """The scales of AWQ without any rounding behind them."""
+
+    def __init__(self, method):
+        self.method, self.chosen, self.refused = method, {}, {}
+
+    def statistic(self, name, module):
+        return Activations
+
+    def compress(self, name, module, statistic):
+        return None, LayerRecord.skip(name, module.weight.shape, "it is dense here")
+
+    def compress_block(self, part):
+        if part.module is not part.model:
+            folds, chosen = scale_block(part, dict.fromkeys(part.linears, self.method))
+            self.refused |= folds.refused
+            self.chosen |= {name: found for fold, found in chosen for name in fold.consumers}
+        return super().compress_block(part)
+
+
+def scaled(model, method):
+    alone = ScaleAlone(method)
+    walk(model, alone, batches())
+    return alone
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_scaled_without_rounding_it_is_the_same_model(name):
+    model = build(**ARCHITECTURES[name]).double()
+    before, weights = logits(model, batches()), copy.deepcopy(model.state_dict())
+    alone = scaled(model, Awq(IntFormat(2, 16)))
+    assert (logits(model, batches()) - before).abs().max() <= 1e-9 * before.abs().max()
+    assert set(alone.chosen) | set(alone.refused) == {
+        path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    assert any(found.alpha > 0 for found in alone.chosen.values())
+    assert any(not torch.equal(weight, weights[path]) for path, weight in model.state_dict().items())
+
+
+FOLDED = {
+    "llama": {"q", "k", "v", "o", "gate", "up", "down"},
+    "many heads": {"q", "k", "v", "o", "gate", "up", "down"},
+    "gpt2": {"q", "k", "v", "o", "up"},
+    "relu": {"q", "k", "v", "o", "up", "down"},
+    "parallel": {"q", "k", "v", "o", "gate", "up", "down"},
+    "sandwich": {"q", "k", "v", "o", "gate", "up", "down"},
+    "post": {"o", "down"},
+    "values with positions": {"q", "k", "v", "gate", "up", "down"},
+    "single heads": {"q", "k", "v", "gate", "up", "down"},
+    "retention": {"q", "k", "v", "gate", "up", "down"},
+    "convolution": {"v", "gate", "o", "up", "down"},
+}
+REASONS = {
+    "gpt2": {"down": "the activation"},
+    "post": {"q": "residual stream", "gate": "residual stream"},
+    "values with positions": {"o": "between v and o"},
+    "retention": {"o": "between v and o"},
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_scales_go_where_they_can_be_folded(name):
+    alone = scaled(build(**ARCHITECTURES[name]), Awq(IntFormat(3, 16)))
+    assert {path.rpartition(".")[2] for path in alone.chosen} == FOLDED[name]
+    for path, reason in alone.refused.items():
+        assert REASONS.get(name, {}).get(path.rpartition(".")[2], "") in reason
+
+
+def test_the_search_is_never_worse_than_rounding_and_mostly_better():
+    found = scaled(build(), Awq(IntFormat(3, 16))).chosen.values()
+    assert all(min(one.losses) == one.losses[round(one.alpha * 20)] <= one.losses[0] for one in found)
+    assert sum(min(one.losses) < 0.9 * one.losses[0] for one in found) > len(found) / 2
+
+
+def test_alpha_zero_is_rounding():
+    model = build()
+    records = quantize_model(model, Awq(IntFormat(4, 16, False), steps=1, smallest=1.0), batches())
+    rounded = build()
+    quantize_model(rounded, Rtn(IntFormat(4, 16, False)))
+    for path, value in model.state_dict().items():
+        assert torch.equal(value, rounded.state_dict()[path]), path
+    assert all(record.achieved["alpha"] == 0 for record in records if not record.skipped)
+
+
+@pytest.mark.parametrize("group", [16, 24, "channel", "tensor"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clipped_ranges_lose_less_of_the_output(group, symmetric):
+    torch.manual_seed(0)
+    weight = torch.randn(24, 64)
+    weight[:, 5] *= 6
+    x = torch.randn(200, 64) @ torch.randn(64, 64) * torch.linspace(0.1, 2, 64)
+    x[:, 5] *= 0.01  # what is large in the weight hardly matters
+    hessian, form = x.T @ x / len(x), IntFormat(3, group, symmetric)
+    plain = quantize(weight, form).dequantize()
+    short = on_grids(weight, clipped(weight, hessian, form, 20, 0.5), form).dequantize()
+    errors = [((weight - dense) @ hessian * (weight - dense)).sum(1) for dense in (plain, short)]
+    if group != "tensor":
+        assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+    assert errors[1].sum() < 0.8 * errors[0].sum()
+    assert output_error(weight, short, hessian) < output_error(weight, plain, hessian)
+
+
+@pytest.mark.parametrize(
+    "method", [Awq(IntFormat(3, 16, False)), Awq(IntFormat(3, 16), solve="gptq")], ids=["rtn", "gptq"]
+)
+def test_resumed_it_gives_the_same_bits(method, tmp_path):
+    whole, again = build(depth=3), build(depth=3)
+    records = quantize_model(whole, method, batches())
+    store = FolderStore(tmp_path)
+
+    def stop(step):
+        if step.index == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(build(depth=3), method, batches(), store=store, progress=stop)
+    resumed = quantize_model(again, method, batches(), store=store)
+    for path, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[path]), path
+    assert [record.name for record in records] == [record.name for record in resumed]
+    assert [record.achieved.get("alpha") for record in records] == [record.achieved.get("alpha") for record in resumed]
+
+
+def test_maps_with_bits_of_their_own_are_scaled_with_the_rest():
+    model, plain = build(), build()
+    method, wide = Awq(IntFormat(3, 16, False)), Awq(IntFormat(8, "channel", False))
+    before = logits(model, batches())
+    records = {r.name: r for r in quantize_model(model, method, batches(), overrides={"*.v": wide, "*.down": wide})}
+    quantize_model(plain, method, batches())
+    assert records["blocks.0.attention.v"].requested["bits"] == 8
+    assert records["blocks.0.attention.q"].achieved["alpha"] == records["blocks.0.attention.v"].achieved["alpha"]
+    assert records["blocks.0.feedforward.down"].achieved["scales_in"] == "up"
+    assert (logits(model, batches()) - before).norm() < (logits(plain, batches()) - before).norm()
+
+
+def test_beside_another_method_what_it_shares_is_not_scaled():
+    overrides = {"*.k": Gptq(IntFormat(4, 16)), "*.up": None}
+    records = {r.name: r for r in quantize_model(build(), Awq(IntFormat(4, 16)), batches(), overrides=overrides)}
+    assert "blocks.0.attention.k, which reads the same input" in records["blocks.0.attention.q"].note
+    assert "blocks.1.feedforward.up, which would carry it" in records["blocks.1.feedforward.down"].note
+    assert records["blocks.0.attention.o"].achieved["scales_in"] == "v"
+    assert records["blocks.0.feedforward.up"].skipped
+
+
+def test_on_few_tokens_and_dead_channels():
+    model = build()
+    with torch.no_grad():
+        model.blocks[0].attention_norm.weight[3] = 0
+    records = quantize_model(model, Awq(IntFormat(4, 16)), [{"tokens": torch.arange(5)[None]}])
+    assert all(record.error is not None and record.error < 0.2 for record in records if not record.skipped)
+    assert logits(model, batches()).isfinite().all()
+
+
+def test_in_bfloat16_it_runs_and_is_close():
+    model = build()
+    before = logits(model, batches())
+    records = quantize_model(model.bfloat16(), Awq(IntFormat(8, 16)), batches())
+    assert sum("scales_in" in record.achieved for record in records) == 2 * 7
+    assert (logits(model, batches()) - before).norm() < 0.1 * before.norm()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [({"steps": 0}, "steps"), ({"smallest": 0.0}, "smallest"), ({"solve": "rnt"}, "did you mean 'rtn'")],
+)
+def test_numbers_that_cannot_be(values, words):
+    with pytest.raises(UserError, match=words):
+        METHODS.parse({"kind": "awq", **values}, "method")
