@@ -1,95 +1,104 @@
-"""From experts in one tensor a map to a module an expert, and back, in a model as it stands: the same weights exactly.
+"""The same experts in one tensor a map, or as a module each: a Transformer changes from one to the other in place.
 
-Files and compression deal with experts one by one, training and generation with all of them at once.
+Stacked experts train and run quicker; separate ones are what compression reads, since every map is a linear module.
+
+E experts, D model width, F hidden neurons of an expert.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.errors import UserError
 from models.experts.mixture import MixtureOfExperts
 from models.experts.separate import SeparateExperts
 from models.experts.stacked import StackedExperts
-from models.forms import form_of
+from models.linear import Linear
+
+if TYPE_CHECKING:
+    from models.transformer import Transformer
 
 
-def separate(model: nn.Module) -> list[int]:
-    """Give every expert of a `Transformer` its own module, in place; `model.config` follows.
-
-    Returns the layers that have changed: `stack(model, layers)` takes it back.
-    """
-    return _change(model, "separate", range(len(model.blocks)))
+def separate(model: "Transformer") -> None:
+    """Give every expert a module of its own, with a copy of its weights; the config says so from here on."""
+    _convert(model, "separate", _separate)
 
 
-def stack(model: nn.Module, layers: Iterable[int] | None = None) -> list[int]:
-    """Put the experts of a `Transformer` (of these layers; None: of all) into one tensor a map, in place.
-
-    Returns the layers that have changed.
+def stack(model: "Transformer") -> None:
+    """Put the weights of each layer's experts into one tensor a map; the config says so from here on.
 
     Raises:
-        UserError: an expert with a map that is stored packed.
+        UserError: experts of a layer differ in shape, or are in a compressed form; the model is as it was.
     """
-    layers = range(len(model.blocks)) if layers is None else layers
-    for layer in layers:
-        if (name := packed_expert(model.blocks[layer])) is not None:
-            raise UserError(f"the experts of layer {layer} cannot be stacked: {name} is stored packed")
-    return _change(model, "stacked", layers)
+    _convert(model, "stacked", _stack)
 
 
-def packed_expert(block: nn.Module) -> str | None:
-    """The first map of the block's experts that is stored packed, by its name in the block, or None."""
-    if not isinstance(block.feedforward, MixtureOfExperts):
-        return None
-    inside = block.feedforward.experts.named_modules(prefix="feedforward.experts")
-    return next((name for name, module in inside if form_of(module)), None)
+def _convert(model: "Transformer", layout: str, convert: Callable[[MixtureOfExperts, str, int], nn.Module]) -> None:
+    mixtures = {
+        number: block.feedforward
+        for number, block in enumerate(model.blocks)
+        if isinstance(block.feedforward, MixtureOfExperts) and block.feedforward.layout != layout
+    }
+    branches = model.config.residual_branches()
+    converted = {
+        number: convert(mixture, f"blocks.{number}.feedforward.experts", branches)
+        for number, mixture in mixtures.items()
+    }
+    layers = list(model.config.layers)
+    for number, mixture in mixtures.items():
+        experts = converted[number]
+        experts.train(mixture.experts.training)
+        mixture.spec = replace(mixture.spec, layout=layout)
+        mixture.experts, mixture.layout = experts, layout
+        layers[number] = replace(layers[number], feedforward=mixture.spec)
+    model.config = replace(model.config, layers=tuple(layers))
 
 
-def _change(model: nn.Module, layout: str, layers: Iterable[int]) -> list[int]:
-    changed, specs = [], list(model.config.layers)
-    for layer in layers:
-        mixture = model.blocks[layer].feedforward
-        if isinstance(mixture, MixtureOfExperts) and mixture.layout != layout:
-            _lay_out(mixture, layout)
-            specs[layer] = replace(specs[layer], feedforward=mixture.spec)
-            changed.append(layer)
-    if changed:
-        model.config = replace(model.config, layers=tuple(specs))
-    return changed
+def _separate(mixture: MixtureOfExperts, where: str, branches: int) -> SeparateExperts:
+    spec, stacked = mixture.spec, mixture.experts
+    with torch.device("meta"):  # nothing is drawn
+        experts = SeparateExperts(spec.count, spec.expert, stacked.down.shape[1], branches)
+    for name, std in stacked.stds.items():
+        weight, bias = getattr(stacked, name), getattr(stacked, f"{name}_bias")
+        for number, expert in enumerate(experts):
+            linear = getattr(expert, name)
+            linear.std = std
+            linear.weight = _copy(weight[number], weight)
+            linear.bias = None if bias is None else _copy(bias[number], bias)
+    return experts
 
 
-@torch.no_grad()
-def _lay_out(mixture: MixtureOfExperts, layout: str) -> None:
-    """The experts of one mixture in another layout."""
-    old, spec = mixture.experts, replace(mixture.spec, layout=layout)
-    state = _unstacked(old) if layout == "separate" else _stacked(old)
-    width = mixture.router.projection.in_features
-    kind = SeparateExperts if layout == "separate" else StackedExperts
+def _stack(mixture: MixtureOfExperts, where: str, branches: int) -> StackedExperts:
+    spec, separated = mixture.spec, mixture.experts
     with torch.device("meta"):
-        new = kind(spec.count, spec.expert, width, 1)  # the branches only matter to weights that are drawn
-    learns = next(old.parameters()).requires_grad
-    new.load_state_dict(state, assign=True)
-    mixture.experts = new.requires_grad_(learns).train(old.training)
-    mixture.spec, mixture.layout = spec, layout
+        experts = StackedExperts(spec.count, spec.expert, separated[0].down.out_features, branches)
+    for name in experts.stds:
+        linears = [getattr(expert, name) for expert in separated]
+        expected = getattr(experts, name).shape[1:]
+        for number, linear in enumerate(linears):
+            if type(linear) is not Linear:
+                raise UserError(
+                    f"{where}.{number}.{name} is stored as {type(linear).__name__}: stack dense experts only"
+                )
+            if linear.weight.shape != expected:
+                raise UserError(
+                    f"{where}.{number}.{name} is {' x '.join(map(str, linear.weight.shape))} and the config says "
+                    f"{' x '.join(map(str, expected))}: experts of one stack have one shape"
+                )
+        experts.stds[name] = linears[0].std
+        for attribute, target in (("weight", name), ("bias", f"{name}_bias")):
+            parts = [getattr(linear, attribute) for linear in linears]
+            if parts[0] is not None:
+                setattr(
+                    experts,
+                    target,
+                    nn.Parameter(torch.stack([part.detach() for part in parts]), parts[0].requires_grad),
+                )
+    return experts
 
 
-def _unstacked(experts: StackedExperts) -> dict[str, Tensor]:
-    """The state of separate experts with the weights of stacked ones."""
-    state = {}
-    for name, parameter in experts.named_parameters():
-        part, _, leaf = name.partition("_")
-        for expert, weight in enumerate(parameter):
-            state[f"{expert}.{part}.{leaf or 'weight'}"] = weight.clone()
-    return state
-
-
-def _stacked(experts: SeparateExperts) -> dict[str, Tensor]:
-    """The state of stacked experts with the weights of separate ones."""
-    state = {}
-    for name in experts[0].state_dict():
-        part, _, leaf = name.partition(".")
-        key = part if leaf == "weight" else f"{part}_{leaf}"
-        state[key] = torch.stack([expert.get_parameter(name) for expert in experts])
-    return state
+def _copy(values: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone(), requires_grad=like.requires_grad)

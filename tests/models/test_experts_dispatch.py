@@ -1,16 +1,21 @@
 """Stacked experts against the same experts run one after another."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 from models import products
-from models.experts import dispatch
+from models.config import ModelConfig
+from models.errors import UserError
+from models.experts import Capacity, dispatch, layout
 from models.experts.pairs import Pairs, token_pairs
 from models.experts.separate import SeparateExperts
 from models.experts.stacked import StackedExperts
 from models.feedforward import Mlp, Swiglu
+from models.linear import Linear
+from models.transformer import Transformer
 
 WIDTH, COUNT = 16, 4
 SPECS = {
@@ -181,12 +186,12 @@ def test_sums_over_many_experts_are_not_rounded_to_bf16_in_between():
         assert stacked(noise(1).bfloat16(), token_pairs(torch.arange(4)[None], weights)).unique().item() == 258
 
 
-@pytest.mark.parametrize("layout", ["permuted", "expanded"])
-def test_gradients_in_any_layout(layout):
+@pytest.mark.parametrize("strides", ["permuted", "expanded"])
+def test_gradients_in_any_layout(strides):
     """grouped_mm refuses operands that are not in rows or columns."""
     stacked, separate = both(SPECS["swiglu"])
     x, pairs = noise(13), ROUTES["spread"]
-    gradient = torch.randn(WIDTH, 13).t() if layout == "permuted" else torch.ones(1, 1).expand(13, WIDTH)
+    gradient = torch.randn(WIDTH, 13).t() if strides == "permuted" else torch.ones(1, 1).expand(13, WIDTH)
     for experts in (stacked, separate):
         experts(x, pairs).backward(gradient)
     for _, mine, plain in gradients(stacked, separate):
@@ -293,3 +298,103 @@ def test_nothing_waits_for_the_device(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     x = noise(13, stacked.up.dtype).requires_grad_()
     stacked(x, ROUTES["dropped"]).sum().backward()
+
+
+def mixture_model(layout, **expert):
+    torch.manual_seed(0)
+    expert = {"kind": "swiglu", "width": 24, **expert}
+    feedforward = {
+        "dense": {"kind": "swiglu", "width": 24},
+        "moe": {"kind": "experts", "count": COUNT, "expert": expert, "layout": layout},
+    }
+    return Transformer(
+        ModelConfig.from_dict(
+            {
+                "vocab_size": 50,
+                "width": WIDTH,
+                "depth": 4,
+                "attention": {"kind": "full", "heads": 2},
+                "feedforward": feedforward,
+                "layers": ["dense", "moe"],
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize("expert", [{}, {"bias": True, "out_bias": True}, {"kind": "mlp"}])
+def test_layouts_change_into_each_other_exactly(expert):
+    model = mixture_model("stacked", **expert)
+    torch.nn.init.normal_(model.blocks[1].feedforward.experts.down)
+    before, config = copy.deepcopy(model.state_dict()), model.config
+    tokens = torch.randint(50, (2, 9))
+    logits = model(tokens).logits
+    layout.separate(model)
+    assert model.config == mixture_model("separate", **expert).config
+    assert model.state_dict().keys() == mixture_model("separate", **expert).state_dict().keys()
+    torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-6, atol=1e-6)
+    layout.stack(model)
+    assert model.config == config
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(model(tokens).logits, logits)
+
+
+def test_changed_layouts_keep_what_may_train_and_the_dtype():
+    model = mixture_model("stacked").to(torch.bfloat16).requires_grad_(requires_grad=False).eval()
+    for convert in (layout.separate, layout.stack):
+        convert(model)
+        parameters = list(model.blocks[1].feedforward.experts.parameters())
+        assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
+        assert not any(parameter.requires_grad for parameter in parameters)
+        assert not any(module.training for module in model.modules())
+
+
+def test_experts_that_differ_are_not_stacked():
+    model = mixture_model("separate")
+    config = model.config
+    first, second = model.blocks[1].feedforward.experts, model.blocks[3].feedforward.experts
+    second[2].up = Linear(WIDTH, 20, bias=False, std=0.02)
+    with pytest.raises(UserError, match=r"blocks\.3\.feedforward\.experts\.2\.up is 20 x 16 and .* 24 x 16"):
+        layout.stack(model)
+    second[2].up = torch.nn.Identity()
+    with pytest.raises(UserError, match=r"experts\.2\.up is stored as Identity: stack dense experts only"):
+        layout.stack(model)
+    assert model.config is config
+    assert model.blocks[1].feedforward.experts is first
+
+
+@pytest.mark.parametrize("which", ["stacked", "separate"])
+def test_a_model_of_experts_is_compiled_by_blocks(which):
+    torch._dynamo.reset()
+    model = mixture_model(which)
+    tokens = torch.randint(50, (2, 9))
+    plain = model(tokens, targets=tokens).loss
+    plain.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for block in model.blocks:
+        block.compile(backend="aot_eager", dynamic=False, fullgraph=which == "stacked")
+    loss = model(tokens, targets=tokens).loss
+    loss.backward()
+    torch.testing.assert_close(loss, plain)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_capacity_that_nothing_exceeds_is_dropless():
+    model, roomy = mixture_model("stacked"), mixture_model("stacked")
+    for number in (1, 3):
+        spec = dataclasses.replace(model.config.layers[number].feedforward, capacity=Capacity(factor=float(COUNT)))
+        roomy.blocks[number].feedforward.spec = spec
+    tokens = torch.randint(50, (2, 9))
+    plain = copy.deepcopy(model)
+    layout.separate(plain)
+    found = {}
+    for name, each in (("dropless", model), ("capacity", roomy), ("eager", plain)):
+        each.double()
+        loss = each(tokens, targets=tokens).loss
+        loss.backward()
+        found[name] = [loss, *(p.grad for n, p in each.named_parameters() if ".experts." not in n)]
+    for name in ("capacity", "eager"):
+        torch.testing.assert_close(found[name], found["dropless"], rtol=1e-10, atol=1e-12)
