@@ -17,21 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from compress.records import LayerRecord
-from models.experts import Pairs, Router, SeparateExperts
-from models.experts.layout import packed_expert, separate, stack
+from models.experts import MixtureOfExperts, Pairs, Router, SeparateExperts
+from models.experts.layout import separate, stack
+from models.forms import described
 
 
 @contextmanager
 def apart(model: nn.Module) -> Iterator[None]:
     """A compression of `model` within which every expert is a module of its own.
 
-    Behind it the experts of a layer are stacked again if they were before, unless a matrix of them is stored packed.
+    Behind it they are stacked again if all were before, unless a matrix of one of them is stored packed.
     """
-    layers = separate(model)
+    before = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    stacked = bool(before) and all(mixture.layout == "stacked" for mixture in before)
+    separate(model)
     try:
         yield
     finally:
-        stack(model, [layer for layer in layers if packed_expert(model.blocks[layer]) is None])
+        if stacked and not any(".feedforward.experts." in name for name in described(model)):
+            stack(model)
 
 
 def router_maps(model: nn.Module) -> set[str]:
@@ -154,7 +158,7 @@ class ExpertLoad:
             return record
         expert = int(record.name.removeprefix(prefix).split(".")[0])
         own, added = int(self.tokens[expert]), int(self.added[expert])
-        note = f"the router gave it {own} calibration tokens" if own < self.minimum else ""
+        note = f"the router gave it {own} calibration tokens" if own < max(1, self.minimum) else ""
         if added:
             note += f", fewer than {self.minimum}: {added} more of its layer, by router probability, were taken"
         achieved = {**record.achieved, "tokens": own + added}

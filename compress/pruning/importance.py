@@ -6,12 +6,14 @@ D model width, F neurons, G key/value groups, R query heads of a group, W head w
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from compress.calibration import Batch
+from compress.experts import ExpertLoad
+from compress.pruning.plan import has_experts, networks
 from compress.statistics import Moments, Statistic, StatisticType
 from models.attention.full import FullAttention
 from models.errors import UserError
@@ -34,8 +36,13 @@ class Importance(Protocol):
     def head_statistic(self, attention: FullAttention) -> StatisticType | None:
         """What to gather at the input of `o`, the outputs of the heads."""
 
-    def neurons(self, block: int, feedforward: nn.Module, statistic: Statistic | None) -> Tensor:
-        """Scores (F,)."""
+    def neurons(
+        self, block: int, feedforward: nn.Module, statistic: Statistic | None, expert: int | None = None
+    ) -> Tensor:
+        """Scores (F,); of the neurons of a block's `expert`, where it has some."""
+
+    def experts(self, block: int, experts: nn.ModuleList, load: ExpertLoad | None) -> Tensor:
+        """Scores (E,) of removing one expert alone; `load` where `neuron_statistic` asks for data."""
 
     def heads(self, block: int, attention: FullAttention, statistic: Statistic | None) -> Tensor:
         """Scores (G, R) of removing one query head alone."""
@@ -94,8 +101,13 @@ class WeightNorm:
     def head_statistic(self, attention: FullAttention) -> None:
         return None
 
-    def neurons(self, block: int, feedforward: nn.Module, statistic: Statistic | None) -> Tensor:
+    def neurons(
+        self, block: int, feedforward: nn.Module, statistic: Statistic | None, expert: int | None = None
+    ) -> Tensor:
         return neuron_sums(feedforward, [m.weight.float().square() for m in _maps(feedforward)]).sqrt()
+
+    def experts(self, block: int, experts: nn.ModuleList, load: ExpertLoad | None) -> Tensor:
+        return torch.stack([self.neurons(block, expert, None).square().sum().sqrt() for expert in experts])
 
     def heads(self, block: int, attention: FullAttention, statistic: Statistic | None) -> Tensor:
         query, _ = head_sums(attention, [m.weight.float().square() for m in _projections(attention)])
@@ -123,11 +135,19 @@ class _Activation:
     def head_statistic(self, attention: FullAttention) -> StatisticType:
         return partial(GroupMoments, groups=attention.kv_heads)
 
-    def neurons(self, block: int, feedforward: nn.Module, statistic: Moments) -> Tensor:
+    def neurons(
+        self, block: int, feedforward: nn.Module, statistic: Moments | None, expert: int | None = None
+    ) -> Tensor:
+        if statistic is None:  # an expert that no token reached
+            return torch.zeros(feedforward.down.in_features, device=feedforward.down.weight.device)
         second = statistic.variance()
         if not self.centred:
             second = second + statistic.mean().square()
         return second * feedforward.down.weight.float().square().sum(0)  # (F,)
+
+    def experts(self, block: int, experts: nn.ModuleList, load: ExpertLoad) -> Tensor:
+        """What the router makes the outputs of an expert count, summed over the tokens."""
+        return load.mass.float()
 
     def heads(self, block: int, attention: FullAttention, statistic: GroupMoments) -> Tensor:
         moments = statistic.moments(self.centred)  # (G, R * W, R * W)
@@ -184,7 +204,8 @@ class TaylorScores:
     kind = "taylor"
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self._neurons: dict[int, Tensor] = {}
+        self._neurons: dict[tuple[int, int | None], Tensor] = {}  # (block, expert or None)
+        self._experts: dict[int, Tensor] = {}
         self._heads: dict[int, Tensor] = {}
         self._groups: dict[int, Tensor] = {}
         weights = [m.weight for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear)]
@@ -194,7 +215,7 @@ class TaylorScores:
         with torch.enable_grad():
             for batch in batches:
                 loss = model(batch["tokens"], targets=batch["targets"], documents=batch.get("documents")).loss
-                gradients = torch.autograd.grad(loss, weights)
+                gradients = torch.autograd.grad(loss, weights, materialize_grads=True)  # experts may have no token
                 products = {
                     id(w): (w * g).detach().float() / len(batches) for w, g in zip(weights, gradients, strict=True)
                 }
@@ -204,9 +225,14 @@ class TaylorScores:
 
     def _add(self, model: nn.Module, products: dict[int, Tensor]) -> None:
         for index, block in enumerate(model.blocks):
-            if block.feedforward is not None:
-                maps = [products[id(m.weight)] for m in _maps(block.feedforward)]
-                _accumulate(self._neurons, index, neuron_sums(block.feedforward, maps).abs())
+            whole = []
+            for name, network in networks(block).items():
+                sums = neuron_sums(network, [products[id(m.weight)] for m in _maps(network)])
+                expert = int(name.rpartition(".")[2]) if "." in name else None
+                _accumulate(self._neurons, (index, expert), sums.abs())
+                whole.append(sums.sum().abs())
+            if has_experts(block):
+                _accumulate(self._experts, index, torch.stack(whole))
             if isinstance(block.attention, FullAttention):
                 maps = [products[id(m.weight)] for m in _projections(block.attention)]
                 query, shared = head_sums(block.attention, maps)
@@ -222,8 +248,13 @@ class TaylorScores:
     def head_statistic(self, attention: FullAttention) -> None:
         return None
 
-    def neurons(self, block: int, feedforward: nn.Module, statistic: Statistic | None) -> Tensor:
-        return self._neurons[block]
+    def neurons(
+        self, block: int, feedforward: nn.Module, statistic: Statistic | None, expert: int | None = None
+    ) -> Tensor:
+        return self._neurons[block, expert]
+
+    def experts(self, block: int, experts: nn.ModuleList, load: ExpertLoad | None) -> Tensor:
+        return self._experts[block]
 
     def heads(self, block: int, attention: FullAttention, statistic: Statistic | None) -> Tensor:
         return self._heads[block]
@@ -232,7 +263,7 @@ class TaylorScores:
         return self._groups[block]
 
 
-def _accumulate(scores: dict[int, Tensor], index: int, value: Tensor) -> None:
+def _accumulate(scores: dict[Any, Tensor], index: Any, value: Tensor) -> None:
     scores[index] = scores[index] + value if index in scores else value
 
 

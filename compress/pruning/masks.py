@@ -10,18 +10,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from models.experts import StackedExperts
+
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
-    """Recover masks (out, in) bool, True = kept, of every linear weight that holds some zeros, by parameter name.
+    """Recover masks (bool, True = kept) of every matrix, or stack of experts' matrices, that holds some zeros, by name.
 
     A layer that holds no zeros was not pruned, and one that holds nothing else was never trained: neither is masked.
     """
     masks = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            mask = module.weight.detach() != 0  # (out, in)
+            weights = {"weight": module.weight}
+        elif isinstance(module, StackedExperts):
+            weights = {part: parameter for part, parameter in module.named_parameters() if parameter.dim() == 3}
+        else:
+            continue
+        for part, weight in weights.items():
+            mask = weight.detach() != 0
             if not mask.all() and mask.any():
-                masks[f"{name}.weight" if name else "weight"] = mask
+                masks[f"{name}.{part}" if name else part] = mask
     return masks
 
 
@@ -36,7 +44,7 @@ class HeldMasks:
 
     Args:
         model: its parameters named by `masks` are set to zero where the mask is False, now and after every step.
-        masks: parameter name -> (out, in) bool, True = kept; `masks_of(model)` recovers them from zeros.
+        masks: parameter name -> bool in its shape, True = kept; `masks_of(model)` recovers them from zeros.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:

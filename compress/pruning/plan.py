@@ -11,8 +11,9 @@ from compress.pruning.allocation import Allocation
 from models.attention.full import FullAttention
 from models.config import ModelConfig
 from models.errors import UserError, did_you_mean
+from models.experts import SeparateExperts
 
-TARGETS = ("neurons", "heads", "groups")
+TARGETS = ("neurons", "heads", "groups", "experts")
 COMPENSATIONS = ("none", "existing", "add")
 
 
@@ -73,28 +74,40 @@ def read_ratios(targets: Iterable[str], ratio: float | Mapping[str, float]) -> d
 
 @dataclass(frozen=True)
 class Keep:
-    """What one block keeps: neurons, key/value groups, query heads of each group. None where nothing is cut."""
+    """What one block keeps: neurons (of each expert), key/value groups, query heads of each group, experts.
+
+    None where nothing is cut.
+    """
 
     neurons: int | None = None
     groups: int | None = None
     heads: int | None = None
+    experts: int | None = None
 
 
 def units_of(model: nn.Module) -> dict[str, dict[int, int]]:
     """target -> block -> how many units it has; `heads` counts query heads of a group, where there are several."""
-    feedforwards = {i: block.feedforward for i, block in enumerate(model.blocks) if has_neurons(block)}
+    feedforwards = {i: networks(block) for i, block in enumerate(model.blocks)}
     attentions = {i: block.attention for i, block in enumerate(model.blocks) if has_heads(block)}
     per_group = {index: attention.heads // attention.kv_heads for index, attention in attentions.items()}
     return {
-        "neurons": {index: feedforward.down.in_features for index, feedforward in feedforwards.items()},
+        "neurons": {i: next(iter(own.values())).down.in_features for i, own in feedforwards.items() if own},
         "groups": {index: attention.kv_heads for index, attention in attentions.items()},
         "heads": {index: count for index, count in per_group.items() if count > 1},
+        "experts": {i: len(block.feedforward.experts) for i, block in enumerate(model.blocks) if has_experts(block)},
     }
 
 
-def has_neurons(block: nn.Module) -> bool:
-    """Whether the block has a feed-forward whose neurons can be cut."""
-    return isinstance(getattr(block.feedforward, "down", None), nn.Linear)
+def networks(block: nn.Module) -> dict[str, nn.Module]:
+    """The feed-forwards whose neurons are cut alike, by their names in the block: its one, or its experts'."""
+    if has_experts(block):
+        return {f"feedforward.experts.{i}": expert for i, expert in enumerate(block.feedforward.experts)}
+    return {"feedforward": block.feedforward} if hasattr(block.feedforward, "down") else {}
+
+
+def has_experts(block: nn.Module) -> bool:
+    """Whether the block has experts, each of them a module."""
+    return isinstance(getattr(block.feedforward, "experts", None), SeparateExperts)
 
 
 def has_heads(block: nn.Module) -> bool:
@@ -125,12 +138,14 @@ def plan(model: nn.Module, cut: Cut, scores: Callable[[str], Mapping[int, Tensor
     kept: dict[str, dict[int, int]] = {}
     for target, ratio in cut.ratios.items():
         counts = units[target]
-        if target != "neurons":
+        if target in ("heads", "groups"):
             _require_free_heads(model.config, counts or range(len(model.blocks)))
         if not counts:
             raise UserError(f"target '{target}': no block of this model has any")
         multiple = cut.round_to if target == "neurons" else 1
         kept[target] = cut.allocation.keep(counts, ratio, multiple, partial(scores, target))
+        if target == "experts":
+            kept[target] = _enough_experts(model.config, cut, counts, kept[target])
         _require_possible(target, ratio, counts, kept[target], multiple)
     return {
         index: Keep(**{target: blocks[index] for target, blocks in kept.items() if index in blocks})
@@ -154,6 +169,21 @@ def _bound(attention: Any, config: ModelConfig) -> str | None:
     if getattr(attention, "sink", None):
         return "an attention sink belongs to each of them"
     return None if attention.free_heads else attention.heads_because
+
+
+def _enough_experts(config: ModelConfig, cut: Cut, counts: dict[int, int], kept: dict[int, int]) -> dict[int, int]:
+    """Experts kept, never fewer than a token has; refuses a ratio of each block's that would leave fewer."""
+    for index, count in counts.items():
+        spec = config.layers[index].feedforward
+        least = max(2, spec.top_k)  # one expert alone is no mixture
+        if getattr(spec.router, "groups", 1) > 1:
+            raise UserError(f"the experts of block {index} cannot be cut: its router chooses among groups of them")
+        if kept[index] < least and cut.allocation.kind == "uniform":
+            raise UserError(
+                f"ratio {cut.ratios['experts']:g} leaves {kept[index]} of the {count} experts of block {index}, and "
+                f"{least} must stay: a token has {spec.top_k} of them"
+            )
+    return {i: max(k, 2, config.layers[i].feedforward.top_k) for i, k in kept.items()}
 
 
 def _require_possible(target: str, ratio: float, counts: dict[int, int], kept: dict[int, int], multiple: int) -> None:

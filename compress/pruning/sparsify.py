@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration import Batch, LayerMethod, Progress, parts_of, walk
+from compress.experts import apart
 from compress.pruning import magnitude, wanda  # noqa: F401  register their criteria
 from compress.pruning.criterion import CRITERIA, Criterion
 from compress.pruning.patterns import NOfM, Pattern, Unstructured, global_masks
@@ -131,8 +132,9 @@ def sparsify(
             model, missing calibration data.
     """
     method = Sparsify(CRITERIA.parse(criterion, "method"), pattern, include)
-    records = walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
-    return records + left_out(model, "dense")
+    with apart(model):
+        records = walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
+        return records + left_out(model, "dense")
 
 
 def refuse_packed(model: nn.Module) -> None:

@@ -1,27 +1,34 @@
-"""Structured pruning: feed-forward neurons, query heads and whole key/value groups really leave the tensors.
+"""Structured pruning: neurons, query heads, whole key/value groups and whole experts really leave the tensors.
 
     neurons  rows of gate and up, columns of down
     groups   a key/value head with all its query heads: rows of q, k, v, columns of o; the cache shrinks with them
     heads    as many query heads in every group, keys and values stay; without shared keys a head is a group
+    experts  whole experts of a mixture with their rows of the router; a token still has as many experts as before
+
+Every expert of a mixture loses as many neurons, those of its own that matter least; a shared expert keeps its own. What
+experts that are never chosen leave behind computes the same, except where a router weighs by a softmax over all of them
+(`weights: probability`): there the weights of those that stay grow.
 
 One block at a time: activations come from the pruned blocks before it. The result is an ordinary model and config.
 
-G key/value groups, R query heads of a group.
+F neurons, E experts (1 where there are none), G key/value groups, R query heads of a group.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.calibration import Batch, Part, Progress, load_part, walk
+from compress.experts import apart
 from compress.pruning import surgery
 from compress.pruning.allocation import ALLOCATIONS, Allocation
 from compress.pruning.importance import IMPORTANCES, Importance
 from compress.pruning.patterns import smallest
-from compress.pruning.plan import Cut, Keep, has_heads, has_neurons, plan, read_ratios, resolve_heads
+from compress.pruning.plan import Cut, Keep, has_experts, has_heads, networks, plan, read_ratios, resolve_heads
 from compress.pruning.sparsify import refuse_packed
 from compress.records import LayerRecord
 from compress.skipped import left_out
@@ -37,6 +44,13 @@ UNITS = {
     "o": "heads",
     "k": "groups",
     "v": "groups",
+}
+
+
+# where a block has the bias that its config calls `out_bias`
+OUT_BIASES = {
+    "feedforward": ("feedforward.down.bias", "feedforward.experts.0.down.bias"),
+    "attention": ("attention.o.bias",),
 }
 
 
@@ -65,24 +79,35 @@ class StructuredPruning:
         self.keep = plan(model, self.cut, scores)
 
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
-        """Activations at the inputs of `down` and `o`, where the criterion or the compensation needs them."""
+        """Activations at the inputs of `down` and `o`, where the criterion or the compensation needs them.
+
+        Experts are scored by what the driver counts beside the statistics: it does where one is asked for.
+        """
         adds, has = self.cut.compensation == "add", getattr(module, "bias", None) is not None
         mean = Moments if adds or (self.cut.compensation == "existing" and has) else None
         parent, _, child = name.rpartition(".")
         if child == "down" and "neurons" in self.cut.ratios:
             return self.importance.neuron_statistic() or mean
+        if child == "down" and "experts" in self.cut.ratios and ".experts." in name:
+            return self.importance.neuron_statistic()
         if child == "o" and self.cut.ratios.keys() & {"heads", "groups"}:
             attention = self.model.get_submodule(parent)
             return self.importance.head_statistic(attention) or mean if isinstance(attention, FullAttention) else None
         return None
 
     def scores(self, part: Part) -> dict[str, Tensor]:
-        """Scores of a block's units: `neurons` (F,), `groups` (G,), `heads` (G, R); only of what is a target."""
+        """Scores of a block's units: `neurons` (E, F), `groups` (G,), `heads` (G, R), `experts` (E,); of targets."""
         block, index = part.module, part.index
         found = {}
-        if "neurons" in self.cut.ratios and has_neurons(block):
-            statistic = part.statistics.get(f"{part.prefixes[0]}.feedforward.down")
-            found["neurons"] = self.importance.neurons(index, block.feedforward, statistic)
+        if "neurons" in self.cut.ratios and (own := networks(block)):
+            each = []
+            for number, (name, network) in enumerate(own.items()):
+                statistic = part.statistics.get(f"{part.prefixes[0]}.{name}.down")
+                expert = number if has_experts(block) else None
+                each.append(self.importance.neurons(index, network, statistic, expert))
+            found["neurons"] = torch.stack(each)
+        if "experts" in self.cut.ratios and has_experts(block):
+            found["experts"] = self.importance.experts(index, block.feedforward.experts, part.load)
         if self.cut.ratios.keys() & {"heads", "groups"} and has_heads(block):
             statistic = part.statistics.get(f"{part.prefixes[0]}.attention.o")
             found["groups"] = self.importance.groups(index, block.attention, statistic)
@@ -102,8 +127,7 @@ class StructuredPruning:
             before = {name: _Figures(part.model, name) for name in part.linears}
             notes = self._cut(part)
             seconds = (time.perf_counter() - started) / max(1, len(before))
-            keep = self.keep[part.index]
-            records = [self._record(part.model, keep, old, notes, seconds) for old in before.values()]
+            records = [self._record(part, old, notes, seconds) for old in before.values()]
         for record in records:
             part.report(record)
         return records
@@ -112,10 +136,13 @@ class StructuredPruning:
         block, keep = part.module, self.keep[part.index]
         scores, notes = self.scores(part), []
         if keep.neurons is not None:
-            dropped = smallest(scores["neurons"][None], len(scores["neurons"]) - keep.neurons)[0]  # (F,)
-            notes += self._compensate(part, "feedforward.down", dropped)
-            part.extras["neurons"] = (~dropped).nonzero().flatten()  # (F',)
-            surgery.cut_neurons(block.feedforward, part.extras["neurons"])
+            dropped = smallest(scores["neurons"], scores["neurons"].shape[1] - keep.neurons)  # (E, F)
+            part.extras["neurons"] = torch.stack([(~row).nonzero().flatten() for row in dropped])  # (E, F')
+            for (name, network), gone, stay in zip(
+                networks(block).items(), dropped, part.extras["neurons"], strict=True
+            ):
+                notes += self._compensate(part, f"{name}.down", gone)
+                surgery.cut_neurons(network, stay)
         if keep.groups is not None or keep.heads is not None:
             part.extras["heads"] = _choose_heads(scores["groups"], scores["heads"], keep)  # (G', R')
             width = block.attention.head_width
@@ -123,7 +150,12 @@ class StructuredPruning:
             dropped[part.extras["heads"].flatten()] = False
             notes += self._compensate(part, "attention.o", dropped.repeat_interleave(width))
             surgery.cut_heads(block.attention, part.extras["heads"])
-        self._adopt(part, block.state_dict())
+        state = block.state_dict()
+        if keep.experts is not None:
+            dropped = smallest(scores["experts"][None], len(scores["experts"]) - keep.experts)[0]  # (E,)
+            part.extras["experts"] = (~dropped).nonzero().flatten()  # (E',)
+            state = surgery.take_experts(state, part.extras["experts"])
+        self._adopt(part, state)
         return notes
 
     def _compensate(self, part: Part, child: str, removed: Tensor) -> list[str]:
@@ -133,17 +165,19 @@ class StructuredPruning:
         had = linear.bias is not None
         if not had and self.cut.compensation == "existing":
             return []
-        surgery.compensate(linear, removed, statistic.mean())
+        mean = torch.zeros_like(removed, dtype=torch.float32) if statistic is None else statistic.mean()  # None: unused
+        surgery.compensate(linear, removed, mean)
         return [] if had else [f"{child}: a bias was added"]
 
     def _adopt(self, part: Part, state: dict[str, Tensor]) -> None:
         """Put a block of the new config in place, with these tensors under their names in the block."""
-        neurons, heads = part.extras.get("neurons"), part.extras.get("heads")
+        neurons, heads, experts = (part.extras.get(name) for name in ("neurons", "heads", "experts"))
         layer = surgery.shrunk(
             part.model.config.layers[part.index],
-            None if neurons is None else len(neurons),
+            None if neurons is None else neurons.shape[1],
             None if heads is None else tuple(heads.shape),
-            {"feedforward": "feedforward.down.bias" in state, "attention": "attention.o.bias" in state},
+            None if experts is None else len(experts),
+            {name: any(one in state for one in biases) for name, biases in OUT_BIASES.items()},
         )
         surgery.adopt(part.model, part.index, layer, state)
 
@@ -161,10 +195,40 @@ class StructuredPruning:
             return {**asked, "targets": sorted(self.cut.ratios)}
         return {**asked, "targets": sorted(self.cut.ratios), "ratio": ratio}
 
-    def _record(self, model: nn.Module, keep: Keep, old: "_Figures", notes: list[str], seconds: float) -> LayerRecord:
+    def _record(self, part: Part, old: "_Figures", notes: list[str], seconds: float) -> LayerRecord:
+        keep, stay = self.keep[part.index], part.extras.get("experts")
+        if stay is not None and old.expert is not None:
+            return self._expert_record(part.model, old, stay.tolist(), notes, seconds)
+        return self._unit_record(part.model, keep, old, old.name, notes, seconds)
+
+    def _expert_record(
+        self, model: nn.Module, old: "_Figures", stay: list[int], notes: list[str], seconds: float
+    ) -> LayerRecord:
+        """The record of an expert's map where experts went: what became of its own neurons, if it is still there."""
+        number, count = old.expert, old.experts
+        achieved = {"experts": [count, len(stay)]}
+        if number not in stay:
+            requested = self._requested(self.cut.ratios["experts"])
+            achieved |= {"shape": [0, 0], "error_of": "weights"}
+            note = f"expert {number} was removed"
+            return LayerRecord(old.name, old.shape, requested, achieved, 1.0, seconds, note)
+        name = old.name.replace(f".experts.{number}.", f".experts.{stay.index(number)}.")
+        note = f"it is expert {stay.index(number)} of {len(stay)} now"
+        if "neurons" not in self.cut.ratios:
+            requested = self._requested(self.cut.ratios["experts"])
+            achieved |= {"shape": list(old.shape), "error_of": "weights"}
+            return LayerRecord(old.name, old.shape, requested, achieved, 0.0, seconds, note)
+        record = self._unit_record(model, Keep(), old, name, notes, seconds)
+        text = "; ".join(filter(None, (record.note, note)))
+        return replace(record, achieved={**record.achieved, **achieved}, note=text)
+
+    def _unit_record(
+        self, model: nn.Module, keep: Keep, old: "_Figures", name: str, notes: list[str], seconds: float
+    ) -> LayerRecord:
+        """The record of a map that has units of one kind and is called `name` now."""
         ratio = self.cut.expected(old.unit) if old.unit else None
         requested = self._requested(ratio)
-        new = _Figures(model, old.name)
+        new = _Figures(model, name)
         if ratio is None or (old.unit == "heads" and keep.heads is None and keep.groups is None):
             return LayerRecord.skip(old.name, old.shape, self._reason(old), requested)
         achieved: dict[str, Any] = {"ratio": 1.0 - new.count / old.count, old.unit: [old.count, new.count]}
@@ -181,6 +245,8 @@ class StructuredPruning:
 
     def _reason(self, old: "_Figures") -> str:
         targets = ", ".join(sorted(self.cut.ratios))
+        if ".shared." in old.name:
+            return "the shared expert of a mixture keeps its neurons"
         if old.unit is None:
             return "no neurons, heads or groups that this method knows"
         return f"not a target: {targets} leave {old.unit} of this layer alone"
@@ -194,7 +260,12 @@ class _Figures:
         owner, linear = model.get_submodule(parent), model.get_submodule(name)
         self.name, self.shape = name, tuple(linear.weight.shape)
         self.energy = float(linear.weight.detach().float().square().sum())
-        self.unit = UNITS.get(child) if hasattr(owner, "down") or isinstance(owner, FullAttention) else None
+        known = hasattr(owner, "down") or isinstance(owner, FullAttention)
+        self.unit = UNITS.get(child) if known and ".shared." not in name else None
+        self.expert, self.experts = None, 0
+        if ".experts." in name:
+            mixture, _, rest = parent.partition(".experts.")
+            self.expert, self.experts = int(rest), len(model.get_submodule(f"{mixture}.experts"))
         self.count, self.cache_bytes = 0, 0
         if self.unit == "neurons":
             self.count = owner.down.in_features
@@ -217,8 +288,10 @@ class _Scoring:
     def compress_block(self, part: Part) -> list[LayerRecord]:
         if part.module is not part.model:
             scores = self.method.scores(part)
-            if "heads" in scores:  # a unit is one query head of every group: the k-th weakest of each together
-                scores["heads"] = scores["heads"].sort(dim=1).values.sum(0)  # (R,)
+            for name in scores.keys() & {"heads", "neurons"}:
+                # a unit is one query head of every group, or one neuron of every expert: the k-th weakest of each
+                alone = len(scores[name]) == 1
+                scores[name] = scores[name][0] if alone else scores[name].sort(dim=1).values.sum(0)
             self.scores[part.index] = scores
         return []
 
@@ -254,7 +327,7 @@ def prune_structured(
     """Shrink a `Transformer` in place; `model.config` is true afterwards.
 
     Args:
-        targets: some of `neurons`, `heads`, `groups`.
+        targets: some of `neurons`, `heads`, `groups`, `experts`.
         ratio: fraction of the units removed, one for all targets or one for each.
         criterion: `variance`, `norm`, `magnitude`, `taylor` (needs `targets` in the batches), or an object.
         batches: calibration tokens; `magnitude` without compensation needs none.
@@ -271,5 +344,6 @@ def prune_structured(
     """
     cut = Cut(read_ratios(targets, ratio), ALLOCATIONS.parse(allocation, "allocation"), round_to, compensation)
     method = StructuredPruning(cut, IMPORTANCES.parse(criterion, "criterion"))
-    records = walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
-    return records + left_out(model, "dense")
+    with apart(model):
+        records = walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
+        return records + left_out(model, "dense")

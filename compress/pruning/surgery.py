@@ -1,4 +1,4 @@
-"""Taking neurons, query heads and key/value groups out of a block: tensors and config really shrink.
+"""Taking neurons, query heads, key/value groups and experts out of a block: tensors and config really shrink.
 
 torch-pruning finds and cuts what belongs to a neuron; heads are cut by explicit indexes, as torch-pruning never prunes
 key/value heads. The block is then built anew from its new config, and takes over the tensors that are left: any width
@@ -7,6 +7,7 @@ that is not the one asked for is an error, never a silent no-op.
 D model width, G key/value groups, R query heads of a group, W head width.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from models.attention.full import FullAttention
 from models.block import Block
 from models.config import LayerConfig
+from models.experts import Experts
 from models.transformer import Transformer
 
 
@@ -64,6 +66,21 @@ def cut_heads(attention: FullAttention, kept: Tensor) -> None:
     attention.heads, attention.kv_heads = kept.numel(), len(groups)
 
 
+def take_experts(state: Mapping[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
+    """The tensors of a block with the experts `kept` (E',) alone, renumbered, and their rows of the router."""
+    numbers = {old: new for new, old in enumerate(kept.tolist())}
+    experts, router = "feedforward.experts.", "feedforward.router."
+    found = {}
+    for name, tensor in state.items():
+        if name.startswith(experts):
+            number, _, rest = name.removeprefix(experts).partition(".")
+            if int(number) in numbers:
+                found[f"{experts}{numbers[int(number)]}.{rest}"] = tensor
+        else:  # everything in a router has a row for each expert
+            found[name] = tensor[kept] if name.startswith(router) else tensor
+    return found
+
+
 def _channels(units: Tensor, width: int) -> Tensor:
     """Channels of units that are `width` wide: (U,) -> (U * width,)."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
@@ -88,14 +105,22 @@ def compensate(linear: nn.Linear, removed: Tensor, mean: Tensor) -> None:
 
 
 def shrunk(
-    layer: LayerConfig, neurons: int | None, heads: tuple[int, int] | None, biased: dict[str, bool]
+    layer: LayerConfig,
+    neurons: int | None,
+    heads: tuple[int, int] | None,
+    experts: int | None,
+    biased: dict[str, bool],
 ) -> LayerConfig:
-    """The config of a layer with so many neurons, so many (groups, query heads of a group), and output biases."""
+    """The config of a layer with so many neurons, (groups, query heads of a group) and experts, and output biases."""
     attention, feedforward = layer.attention, layer.feedforward
     if heads is not None:
         attention = replace(attention, kv_heads=heads[0], heads=heads[0] * heads[1], out_bias=biased["attention"])
     if neurons is not None:
-        feedforward = replace(feedforward, width=neurons, out_bias=biased["feedforward"])
+        network = feedforward.expert if isinstance(feedforward, Experts) else feedforward
+        network = replace(network, width=neurons, out_bias=biased["feedforward"])
+        feedforward = replace(feedforward, expert=network) if isinstance(feedforward, Experts) else network
+    if experts is not None:
+        feedforward = replace(feedforward, count=experts)
     return replace(layer, attention=attention, feedforward=feedforward)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration import Batch, Method, Part, Progress, load_part, parts_of, walk
+from compress.experts import apart
 from compress.records import LayerRecord
 from compress.skipped import left_out
 from compress.statistics import StatisticType
@@ -106,6 +107,7 @@ def quantize_model(
     progress: Callable[[Progress], None] | None = None,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
+    minimum_tokens: int | None = None,
 ) -> list[LayerRecord]:
     """Quantize a `Transformer` in place; `model.config.compression` says afterwards how each layer is stored.
 
@@ -114,7 +116,7 @@ def quantize_model(
         method: `Rtn`, `Gptq` or another method for the linear maps of the blocks.
         batches: calibration tokens, for methods that look at data.
         overrides, embedding, head: see `Plan`.
-        store, progress, device, autocast: see `compress.calibration.walk`.
+        store, progress, device, autocast, minimum_tokens: see `compress.calibration.walk`.
 
     Returns:
         One record for every linear map and embedding, whether it was quantized or left, with the reason.
@@ -124,8 +126,10 @@ def quantize_model(
     """
     packed = {name: module for name, module in model.named_modules() if form_of(module)}
     left = [LayerRecord.skip(name, one.shape, f"already stored as {form_of(one)}") for name, one in packed.items()]
-    left += left_out(model, "in full precision")
     plan = Plan(method, overrides or {}, embedding, head)
-    records = walk(model, plan, batches, store=store, progress=progress, device=device, autocast=autocast)
-    model.config = replace(model.config, compression=described(model))
+    how = {"store": store, "progress": progress, "device": device, "autocast": autocast}
+    with apart(model):
+        left += left_out(model, "in full precision")
+        records = walk(model, plan, batches, minimum_tokens=minimum_tokens, **how)
+        model.config = replace(model.config, compression=described(model))
     return records + left
