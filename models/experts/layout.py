@@ -33,31 +33,28 @@ def stack(model: "Transformer") -> None:
     Raises:
         UserError: experts of a layer differ in shape, or are in a compressed form; the model is as it was.
     """
+    for number, mixture in _mixtures(model, "stacked"):
+        _check_alike(mixture, f"blocks.{number}.feedforward.experts")
     _convert(model, "stacked", _stack)
 
 
-def _convert(model: "Transformer", layout: str, convert: Callable[[MixtureOfExperts, str, int], nn.Module]) -> None:
-    mixtures = {
-        number: block.feedforward
-        for number, block in enumerate(model.blocks)
-        if isinstance(block.feedforward, MixtureOfExperts) and block.feedforward.layout != layout
-    }
-    branches = model.config.residual_branches()
-    converted = {
-        number: convert(mixture, f"blocks.{number}.feedforward.experts", branches)
-        for number, mixture in mixtures.items()
-    }
+def _mixtures(model: "Transformer", layout: str) -> list[tuple[int, MixtureOfExperts]]:
+    """The mixtures that have another layout yet, with the number of their block."""
+    found = [(number, block.feedforward) for number, block in enumerate(model.blocks)]
+    return [(number, part) for number, part in found if isinstance(part, MixtureOfExperts) and part.layout != layout]
+
+
+def _convert(model: "Transformer", layout: str, convert: Callable[[MixtureOfExperts, int], nn.Module]) -> None:
     layers = list(model.config.layers)
-    for number, mixture in mixtures.items():
-        experts = converted[number]
+    for number, mixture in _mixtures(model, layout):
+        experts = convert(mixture, model.config.residual_branches())
         experts.train(mixture.experts.training)
-        mixture.spec = replace(mixture.spec, layout=layout)
-        mixture.experts, mixture.layout = experts, layout
+        mixture.experts, mixture.layout, mixture.spec = experts, layout, replace(mixture.spec, layout=layout)
         layers[number] = replace(layers[number], feedforward=mixture.spec)
     model.config = replace(model.config, layers=tuple(layers))
 
 
-def _separate(mixture: MixtureOfExperts, where: str, branches: int) -> SeparateExperts:
+def _separate(mixture: MixtureOfExperts, branches: int) -> SeparateExperts:
     spec, stacked = mixture.spec, mixture.experts
     with torch.device("meta"):  # nothing is drawn
         experts = SeparateExperts(spec.count, spec.expert, stacked.down.shape[1], branches)
@@ -66,39 +63,37 @@ def _separate(mixture: MixtureOfExperts, where: str, branches: int) -> SeparateE
         for number, expert in enumerate(experts):
             linear = getattr(expert, name)
             linear.std = std
-            linear.weight = _copy(weight[number], weight)
-            linear.bias = None if bias is None else _copy(bias[number], bias)
+            linear.weight = nn.Parameter(weight[number].detach().clone(), weight.requires_grad)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias[number].detach().clone(), bias.requires_grad)
     return experts
 
 
-def _stack(mixture: MixtureOfExperts, where: str, branches: int) -> StackedExperts:
+def _stack(mixture: MixtureOfExperts, branches: int) -> StackedExperts:
     spec, separated = mixture.spec, mixture.experts
     with torch.device("meta"):
         experts = StackedExperts(spec.count, spec.expert, separated[0].down.out_features, branches)
     for name in experts.stds:
         linears = [getattr(expert, name) for expert in separated]
-        expected = getattr(experts, name).shape[1:]
-        for number, linear in enumerate(linears):
-            if type(linear) is not Linear:
-                raise UserError(
-                    f"{where}.{number}.{name} is stored as {type(linear).__name__}: stack dense experts only"
-                )
-            if linear.weight.shape != expected:
-                raise UserError(
-                    f"{where}.{number}.{name} is {' x '.join(map(str, linear.weight.shape))} and the config says "
-                    f"{' x '.join(map(str, expected))}: experts of one stack have one shape"
-                )
         experts.stds[name] = linears[0].std
         for attribute, target in (("weight", name), ("bias", f"{name}_bias")):
             parts = [getattr(linear, attribute) for linear in linears]
             if parts[0] is not None:
-                setattr(
-                    experts,
-                    target,
-                    nn.Parameter(torch.stack([part.detach() for part in parts]), parts[0].requires_grad),
-                )
+                stacked = torch.stack([part.detach() for part in parts])
+                setattr(experts, target, nn.Parameter(stacked, parts[0].requires_grad))
     return experts
 
 
-def _copy(values: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(values.detach().clone(), requires_grad=like.requires_grad)
+def _check_alike(mixture: MixtureOfExperts, where: str) -> None:
+    """Refuse experts whose maps are no dense ones, or not all of one shape."""
+    for number, expert in enumerate(mixture.experts):
+        for name, linear in expert.named_children():
+            place = f"{where}.{number}.{name}"
+            if type(linear) is not Linear:
+                raise UserError(f"{place} is stored as {type(linear).__name__}: stack dense experts only")
+            shapes = [tuple(one.weight.shape) for one in (linear, getattr(mixture.experts[0], name))]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{place} is {' x '.join(map(str, shapes[0]))} and that of the first expert "
+                    f"{' x '.join(map(str, shapes[1]))}: experts of one stack have one shape"
+                )

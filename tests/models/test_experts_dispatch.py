@@ -208,12 +208,11 @@ def test_a_permuted_input_and_a_product_of_an_expanded_gradient():
     torch.testing.assert_close(rows.grad, stacked.up.sum(1)[groups.experts])
 
 
-@pytest.mark.parametrize("route", ["spread", "dropped", "shuffled and dropped", "an expert without tokens"])
+@pytest.mark.parametrize("route", ["dropped", "shuffled and dropped", "an expert without tokens"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spec", ["swiglu", "swiglu, biases"])
-def test_compiled_as_one_graph(spec, dtype, route):
+def test_compiled_as_one_graph(dtype, route):
     torch._dynamo.reset()
-    stacked, _ = both(SPECS[spec], dtype)
+    stacked, _ = both(SPECS["swiglu, biases"], dtype)
     pairs, x = ROUTES[route], noise(13, dtype)
     compiled = copy.deepcopy(stacked)
     compiled.compile(fullgraph=True, dynamic=False, backend="aot_eager")
@@ -300,7 +299,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
     stacked(x, ROUTES["dropped"]).sum().backward()
 
 
-def mixture_model(layout, **expert):
+def mixture_model(layout, depth=4, **expert):
     torch.manual_seed(0)
     expert = {"kind": "swiglu", "width": 24, **expert}
     feedforward = {
@@ -312,7 +311,7 @@ def mixture_model(layout, **expert):
             {
                 "vocab_size": 50,
                 "width": WIDTH,
-                "depth": 4,
+                "depth": depth,
                 "attention": {"kind": "full", "heads": 2},
                 "feedforward": feedforward,
                 "layers": ["dense", "moe"],
@@ -355,7 +354,7 @@ def test_experts_that_differ_are_not_stacked():
     config = model.config
     first, second = model.blocks[1].feedforward.experts, model.blocks[3].feedforward.experts
     second[2].up = Linear(WIDTH, 20, bias=False, std=0.02)
-    with pytest.raises(UserError, match=r"blocks\.3\.feedforward\.experts\.2\.up is 20 x 16 and .* 24 x 16"):
+    with pytest.raises(UserError, match=r"blocks\.3\.feedforward\.experts\.2\.up is 20 x 16 and that of .* 24 x 16"):
         layout.stack(model)
     second[2].up = torch.nn.Identity()
     with pytest.raises(UserError, match=r"experts\.2\.up is stored as Identity: stack dense experts only"):
@@ -367,7 +366,7 @@ def test_experts_that_differ_are_not_stacked():
 @pytest.mark.parametrize("which", ["stacked", "separate"])
 def test_a_model_of_experts_is_compiled_by_blocks(which):
     torch._dynamo.reset()
-    model = mixture_model(which)
+    model = mixture_model(which, depth=2)
     tokens = torch.randint(50, (2, 9))
     plain = model(tokens, targets=tokens).loss
     plain.backward()
