@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.errors import UserError, did_you_mean
+from models.experts import StackedExperts
+from models.experts.layout import stack
 from models.families.llama import Llama
+from models.families.mixtral import Mixtral
 from models.families.protocol import Family
+from models.families.qwen3_moe import Qwen3Moe
 from models.families.tokenizer import copy_tokenizer, special_tokens
 from models.files import SHARD_BYTES, TensorFiles, inside, read_json, write_json, write_tensors, writing
 from models.folder import CONFIG, fill, skeleton
@@ -23,7 +27,12 @@ from models.transformer import Transformer
 
 __all__ = ["FAMILIES", "Family", "copy_tokenizer", "export_folder", "import_folder", "is_family_folder", "write_folder"]
 
-FAMILIES: dict[str, Family] = {model_type: Llama(model_type) for model_type in ("llama", "mistral")}
+FAMILIES: dict[str, Family] = {
+    "llama": Llama("llama"),
+    "mistral": Llama("mistral"),
+    "mixtral": Mixtral(),
+    "qwen3_moe": Qwen3Moe(),
+}
 
 
 def is_family_folder(folder: str | Path) -> bool:
@@ -66,7 +75,9 @@ def import_folder(
     files = TensorFiles(folder)
     _drop_copies(files, config, names)
     files.check({names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    return fill(model, ((name, files[names[name]]) for name in model.state_dict()), device, dtype)
+    fill(model, ((name, files[names[name]]) for name in model.state_dict()), device, dtype)
+    stack(model)  # the files hold an expert's matrices one by one
+    return model
 
 
 def _drop_copies(files: TensorFiles, config: ModelConfig, names: dict[str, str]) -> None:
@@ -131,6 +142,9 @@ def file_tensors(
     packed, dtype = described(model), model.norm.weight.dtype
     for name, theirs in family.names(model.config).items():
         path, _, leaf = name.rpartition(".")
+        if (tensor := _of_stack(model, path)) is not None:
+            yield theirs, tensor
+            continue
         module = model.get_submodule(path)
         tensor = getattr(module, leaf, None)
         if tensor is not None:
@@ -139,6 +153,16 @@ def file_tensors(
             yield theirs, torch.zeros(module.out_features, dtype=dtype)
         else:
             yield from weight(theirs, module, dtype)
+
+
+def _of_stack(model: Transformer, path: str) -> Tensor | None:
+    """The weight of the map called `path` if it is an expert's whose layer keeps them in one tensor, else None."""
+    block, _, rest = path.partition(".experts.")
+    experts = model.get_submodule(f"{block}.experts") if rest else None
+    if not isinstance(experts, StackedExperts):
+        return None
+    number, _, part = rest.partition(".")
+    return getattr(experts, part)[int(number)]
 
 
 def write_folder(
