@@ -287,7 +287,7 @@ def test_what_the_format_cannot_hold_is_refused_with_the_reason(tmp_path, change
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported \(one of: llama, mistral\)"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported \(one of: llama, mistral, mixtral, qwen3_moe\)"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
