@@ -1,17 +1,19 @@
-"""What a student starts from: random weights, or blocks of its teacher.
+"""What a student starts from: random weights, or blocks of its teacher, a dense one's turned into experts or not.
 
 Copying every k-th block starts a shallower student far below a random one's loss (DistilBERT, arXiv 1910.01108,
 section 3; PKD, arXiv 1908.09355). It needs blocks of equal shape; a student of another width starts at random.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.distillation.layer_map import LAYER_MAPS, LayerMap, Uniform
 from models.errors import UserError
+from models.experts import MixtureOfExperts, StackedExperts
 from models.registry import Registry
 
 INITIALIZATIONS = Registry("student initialisation")
@@ -46,15 +48,54 @@ class Layers:
         pairs = self.layer_map.pairs(len(student.blocks), len(teacher.blocks))
         for student_block, teacher_block in pairs:
             copied, source = student.blocks[student_block], teacher.blocks[teacher_block]
-            _require_equal(copied, source, f"student block {student_block}", f"teacher block {teacher_block}")
-            copied.load_state_dict(source.state_dict())
+            state = self._state(copied, source)
+            _require_equal(copied, state, f"student block {student_block}", f"teacher block {teacher_block}")
+            copied.load_state_dict(state)
             if source.attention is not None:  # an encoding may belong to a layer, and then has the layer's number
                 own, other = student.positions[copied.place.positional], teacher.positions[source.place.positional]
-                _require_equal(own, other, f"the positions of {student_block}", f"teacher block {teacher_block}")
+                names = f"the positions of {student_block}", f"teacher block {teacher_block}"
+                _require_equal(own, other.state_dict(), *names)
                 own.load_state_dict(other.state_dict())
         outside = _outside(student, teacher)
         student.load_state_dict({name: teacher.state_dict()[name] for name in outside}, strict=False)
-        return {"kind": "layers", "blocks": [list(pair) for pair in pairs], "copied": outside}
+        return {"kind": self.kind, "blocks": [list(pair) for pair in pairs], "copied": outside}
+
+    def _state(self, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
+        """What the student's block is given of the teacher's."""
+        return teacher.state_dict()
+
+
+@INITIALIZATIONS.register("upcycled")
+@dataclass(frozen=True)
+class Upcycled(Layers):
+    """As `layers`, and every expert of the student starts as a copy of the dense feed-forward of the teacher's block.
+
+    (Sparse upcycling, arXiv 2212.05055, section 3.) The routers keep what they were built with. While all experts are
+    alike and their weights sum to 1 (`weights: renormalised`), the student computes what the teacher does.
+
+    Args:
+        layer_map: as for `layers`.
+    """
+
+    def _state(self, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
+        state, mixture = teacher.state_dict(), student.feedforward
+        if not isinstance(mixture, MixtureOfExperts) or isinstance(teacher.feedforward, MixtureOfExperts):
+            return state
+        if mixture.shared is not None:
+            raise UserError(
+                "the student's shared expert adds to what the others make, and copies of the teacher's feed-forward "
+                "would count twice; leave it out, or use initialisation 'random'"
+            )
+        own = {name: tensor for name, tensor in state.items() if not name.startswith("feedforward.")}
+        for name, tensor in teacher.feedforward.state_dict().items():
+            part, _, leaf = name.rpartition(".")
+            if isinstance(mixture.experts, StackedExperts):
+                stacked = part if leaf == "weight" else f"{part}_{leaf}"
+                own[f"feedforward.experts.{stacked}"] = tensor.expand(mixture.spec.count, *tensor.shape)
+            else:
+                own |= {f"feedforward.experts.{expert}.{name}": tensor for expert in range(mixture.spec.count)}
+        routers = {f"feedforward.router.{name}": tensor for name, tensor in mixture.router.state_dict().items()}
+        return own | routers
 
 
 def _outside(student: nn.Module, teacher: nn.Module) -> list[str]:
@@ -68,9 +109,9 @@ def _outside(student: nn.Module, teacher: nn.Module) -> list[str]:
     return names
 
 
-def _require_equal(student: nn.Module, teacher: nn.Module, student_name: str, teacher_name: str) -> None:
+def _require_equal(student: nn.Module, state: Mapping[str, Tensor], student_name: str, teacher_name: str) -> None:
     ours = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in teacher.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise _unequal(f"{student_name}: {name}", ours.get(name), teacher_name, theirs.get(name))

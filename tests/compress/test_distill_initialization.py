@@ -181,3 +181,60 @@ def test_a_quantized_head_cannot_be_trained():
     model.head = torch.nn.Identity()
     with pytest.raises(UserError, match="distil before quantizing"):
         output_weight(model)
+
+
+MIXTURE = {"kind": "experts", "count": 4, "top_k": 2, "expert": {"kind": "swiglu", "width": 24}}
+
+
+@pytest.mark.parametrize("layout", ["stacked", "separate"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_upcycled_student_computes_what_its_dense_teacher_does(layout, biased):
+    dense = {"kind": "swiglu", "width": 24, "bias": biased, "out_bias": biased}
+    mixture = MIXTURE | {"layout": layout, "expert": dense}
+    student, teacher = tiny(2, seed=1, feedforward=mixture), tiny(4, feedforward=dense)
+    router = student.blocks[0].feedforward.router.projection.weight.clone()
+    assert INITIALIZATIONS.parse("upcycled", "initialization").apply(student, teacher)["blocks"] == [[0, 1], [1, 3]]
+    assert torch.equal(student.blocks[0].feedforward.router.projection.weight, router)
+    with torch.no_grad():  # the teacher of the two blocks that were copied
+        x, context = teacher.embed(batch()["tokens"])
+        for number in (1, 3):
+            x = teacher.blocks[number](x, context)
+        expected = teacher.project(teacher.finish(x))
+    torch.testing.assert_close(student(batch()["tokens"]).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("feedforward", "message"),
+    [
+        (MIXTURE | {"expert": {"kind": "swiglu", "width": 12}}, "layers can be copied only between equal shapes"),
+        (MIXTURE | {"shared": {"kind": "swiglu", "width": 24}}, "would count twice"),
+    ],
+)
+def test_a_student_whose_experts_cannot_be_copies_is_refused(feedforward, message):
+    with pytest.raises(UserError, match=message):
+        INITIALIZATIONS.parse("upcycled", "initialization").apply(tiny(2, feedforward=feedforward), tiny(4))
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_dense_teacher_teaches_experts_and_the_other_way_round(back):
+    balance = [{"kind": "auxiliary", "weight": 0.1}]
+    student, teacher = tiny(2, feedforward=MIXTURE | {"balance": balance}), tiny(4, seed=1, width=24)
+    if back:
+        student, teacher = teacher, student
+    losses = parse_losses(["logit", {"kind": "feature", "layer_map": "uniform"}])
+    objective = Objective(losses, Combine(0.3), student.config, teacher.config)
+    teacher.eval().requires_grad_(False)
+    optimizer = torch.optim.Adam([*student.parameters(), *objective.parameters()], lr=0.01)
+    data, totals = batch(padded=True), []
+    for _ in range(12):
+        terms = objective(student.train(), teacher, data)
+        optimizer.zero_grad()
+        terms["total"].backward()
+        optimizer.step()
+        totals.append(float(terms["total"].detach()))
+    assert totals[-1] < 0.8 * totals[0]
+    assert ("balance" in terms) == (not back)
+    if not back:
+        assert float(terms["balance"]) > 0
+        router = student.blocks[0].feedforward.router.projection.weight
+        assert router.grad.abs().sum() > 0
