@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress.quantization import kernels
+from compress.quantization import int_kernels
+from compress.quantization import packed as layers
 from compress.quantization.grid import IntFormat, quantize
 from compress.quantization.kernels import choose, kernel_for
 from compress.quantization.linear import PackedIntEmbedding, PackedIntLinear
@@ -145,6 +146,22 @@ def test_many_rows_take_the_dense_product_and_leave_the_layout():
     assert "rows at once" in kernel_for(packed, "cpu", len(x)).reason
 
 
+@pytest.mark.parametrize("run_first", [True, False])
+@pytest.mark.parametrize(
+    "format", [IntFormat(4, 32, False), IntFormat(3, 48), IntFormat(8, "channel"), IntFormat(4, "tensor", False)]
+)
+def test_a_dense_product_a_slice_at_a_time_is_the_whole_one(format, run_first, monkeypatch):
+    monkeypatch.setattr(layers, "SLICE", 64)
+    packed, dense, _ = linear(200, 96, format, bias=False)
+    x = torch.randn(600, 96).bfloat16()
+    with torch.no_grad():
+        if run_first:
+            packed(x[:1])
+        y = packed(x)
+    assert relative(y, F.linear(x.float(), dense)) < 0.006
+    assert torch.equal(torch.cat([packed.dense(torch.float32, i, min(i + 64, 200)) for i in range(0, 200, 64)]), dense)
+
+
 def test_gradients_reach_the_input_exactly():
     packed, dense, bias = linear(32, 64, IntFormat(4, 32))
     x = torch.randn(3, 64).bfloat16().requires_grad_()
@@ -216,7 +233,7 @@ def test_the_table_knows_dtype_device_and_dense_layers():
 
 
 def test_an_unknown_layout_of_the_processor_is_dequantized(monkeypatch):
-    monkeypatch.setattr(kernels, "_cpu_layout", lambda: None)
+    monkeypatch.setattr(int_kernels, "_cpu_layout", lambda: None)
     packed, dense, _ = linear(64, 64, IntFormat(4, 32), bias=False)
     x = torch.randn(1, 64).bfloat16()
     with torch.no_grad():
