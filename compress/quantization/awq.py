@@ -77,8 +77,9 @@ class Awq(LayerMethod):
     Args:
         format: bits, groups, symmetry and scale dtype; a zero point for each group unless it is asked otherwise.
         steps: alphas tried, from 0 on below 1, and steps from the full range of a group down to none.
-        smallest: the least share of a group's range that is tried; 1 leaves all ranges alone.
-        solve: `rtn` rounds the scaled weights, `gptq` solves for them on the clipped ranges.
+        smallest: the least share of a group's range that is tried; 1 leaves all ranges alone. The search takes every
+            weight for rounded by itself: with `solve` gptq full ranges may do better.
+        solve: `rtn` rounds the scaled weights, `gptq` solves for them on the ranges that were found.
     """
 
     calibrates: ClassVar[bool] = True

@@ -132,7 +132,8 @@ class _Finder:
         consumers = {name: maps[name] for name in wanted}
         width = maps[wanted[0]].in_features
         channels = torch.arange(width, device=maps[wanted[0]].weight.device)
-        fold = Fold(f"{branch}_norm", branch, (norm,), consumers, channels, carriers, whole=True)
+        source = f"{branch}_norm" + (", the router scaled with it" if carriers else "")
+        fold = Fold(source, branch, (norm,), consumers, channels, carriers, whole=True)
         self._take(fold, reason, "something else reads the output of its norm as well")
 
     def inside(self, branch: str) -> None:

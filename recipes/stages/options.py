@@ -117,7 +117,7 @@ class Quantize(StageOptions):
     method: Spec = option(
         "a name, or one with options of its own: '{kind: gptq, act_order: false, clip: mse}'. rtn rounds every weight "
         "to the nearest grid point; gptq lets the weights that are still free make up for the error of those already "
-        "rounded, on calibration text",
+        "rounded, on calibration text; awq rounds channels with large activations finer",
         "gptq",
     )
     bits: int | None = option("bits of a weight of a linear layer; default: 4, where the method has a choice", None)

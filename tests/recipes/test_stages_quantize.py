@@ -34,6 +34,20 @@ def test_gptq_writes_packed_weights(teacher, espalier, tmp_path):
     assert all(layer["note"] for layer in skipped)
 
 
+def test_a_method_with_options_of_its_own_and_another_for_some_layers(teacher, espalier, tmp_path):
+    out = tmp_path / "quantized"
+    argv = ["--method", "{kind: awq, solve: gptq}", "--layers", "{'*.o': {method: rtn, bits: 8}}", "--bits", 3]
+    status, output = espalier("quantize", teacher, "--out", out, *SMALL, *argv, "--debug")
+    assert status == 0, output.err
+    report = report_of(out)
+    assert report["title"] == "AWQ, 3 bits, groups of 16, solve gptq"
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    query, output = (layers[f"blocks.0.attention.{letter}"] for letter in "qo")
+    assert query["requested"] | {"method": "awq", "bits": 3, "symmetric": False, "solve": "gptq"} == query["requested"]
+    assert output["requested"] | {"method": "rtn", "bits": 8, "symmetric": False} == output["requested"]
+    assert query["achieved"]["scales_in"] == "attention_norm"
+
+
 def test_inspect_and_evaluate_and_generate_a_quantized_model(teacher, espalier, tmp_path):
     out = tmp_path / "quantized"
     assert espalier("quantize", teacher, "--out", out, *SMALL, "--method", "rtn", "--bits", 3)[0] == 0
