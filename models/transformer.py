@@ -142,7 +142,7 @@ class Transformer(nn.Module):
                 x = block(x, context) if cache is None else block(x, context, cache.layers[i])  # (B, T, D)
                 if i in keep or i in taught:
                     states[i] = self.stream(x)
-            auxiliary = self._auxiliary()
+            auxiliary = self.take_losses()
         hidden = self.finish(x)  # (B, T, D)
         if targets is None:
             return Output(self.project(hidden), None, None, states, auxiliary)
@@ -160,8 +160,8 @@ class Transformer(nn.Module):
         """The residual stream (..., D) of a block's output: of a reversible one (..., 2D) the mean of its two."""
         return merge(x).to(self.norm.weight.dtype) if self.reversible else x
 
-    def _auxiliary(self) -> dict[str, Tensor]:
-        """The training losses that this forward left in the blocks, summed by name."""
+    def take_losses(self) -> dict[str, Tensor]:
+        """The training losses that the blocks have left since they were last taken, summed by name."""
         found: dict[str, Tensor] = {}
         for block in self.blocks:
             for name, value in block.take_losses().items():

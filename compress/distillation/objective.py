@@ -44,7 +44,8 @@ class Objective(nn.Module):
 
     def forward(self, student: Transformer, teacher: Transformer, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Terms of one batch, scalars: `total` with its gradient; detached `cross_entropy` (nats/token), `agreement`
-        (fraction of tokens at which both would choose the same token), `logit` (T^2 KL) and one per further loss.
+        (fraction of tokens at which both would choose the same token), `logit` (T^2 KL), one per further loss, and in
+        training one per loss that the student's own mechanisms leave, such as the balance of experts.
 
         batch: tokens (B, T) int64, targets (B, T) int64 with -100 = none, optionally documents (B, T), -1 = padding.
         """
@@ -66,6 +67,9 @@ class Objective(nn.Module):
         )
         logged = {"cross_entropy": terms.cross_entropy, "agreement": terms.agreement, "logit": terms.divergence}
         total = terms.total
+        for name, term in student.take_losses().items():
+            total = total + term
+            logged[name] = term.detach()
         counted = batch["targets"] != IGNORED if documents is None else documents >= 0  # (B, T)
         for name, loss in self.states.items():
             term = loss(student_states, teacher_states, counted)

@@ -15,6 +15,8 @@ from app.evaluation.size import layer_sizes, size_figures
 from app.optim import AdamW, Muon
 from app.optim.base import parameters_by_role
 from app.optim.muon import orthogonalized
+from compress.distillation.losses import Combine
+from compress.distillation.objective import Objective
 from models.config import ModelConfig
 from models.experts import MixtureOfExperts
 from models.transformer import Transformer
@@ -252,6 +254,16 @@ def test_active_parameters_are_those_that_a_token_meets(shared):
     assert figures["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert figures["active_parameters"] == model.count_parameters()["active"] == active(model)
     assert figures["active_parameters"] == figures["parameters"] - 2 * 3 * 16 * 32
+
+
+def test_a_student_with_experts_is_told_to_balance_them():
+    student, teacher = build().train(), build(layers=["dense"]).eval()
+    objective = Objective({}, Combine(alpha=1.0), student.config, teacher.config)
+    batch = {name: torch.stack([block[name] for block in blocks()]) for name in ("tokens", "targets")}
+    terms = objective(student, teacher, batch)
+    assert float(terms["balance"]) > 0
+    torch.testing.assert_close(terms["total"], terms["cross_entropy"] + terms["balance"])
+    assert "balance" not in objective(student.eval(), teacher, batch)
 
 
 @pytest.mark.parametrize("layout", ["stacked", "separate"])

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from test_fit import write
 
 import models
@@ -148,6 +149,33 @@ def test_a_run_moves_from_one_process_to_two(tmp_path, recipe, strategy):
     assert len(alone) == 24
     assert batches(tmp_path / "seen-moved") == alone
     assert_near(tmp_path / "alone", tmp_path / "moved", 1e-5)
+
+
+EXPERTS = {
+    "kind": "experts",
+    "count": 4,
+    "expert": {"kind": "swiglu", "width": 16},
+    "balance": [{"kind": "bias", "rate": 0.01}],
+}
+
+
+@pytest.mark.parametrize("strategy", [DDP, pytest.param(FSDP2, marks=pytest.mark.slow)], ids=["ddp", "fsdp2"])
+def test_two_processes_balance_experts_by_the_load_of_both(tmp_path, recipe, strategy):
+    content = yaml.safe_load(recipe.read_text())
+    content["model"]["architecture"]["feedforward"] = EXPERTS
+    content["trainer"] |= {"max_steps": 3, "limit_val_batches": 0}
+    recipe.write_text(yaml.safe_dump(content))
+    adamw = ("--model.optimizer", "AdamW", "--model.optimizer.lr", "3e-3")
+    for name, options in (("alone", ()), ("both", strategy)):
+        run(recipe, tmp_path / name, *adamw, *options)
+    biases = [
+        [value for key, value in models.load(tmp_path / name).state_dict().items() if key.endswith("router.bias")]
+        for name in ("alone", "both")
+    ]
+    assert len(biases[0]) == 2
+    assert any(bias.any() for bias in biases[0])
+    assert all(torch.equal(a, b) for a, b in zip(*biases, strict=True))
+    assert_near(tmp_path / "alone", tmp_path / "both", 1e-5)
 
 
 @pytest.mark.slow

@@ -146,4 +146,4 @@ def test_a_base_without_the_length_of_its_blocks_is_refused(recipe, data):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sweep").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_sweeps_that_come_with_espalier_can_be_read(path):
-    assert len(read_sweep(path).variants) > 10
+    assert len(read_sweep(path).variants) >= {"architectures.yaml": 30, "experts.yaml": 4}[path.name]
