@@ -51,8 +51,8 @@ class Distillation(LanguageModel):
             from the teacher and the data where an architecture names none.
         losses: what the student imitates: names or `{kind: NAME, ...}` of `logit`, `feature`.
         combine: weights of the losses; by default alpha 0.5.
-        initialization: of a student that is an architecture: `random` (by default), or `layers` copied from the
-            teacher.
+        initialization: of a student that is an architecture: `random` (by default), `layers` copied from the teacher,
+            or `upcycled`, with every expert a copy of the teacher's dense feed-forward.
         zeros: whether weights of the student that are exactly 0, as after pruning, are `held` at 0 or `free` to grow.
         optimizer: by default AdamW.
         schedule: by default Cosine without warm-up.

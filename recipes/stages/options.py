@@ -159,8 +159,8 @@ class Prune(StageOptions):
     )
     include: Names | None = option("magnitude, wanda: which of embedding, head to prune as well, comma-separated", None)
     targets: Names | None = option(
-        "structured: what to take out, comma-separated: neurons (the default), heads, groups (key/value groups with "
-        "their heads)",
+        "structured: what to take out, comma-separated: neurons (the default; of each expert as many), heads, groups "
+        "(key/value groups with their heads), experts",
         None,
     )
     ratio: float | dict[str, float] | None = option(
@@ -204,8 +204,9 @@ class Distill(StageOptions):
     )
     student_layers: int | None = option("without --student: how many layers the student has; default: half", None)
     initialization: Spec | None = option(
-        "of a student that is no model yet: layers copies evenly spaced layers of the teacher, random does not; "
-        "default: layers without --student, random with an architecture file",
+        "of a student that is no model yet: layers copies evenly spaced layers of the teacher, upcycled makes every "
+        "expert a copy of its feed-forward beside, random copies nothing; default: layers without --student, random "
+        "with an architecture file",
         None,
     )
     losses: str | list[str | dict[str, Any]] = option(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from compress.calibration import LayerMethod, walk
 from compress.experts import apart
@@ -10,6 +11,7 @@ from compress.pruning.masks import HeldMasks, count_violations, masks_of
 from compress.pruning.patterns import Unstructured
 from compress.pruning.sparsify import sparsify
 from compress.pruning.structured import prune_structured
+from compress.quantization.export import export_compressed_tensors
 from compress.quantization.gptq import Gptq
 from compress.quantization.grid import IntFormat
 from compress.quantization.plan import quantize_model
@@ -20,6 +22,7 @@ from compress.store import FolderStore
 from models.config import ModelConfig
 from models.errors import UserError
 from models.experts import SeparateExperts, StackedExperts
+from models.families import export_folder
 from models.folder import load, save_model, writing
 from models.transformer import Transformer
 
@@ -353,3 +356,14 @@ def test_zeros_of_stacked_experts_are_held():
     optimizer.step()
     assert count_violations(model, masks) == 0
     assert not torch.equal(model.blocks[0].feedforward.experts.gate, torch.zeros(4, 24, 32))
+
+
+@pytest.mark.parametrize("write", [export_folder, export_compressed_tensors])
+def test_quantized_experts_are_exported(tmp_path, write):
+    model = build(head="untied")
+    quantize_model(model, Rtn(IntFormat(4, 8)))
+    write(model, tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        assert (loaded(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-5
