@@ -221,9 +221,19 @@ def protocol(report: dict) -> list[tuple[str, str]]:
         )
         rows.append(("Speed", text))
         rows.append(("Peak memory", "the weights as held, plus the most that torch's allocator added in a round"))
+        if speed.get("kernels"):
+            rows.append(("Kernels", "; ".join(map(kernel_line, speed["kernels"]))))
         formats = dict.fromkeys(report[side]["speed"]["dtype"] for side in ("before", "after"))
         rows.append(("Machine", f"{speed['device']}, {speed['threads']} threads, {' → '.join(formats)}"))
     return rows
+
+
+def kernel_line(found: dict) -> str:
+    """What some layers run through: "7 layers: aten::_int_mm", and above how many tokens at once no more."""
+    layers = "1 layer" if found["modules"] == 1 else f"{found['modules']} layers"
+    largest = found.get("largest_batch")
+    above = f", above {largest} tokens at once the dense product" if largest else ""
+    return f"{layers}: {found['kernel']}{above}"
 
 
 def facts(report: dict) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -32,7 +32,8 @@ class LayerSize:
     """One module that holds weights.
 
     `bits`: stored bits per weight, scales and bias included. `bytes`: in memory. `flops`: forward, for one token, the
-    mean over tokens where not every token takes part; 0 for an embedding unless it is also the head.
+    mean over tokens where not every token takes part; 0 for an embedding unless it is also the head. `kernel`: what it
+    runs through at batch 1, and up to `largest_batch` tokens at once (None: any number); above, the dense product.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerSize:
     bytes: int
     flops: int
     kernel: str
+    largest_batch: int | None
 
     def to_dict(self) -> dict:
         """As JSON values."""
@@ -98,6 +100,7 @@ def layer_sizes(model: Transformer) -> list[LayerSize]:
         tensors = dense_tensors(module)
         weight, total = tensors[0], sum(tensor.numel() for tensor in tensors)
         nonzero = sum(int(torch.count_nonzero(tensor)) for tensor in tensors)
+        choice = kernel_for(module, device_of(model), dtype=dtype_of(model)) if multiplies(module) else None
         held = held_bytes(module)  # first: reading the state dict brings the stored layout back
         rows.append(
             LayerSize(
@@ -109,7 +112,8 @@ def layer_sizes(model: Transformer) -> list[LayerSize]:
                 parameters=total,
                 bytes=held,
                 flops=round(share(model, name, module) * flops(model, module, tensors)),
-                kernel=kernel_for(module, device_of(model), dtype=dtype_of(model)).name if multiplies(module) else "",
+                kernel=choice.name if choice else "",
+                largest_batch=choice.largest_batch if choice else None,
             )
         )
     return rows
@@ -153,13 +157,19 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def kernels(model: Transformer) -> list[dict]:
-    """What the matrices run through at batch 1: [{"kernel", "modules", "reason"}]; the reason why none is packed."""
-    found: dict[tuple[str, str], int] = {}
-    for _, module in holders(model):
+    """What the matrices run through at batch 1: [{"kernel", "modules", "reason", "largest_batch", "layers"}].
+
+    `reason`: why none is packed. `largest_batch`: tokens at once above which the dense product takes over, or None.
+    """
+    found: dict[tuple[str, str, int | None], list[str]] = {}
+    for name, module in holders(model):
         if multiplies(module):
             choice = kernel_for(module, device_of(model), dtype=dtype_of(model))
-            found[choice.name, choice.reason] = found.get((choice.name, choice.reason), 0) + 1
-    return [{"kernel": name, "modules": count, "reason": reason} for (name, reason), count in found.items()]
+            found.setdefault((choice.name, choice.reason, choice.largest_batch), []).append(name)
+    return [
+        {"kernel": kernel, "modules": len(names), "reason": reason, "largest_batch": largest, "layers": names}
+        for (kernel, reason, largest), names in found.items()
+    ]
 
 
 @torch.no_grad()

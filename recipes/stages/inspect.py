@@ -29,7 +29,7 @@ def main(chosen: options.Inspect) -> None:
             wording.count(layer.parameters),
             wording.size(layer.bytes),
             wording.flops(layer.flops),
-            layer.kernel,
+            layer.kernel + (f" up to {layer.largest_batch} tokens" if layer.largest_batch else ""),
         )
     out_console().print(table)
     model = loaded.model

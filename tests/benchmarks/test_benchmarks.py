@@ -41,8 +41,10 @@ def test_both_decoders_produce_the_same_tokens():
 
 
 def test_decoding_is_timed_for_each_batch_and_precision():
-    rows = bench_decode.run(bench_decode.Decoding(TINY, batches=(1, 2), prompt=4, new=3, rounds=1))
-    assert sum(row.ratio is not None for row in rows) == 4
+    packed = bench_decode.PackedDecoding(TINY, batches=((1, 3), (2, 3)), rounds=1)
+    rows = bench_decode.run(bench_decode.Decoding(TINY, batches=(1, 2), prompt=4, new=3, rounds=1, packed=packed))
+    assert sum(row.ratio is not None for row in rows if row.benchmark == "decode") == 4
+    assert sum(row.ratio is not None for row in rows if row.benchmark == "packed") == 3 * len(bench_decode.FORMS)
     assert all(row.value > 0 for row in rows)
 
 
