@@ -1,6 +1,6 @@
 """`make bench`: every benchmark in one process each after the other, one table, and `results.json` beside this file.
 
-python -m tests.benchmarks [--only training,lightning,decode,gptq,attention,peers] [--threads N] [--out FILE]
+python -m tests.benchmarks [--only training,lightning,decode,experts,gptq,attention,peers] [--threads N] [--out FILE]
 """
 
 import argparse
@@ -20,6 +20,7 @@ from tests.benchmarks import (
     bench_attention,
     bench_attention_peers,
     bench_decode,
+    bench_experts,
     bench_gptq,
     bench_lightning,
     bench_training,
@@ -30,6 +31,7 @@ BENCHMARKS = {
     "training": bench_training.run,
     "lightning": bench_lightning.run,
     "decode": bench_decode.run,
+    "experts": bench_experts.run,
     "gptq": bench_gptq.run,
     "attention": bench_attention.run,
     "peers": bench_attention_peers.run,

@@ -9,6 +9,7 @@ from tests.benchmarks import (
     bench_attention,
     bench_attention_peers,
     bench_decode,
+    bench_experts,
     bench_gptq,
     bench_lightning,
     bench_training,
@@ -46,6 +47,19 @@ def test_decoding_is_timed_for_each_batch_and_precision():
     assert sum(row.ratio is not None for row in rows if row.benchmark == "decode") == 4
     assert sum(row.ratio is not None for row in rows if row.benchmark == "packed") == 3 * len(bench_decode.FORMS)
     assert all(row.value > 0 for row in rows)
+
+
+def test_a_mixture_meets_its_equals():
+    shape = bench_experts.Mixture(layers=1, width=32, heads=2, kv_heads=2, feedforward=48, vocabulary=64, context=32)
+    core, plain, peer = shape.core(), bench_experts.dense(shape).core(), shape.transformers()
+    assert core.flops_per_token(16) == plain.flops_per_token(16) + 2 * 32 * shape.count
+    assert core.count_parameters()["total"] == sum(parameter.numel() for parameter in peer.parameters())
+    settings = bench_experts.Settings(
+        shape, rows=2, length=16, rounds=1, compiled=False, batches=(2,), prompt=4, new=3, decode_rounds=1
+    )
+    rows = bench_experts.run(settings)
+    assert all(row.value > 0 for row in rows)
+    assert {row.peer.partition(",")[0] for row in rows} == {"", "dense core", "transformers"}
 
 
 def test_trainer_and_bare_loop_are_timed():
