@@ -134,6 +134,11 @@ class Quantize(StageOptions):
     head_bits: Literal[2, 3, 4, 8, 16] = option("bits of an untied output head; 16 leaves it as it is", 16)
     skip: Names = option("layers to leave as they are, by name or pattern (`blocks.0.*`), comma-separated", "")
     samples: int = option("calibration blocks of --sequence_length tokens, from the training split of --data", 128)
+    minimum_tokens: int | None = option(
+        "calibration tokens that every expert is to see: where its router gives it fewer, it takes the likeliest "
+        "others; default: as many as its widest matrix has inputs",
+        None,
+    )
     layers: dict[str, dict[str, Any]] = option(
         "layers with a method, bits, group_size or symmetric of their own, by name or pattern: {'*.down': {bits: 8}}",
         factory=dict,

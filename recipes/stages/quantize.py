@@ -39,6 +39,7 @@ class Quantize(Stage[options.Quantize]):
         return title_of(self.method)
 
     def check(self) -> None:
+        options.check_least(self.options, minimum_tokens=0)
         self.overrides()
         self.end(self.options.embedding_bits, "embedding_bits")
         self.end(self.options.head_bits, "head_bits")
@@ -112,6 +113,7 @@ class Quantize(Stage[options.Quantize]):
             head=head,
             store=FolderStore(state),
             progress=by_layer(bars, "quantizing", model),
+            minimum_tokens=chosen.minimum_tokens,
         )
         return model, records
 

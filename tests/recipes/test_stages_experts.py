@@ -34,12 +34,12 @@ def layers_of(out):
 
 def test_experts_are_quantized_inspected_and_exported(mixture, espalier, tmp_path):
     out = tmp_path / "gptq"
-    how = ["--method", "gptq", "--bits", 4, "--group_size", 32, "--samples", 2]
+    how = ["--method", "gptq", "--bits", 4, "--group_size", 32, "--samples", 2, "--minimum_tokens", 96]
     status, output = espalier("quantize", mixture, "--out", out, *QUICK, *how)
     assert status == 0, output.err
     layers = layers_of(out)
     for expert in range(4):
-        assert layers[f"blocks.1.feedforward.experts.{expert}.up"]["achieved"]["tokens"] >= 64
+        assert layers[f"blocks.1.feedforward.experts.{expert}.up"]["achieved"]["tokens"] >= 96
     assert layers["blocks.0.feedforward.router.projection"]["skipped"]
     assert "router that chooses the experts" in layers["blocks.0.feedforward.router.projection"]["note"]
     status, output = espalier("inspect", out)
