@@ -4,7 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+import models
+from models.config import ModelConfig
+from models.transformer import Transformer
+from recipes.cli import main
 from recipes.stages import options
 from recipes.stages.parser import parse_arguments
 from recipes.stages.pipeline import read_pipeline
@@ -40,8 +46,42 @@ def test_every_key_has_a_comment(path):
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.name)
 def test_pipeline_can_be_read(path, tmp_path):
-    steps = read_pipeline(path, tmp_path, tmp_path / "model" if path.name != "quickstart.yaml" else None, "cpu")
+    steps = read_pipeline(path, tmp_path, None, "cpu")
     assert len(steps) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("moe-quickstart", 10_163_456, 5_408_000),
+        ("mixtral-8x150m", 690_973_440, 223_832_832),
+        ("glam-64e", 1_907_612_928, 152_296_704),
+    ],
+)
+def test_recipes_with_experts_are_as_large_as_they_say_and_train(name, total, active, tmp_path):
+    recipe = yaml.safe_load((ROOT / "pretrain" / f"{name}.yaml").read_text())
+    architecture = recipe["model"]["architecture"]
+    sizes = {"vocab_size": recipe["data"]["vocab_size"], "context": recipe["data"]["sequence_length"]}
+    with torch.device("meta"):
+        counts = Transformer(ModelConfig.from_dict(sizes | architecture)).count_parameters()
+    assert (counts["total"], counts["active"]) == (total, active)
+    tiny = shrunk(architecture) | {"width": 48, "depth": 2, "context": 32}
+    recipe["model"] |= {"architecture": tiny, "compile": None}
+    recipe["data"] |= {"source": "synthetic", "sequence_length": 32, "batch_size": 4, "vocab_size": 300, "workers": 0}
+    recipe["trainer"] |= {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2, "limit_val_batches": 1}
+    recipe["trainer"]["accumulate_grad_batches"] = 1
+    recipe["model"]["schedule"]["init_args"]["warmup_steps"] = 1
+    recipe["samples"] = {"prompts": [""], "max_new_tokens": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "-c", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "model")]) == 0
+    assert models.load(tmp_path / "model").count_parameters()["active"] < 10**5
+
+
+def shrunk(values):
+    """The same architecture with feed-forwards of 16 neurons."""
+    if isinstance(values, dict):
+        return {key: 16 if (key, type(value)) == ("width", int) else shrunk(value) for key, value in values.items()}
+    return [shrunk(value) for value in values] if isinstance(values, list) else values
 
 
 def test_there_are_recipes():
