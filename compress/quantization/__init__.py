@@ -7,6 +7,7 @@ from compress.quantization.int8 import Int8
 from compress.quantization.methods import METHODS, Quantizer
 from compress.quantization.nf4 import Nf4
 from compress.quantization.rtn import Rtn
+from compress.quantization.squeezellm import SqueezeLlm
 
 __all__ = [
     "METHODS",
@@ -17,4 +18,5 @@ __all__ = [
     "Nf4",
     "Quantizer",
     "Rtn",
+    "SqueezeLlm",
 ]

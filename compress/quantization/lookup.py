@@ -5,10 +5,6 @@
 
 which is the form of SqueezeLLM's dense-and-sparse decomposition (arXiv 2306.07629, section 4.2).
 
-Numerics. As in `linear.py`: `dequantize()` is the weight, equal to the bit to what was optimised; an input is
-multiplied with `dequantize()` rounded to its dtype. Packed tensors keep their dtypes, an embedding's output follows
-`.to(dtype)`. Gradients flow to the input only.
-
 Speed. PyTorch has no product that reads a table for each row, so every call looks the weights up and multiplies:
 smaller than dense weights, and not faster. The look-up takes neighbours together, from a table of their 4-bit pairs,
 3-bit pairs or 2-bit quadruples that is made in the call. Measured with torch 2.13 on one core (AVX-512, no AMX), a
@@ -22,12 +18,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.quantization.kernels import Choice
+from compress.quantization.packed import Packed, PackedEmbedding, PackedLinear
 from compress.quantization.storage import pack, packed_bytes, unpack
 from models.errors import UserError, did_you_mean
-from models.products import linear
 
 BITS = (2, 3, 4)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,6 +57,22 @@ class LookupFormat:
         return 2**self.bits
 
 
+@dataclass(frozen=True)
+class StoredLookup(LookupFormat):
+    """How a matrix lies: its tables, and `sparse`, the number of weights that stand apart."""
+
+    sparse: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.sparse, bool) or not isinstance(self.sparse, int) or self.sparse < 0:
+            raise UserError(f"sparse must be a number of weights, got {self.sparse!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
 class Sparse(NamedTuple):
     """Single weights, row by row, ascending in a row.
 
@@ -85,6 +97,11 @@ class Sparse(NamedTuple):
         numbers = torch.arange(len(self.counts), device=self.counts.device)
         return numbers.repeat_interleave(self.counts.long(), output_size=len(self.columns))
 
+    def cut(self, start: int, stop: int) -> "Sparse":
+        """The sparse part of the rows from `start` to `stop`."""
+        first, last = (int(self.counts[:row].sum()) for row in (start, stop))
+        return Sparse(self.counts[start:stop], self.columns[first:last], self.values[first:last])
+
     def pick(self, index: Tensor) -> "Sparse":
         """The sparse part of the rows `index` (n,)."""
         counts = self.counts[index].long()  # (n,)
@@ -106,13 +123,18 @@ class Looked(NamedTuple):
         codes: (N, K) uint8; those at a sparse entry mean nothing.
         table: (N, 2^b) bf16 or fp16.
         sparse: what stands apart, or None.
-        format: how it lies.
+        tables: their format.
     """
 
     codes: Tensor
     table: Tensor
     sparse: Sparse | None
-    format: LookupFormat
+    tables: LookupFormat
+
+    @property
+    def format(self) -> StoredLookup:
+        """How the matrix lies."""
+        return StoredLookup(**asdict(self.tables), sparse=0 if self.sparse is None else len(self.sparse.columns))
 
     def dequantize(self) -> Tensor:
         """The weights (N, K) fp32, exactly."""
@@ -128,41 +150,50 @@ def look_up(packed: Tensor, table: Tensor, bits: int, width: int) -> Tensor:
     """The weights (N, width) of packed codes (N, packed_bytes) and tables (N, 2^bits), in the dtype of the tables."""
     span = 4 if bits == 2 else 2  # codes looked up at once: all in a byte, or two of 3 bits
     word = {2: torch.int32, 4: torch.int64}[span]
-    if bits == 3:
-        codes = unpack(packed, bits, packed.shape[1] // 3 * 8)
-        packed = codes[:, ::2] | (codes[:, 1::2] << 3)  # (N, pairs)
-    index = torch.arange(table.shape[1] ** span, device=table.device)
-    parts = torch.stack([(index >> (bits * i)) & (2**bits - 1) for i in range(span)], dim=1)  # (2^(b span), span)
-    several = table.index_select(1, parts.flatten()).view(word)  # (N, 2^(b span))
-    return several.gather(1, packed.long()).view(table.dtype)[:, :width]
+    index = packed.long() if bits != 3 else _pairs(packed)
+    entries = table.shape[1]
+    several = table.new_empty(len(table), *[entries] * span, span)
+    for i in range(span):  # the first code is in the lowest bits, and so its values are those of the last dimension
+        several[..., i] = table.view(-1, *[entries if i == span - 1 - place else 1 for place in range(span)])
+    several = several.view(len(table), -1).view(word)  # (N, 2^(b span))
+    return several.gather(1, index).view(table.dtype)[:, :width]
 
 
-class Lookup(nn.Module):
+def _pairs(packed: Tensor) -> Tensor:
+    """Two 3-bit codes at a time (N, 4 / 3 of the bytes) int64, of packed codes: 8 codes in 3 bytes."""
+    low, middle, high = packed.view(len(packed), -1, 3).int().unbind(-1)  # (N, words)
+    word = low | (middle << 8) | (high << 16)
+    pairs = word.new_empty(*word.shape, 4, dtype=torch.int64)
+    for i in range(4):
+        pairs[..., i] = (word >> (6 * i)) & 63
+    return pairs.flatten(1)
+
+
+class Lookup(Packed):
     """Indices of a matrix (N, K) into a table for each row, packed at their true size, and its sparse part.
 
     Buffers: `codes` (N, packed_bytes(K)) uint8, `table` (N, 2^b), and where S > 0 the tensors of `Sparse`.
     """
 
-    def __init__(
-        self, rows: int, width: int, format: LookupFormat, sparse: int = 0, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__()
-        self.shape, self.format, self.entries, self.dtype = (rows, width), format, sparse, dtype
-        stored = DTYPES[format.dtype]
+    def __init__(self, rows: int, width: int, format: StoredLookup, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(rows, width, format, dtype)
+        stored, index = DTYPES[format.dtype], _index_dtype(width)
         self.register_buffer("codes", torch.empty(rows, packed_bytes(width, format.bits), dtype=torch.uint8))
         self.register_buffer("table", torch.empty(rows, format.entries, dtype=stored))
-        if sparse:
-            index = _index_dtype(width)
+        if format.sparse:
             self.register_buffer("counts", torch.empty(rows, dtype=index))
-            self.register_buffer("columns", torch.empty(sparse, dtype=index))
-            self.register_buffer("values", torch.empty(sparse, dtype=stored))
+            self.register_buffer("columns", torch.empty(format.sparse, dtype=index))
+            self.register_buffer("values", torch.empty(format.sparse, dtype=stored))
 
-    def spec(self) -> dict[str, Any]:
-        """The numbers of the form, as JSON values."""
-        return {**asdict(self.format), "sparse": self.entries}
+    @staticmethod
+    def read_format(spec: dict[str, Any]) -> StoredLookup:
+        try:
+            return StoredLookup(**spec)
+        except TypeError:
+            known = StoredLookup.__dataclass_fields__
+            raise UserError(f"look-ups are described by {', '.join(known)}; got {', '.join(spec)}") from None
 
     def fill(self, looked: Looked) -> None:
-        """Take over quantized weights."""
         self.codes = pack(looked.codes, self.format.bits)
         self.table = looked.table.contiguous()
         if looked.sparse is not None:
@@ -171,141 +202,29 @@ class Lookup(nn.Module):
     @property
     def sparse(self) -> Sparse | None:
         """What stands apart."""
-        return Sparse(self.counts, self.columns, self.values) if self.entries else None
+        return Sparse(self.counts, self.columns, self.values) if self.format.sparse else None
 
-    def dequantize(self) -> Tensor:
-        """The dense weight (N, K) fp32 that the codes stand for."""
-        return self._dense(torch.float32)
+    def dense(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+        bits, width = self.format.bits, self.shape[1]
+        weight = look_up(self.codes[start:stop], self.table[start:stop], bits, width).to(dtype)
+        return self.sparse.cut(start, stop).put(weight) if self.format.sparse else weight
 
-    def memory_bytes(self) -> int:
-        """Bytes of the weights as they are held (and of a bias)."""
-        return sum(tensor.nbytes for tensor in self.buffers())
+    def rows(self, index: Tensor) -> Tensor:
+        codes = unpack(self.codes[index], self.format.bits, self.shape[1])  # (n, K)
+        rows = self.table[index].gather(1, codes.long()).to(self.dtype)
+        return self.sparse.pick(index).put(rows) if self.format.sparse else rows
 
     def stored_bytes(self) -> int:
-        """Bytes of codes, tables and sparse part on disk, with all padding."""
         names = ("codes", "table", "counts", "columns", "values")
         return sum(tensor.nbytes for name, tensor in self.named_buffers() if name in names)
 
     def choice(self, device: str, batch: int, dtype: torch.dtype) -> Choice:
-        """Through what `batch` rows of x in `dtype` run on a device type."""
         return Choice(None, "look up, then matmul", "no kernel reads a table for each row")
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """x (..., K) times the transposed weights: (..., N) in the dtype of x, or of autocast."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        return linear(x, self._dense(x.dtype))
 
-    def _dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight (N, K), rounded once to `dtype`."""
-        weight = look_up(self.codes, self.table, self.format.bits, self.shape[1]).to(dtype)
-        return self.sparse.put(weight) if self.entries else weight
-
-    def _apply(self, fn, recurse: bool = True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
+class LookupLinear(PackedLinear, Lookup):
+    """`nn.Linear` by look-up."""
 
 
-def _read(spec: dict[str, Any]) -> tuple[LookupFormat, int]:
-    """Format and number of sparse entries of a form's spec. Raises UserError for what it cannot be."""
-    spec = dict(spec)
-    sparse = spec.pop("sparse", 0)
-    if isinstance(sparse, bool) or not isinstance(sparse, int) or sparse < 0:
-        raise UserError(f"sparse must be a number of entries, got {sparse!r}")
-    try:
-        return LookupFormat(**spec), sparse
-    except TypeError:
-        raise UserError(f"look-ups are described by bits, dtype and sparse; got {', '.join(spec)}") from None
-
-
-def _entries(looked: Looked) -> int:
-    return 0 if looked.sparse is None else len(looked.sparse.columns)
-
-
-class LookupLinear(Lookup):
-    """`nn.Linear` by look-up: x (..., K) -> (..., N). A bias is kept in fp32 and added in the dtype of x."""
-
-    def __init__(
-        self,
-        rows: int,
-        width: int,
-        format: LookupFormat,
-        sparse: int = 0,
-        bias: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(rows, width, format, sparse, dtype)
-        self.out_features, self.in_features = rows, width
-        self.register_buffer("bias", torch.empty(rows, dtype=torch.float32) if bias else None)
-
-    @classmethod
-    def empty(cls, module: nn.Linear, spec: dict[str, Any]) -> "LookupLinear":
-        """The layer that takes the place of `module`, its tensors yet to be loaded."""
-        spec = dict(spec)
-        bias = spec.pop("bias", False)
-        return cls(module.out_features, module.in_features, *_read(spec), bias, module.weight.dtype)
-
-    @classmethod
-    def of(cls, module: nn.Linear, looked: Looked) -> "LookupLinear":
-        """The layer that takes the place of `module`, with these weights and the module's bias."""
-        bias = module.bias is not None
-        size = module.out_features, module.in_features
-        new = cls(*size, looked.format, _entries(looked), bias, module.weight.dtype)
-        new.fill(looked)
-        if bias:
-            new.bias = module.bias.detach().float().clone()
-        return new
-
-    def spec(self) -> dict[str, Any]:
-        return {**super().spec(), "bias": self.bias is not None}
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.multiply(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.format}, {self.entries} sparse"
-
-
-class LookupEmbedding(Lookup):
-    """`nn.Embedding` by look-up: tokens (...) -> (..., K); `project` makes it the head of a tied model."""
-
-    def __init__(
-        self, rows: int, width: int, format: LookupFormat, sparse: int = 0, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(rows, width, format, sparse, dtype)
-        self.num_embeddings, self.embedding_dim = rows, width
-
-    @classmethod
-    def empty(cls, module: nn.Embedding, spec: dict[str, Any]) -> "LookupEmbedding":
-        """The layer that takes the place of `module`, its tensors yet to be loaded."""
-        return cls(module.num_embeddings, module.embedding_dim, *_read(spec), module.weight.dtype)
-
-    @classmethod
-    def of(cls, module: nn.Embedding, looked: Looked) -> "LookupEmbedding":
-        """The layer that takes the place of `module`, with these weights."""
-        new = cls(*module.weight.shape, looked.format, _entries(looked), module.weight.dtype)
-        new.fill(looked)
-        return new
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        index = tokens.reshape(-1)  # (n,)
-        codes = unpack(self.codes[index], self.format.bits, self.shape[1])  # (n, K)
-        rows = self.table[index].gather(1, codes.long()).to(self.dtype)
-        if self.entries:
-            rows = self.sparse.pick(index).put(rows)
-        return rows.view(*tokens.shape, self.shape[1])
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., K)."""
-        return self.multiply(hidden)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}, {self.entries} sparse"
+class LookupEmbedding(PackedEmbedding, Lookup):
+    """`nn.Embedding` by look-up."""

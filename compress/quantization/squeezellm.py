@@ -82,7 +82,7 @@ class SqueezeLlm(LayerMethod):
         dense = looked.dequantize()
         achieved = {
             "bits": bits_per_weight(new),
-            "sparse": new.entries / weight.numel(),
+            "sparse": new.format.sparse / weight.numel(),
             "error_of": "weights",
             "fisher_error": _fisher_error(weight, dense, importance),
         }

@@ -157,7 +157,7 @@ def test_memory_is_the_true_bits(bits, share):
     looked = squeeze(module.weight.data, torch.rand(256, 1024), LookupFormat(bits), share / 2, share / 2)
     packed, entries = LookupLinear.of(module, looked), 2 * round(share / 2 * 256 * 1024)
     theory = (256 * 1024 * bits + 256 * 2**bits * 16 + entries * (16 + 16)) / 8
-    assert packed.entries == entries
+    assert packed.format.sparse == entries
     assert packed.memory_bytes() == packed.stored_bytes() == sum(t.nbytes for t in packed.state_dict().values())
     assert theory <= packed.memory_bytes() <= 1.05 * theory
 
@@ -341,7 +341,7 @@ def test_a_pruned_model_keeps_its_zeros():
         (lambda: LookupFormat(8), "bits of a look-up must be one of 2, 3, 4, got 8"),
         (lambda: LookupFormat(3, "bf16"), "unknown dtype 'bf16'"),
         (lambda: LookupLinear.empty(nn.Linear(4, 4), {"bits": 3, "dtype": "bfloat16", "sparse": -1}), "sparse must be"),
-        (lambda: LookupLinear.empty(nn.Linear(4, 4), {"group_size": 3}), "described by bits, dtype and sparse"),
+        (lambda: LookupLinear.empty(nn.Linear(4, 4), {"group_size": 3}), "described by bits, dtype, sparse"),
         (lambda: METHODS.parse({"kind": "squeezellm", "outlier": 0.1}, "method"), "did you mean 'outliers'"),
     ],
 )
