@@ -38,7 +38,10 @@ def recipe(tmp_path):
         "tokens": 64,
         "lengths": [32],
         "extrapolate": ["position"],
-        "axes": {"position": {"learned": {"position": "learned"}}},
+        "axes": {
+            "position": {"learned": {"position": "learned"}},
+            "experts": {"two": {"feedforward": {"kind": "experts", "count": 4, "expert": {"kind": "mlp", "width": 8}}}},
+        },
     }
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -53,10 +56,16 @@ def test_a_sweep_trains_measures_and_compares(recipe, tmp_path, capsys):
     assert "| position | learned |" in text
     assert "ends before" in text  # learned positions stop at 16
     assert (out / "plots" / "differences.png").stat().st_size > 1000
+    assert (out / "plots" / "expert-load.png").stat().st_size > 1000
+    assert "of the runs with seed 1](plots/expert-load.png)" in text
     figures = json.loads((out / "sweep.json").read_text())
     assert [run["seed"] for run in figures["runs"]["position/learned"]] == [1, 2]
     assert set(figures["runs"]["position/learned"][0]["losses"]) == {"16"}
     assert set(figures["runs"]["the base"][0]["losses"]) == {"16", "32"}
+    experts = figures["runs"]["experts/two"][0]
+    assert sum(experts["experts"]["blocks.0"]["load"]) == pytest.approx(1)
+    assert experts["active_parameters"] < experts["parameters"]
+    assert figures["runs"]["the base"][0]["experts"] == {}
     before = {run.name: run.stat().st_mtime_ns for run in (out / "runs").glob("*.json")}
     (out / "runs" / "position-learned-s2.json").unlink()
     assert main(["sweep", str(path), "--out", str(out)]) == 0
