@@ -3,6 +3,8 @@
 N tokens, P pairs of a token and an expert, E experts, D model width, F hidden neurons of an expert.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from models.experts.dispatch import group, grouped_linear, sum_pairs, take_rows
 from models.experts.pairs import Pairs
 from models.feedforward import ACTIVATIONS, Mlp, Swiglu
 from models.linear import residual_std
+from models.products import linear
 
 
 class StackedExperts(nn.Module):
@@ -49,16 +52,36 @@ class StackedExperts(nn.Module):
         """
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if len(x) == 1 and device == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._one_token(x.to(dtype), pairs)
         groups = group(pairs, self.count)
-        rows = take_rows(x.to(dtype), groups)  # (P, D)
 
         def apply(name: str, rows: Tensor) -> Tensor:
             bias = getattr(self, f"{name}_bias")
             bias = None if bias is None else bias.to(dtype)
             return grouped_linear(rows, getattr(self, name).to(dtype), bias, groups)
 
+        y = self._network(take_rows(x.to(dtype), groups), apply)  # (P, D)
+        return sum_pairs(y, pairs.weights, groups, len(x))
+
+    def _network(self, rows: Tensor, apply: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """The network of the experts on rows (P, D), with `apply` for its maps by name."""
         if "gate" in self.stds:
             hidden = self.activation(apply("gate", rows)) * apply("up", rows)  # (P, F)
         else:
             hidden = self.activation(apply("up", rows))
-        return sum_pairs(apply("down", hidden), pairs.weights, groups, x.shape[0])
+        return apply("down", hidden)
+
+    def _one_token(self, x: Tensor, pairs: Pairs) -> Tensor:
+        """As `forward` for x (1, D), on CPU: with so little to compute, sorting and grouping would take longer."""
+        total = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        for expert, weight in zip(pairs.experts.tolist(), pairs.weights.tolist(), strict=True):
+
+            def apply(name: str, row: Tensor, expert: int = expert) -> Tensor:
+                bias = getattr(self, f"{name}_bias")
+                bias = None if bias is None else bias[expert].to(x.dtype)
+                return linear(row, getattr(self, name)[expert].to(x.dtype), bias)
+
+            if expert < self.count:
+                total += weight * self._network(x, apply).to(total.dtype)
+        return total.to(x.dtype)

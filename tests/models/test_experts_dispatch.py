@@ -72,6 +72,7 @@ ROUTES = {
     "one choice": spread(k=1),
     "every expert": spread(k=COUNT),
     "one token": spread(tokens=1),
+    "one token, one of its pairs dropped": dropped(spread(tokens=1)),
     "dropped": dropped(spread()),
     "all dropped": spread()._replace(experts=torch.full((26,), COUNT)),
     "shuffled": shuffled(spread()),
@@ -176,14 +177,24 @@ def test_bf16(monkeypatch, autocast, bf16_products):
         assert (mine.grad.float() - true.grad).norm() <= 0.02 * true.grad.norm(), name
 
 
+def test_one_token_computes_in_the_autocast_dtype():
+    stacked, separate = both(SPECS["swiglu, biases"])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        mine, plain = (experts(noise(1), ROUTES["one token"]) for experts in (stacked, separate))
+    assert mine.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(mine, plain)
+
+
 def test_sums_over_many_experts_are_not_rounded_to_bf16_in_between():
     stacked, _ = both(SPECS["mlp, odd"], torch.bfloat16)
     with torch.no_grad():
         stacked.up.zero_()
         stacked.down.zero_()
         stacked.down_bias = torch.nn.Parameter(torch.ones(COUNT, WIDTH, dtype=torch.bfloat16))
-        weights = torch.tensor([[256.0, 0.75, 0.75, 0.75]])  # 258.25: in bf16, 256 + 0.75 is 256
-        assert stacked(noise(1).bfloat16(), token_pairs(torch.arange(4)[None], weights)).unique().item() == 258
+        weights = torch.tensor([256.0, 0.75, 0.75, 0.75])  # 258.25: in bf16, 256 + 0.75 is 256
+        for tokens in (1, 2):
+            pairs = token_pairs(torch.arange(4).expand(tokens, -1), weights.expand(tokens, -1))
+            assert stacked(noise(tokens).bfloat16(), pairs).unique().item() == 258
 
 
 @pytest.mark.parametrize("strides", ["permuted", "expanded"])
