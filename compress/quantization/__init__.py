@@ -6,6 +6,7 @@ from compress.quantization.gptq import Gptq
 from compress.quantization.int8 import Int8
 from compress.quantization.methods import METHODS, Quantizer
 from compress.quantization.nf4 import Nf4
+from compress.quantization.product import ProductQuantization
 from compress.quantization.rtn import Rtn
 from compress.quantization.squeezellm import SqueezeLlm
 
@@ -16,6 +17,7 @@ __all__ = [
     "Gptq",
     "Int8",
     "Nf4",
+    "ProductQuantization",
     "Quantizer",
     "Rtn",
     "SqueezeLlm",
