@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from app.evaluation import charts, tables, wording
+from app.evaluation import charts, sensitivity, tables, wording
 from app.evaluation.charts import Chart, Step
 from app.evaluation.environment import environment
 from app.evaluation.events import write_events
@@ -152,6 +152,8 @@ def stage_charts(report: dict) -> list[Chart]:
     if "speed" in before and "speed" in after:
         found.append(charts.latency([before["name"], after["name"]], [before["speed"], after["speed"]]))
     found.append(charts.layer_grid(report["layers"]))
+    if "sensitivity" in report:
+        found.append(sensitivity.picture(report["sensitivity"]))
     return [chart for chart in found if chart is not None]
 
 
@@ -171,6 +173,7 @@ def stage_page(report: dict, drawings: Sequence[Chart]) -> dict:
         "charts": [{"name": chart.name, "caption": chart.caption, "svg": Markup(chart.svg())} for chart in drawings],
         "baselines": baseline_rows(report),
         "layers": tables.layer_table(report["layers"]) if report["layers"] else None,
+        "sensitivity": sensitivity.table(report["sensitivity"]) if "sensitivity" in report else None,
         "skipped": sum(layer["skipped"] for layer in report["layers"]),
         "protocol": protocol(report),
         "facts": facts(report),

@@ -44,12 +44,17 @@ class Plan:
             return getattr(self, name), f"left in full precision: no bits are asked for the {name}"
         return self.method, "left in full precision: no bits are asked for the blocks"
 
-    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
-        """Raise UserError for a pattern that matches no layer; let every method look at the model."""
+    def check_patterns(self, model: nn.Module) -> list[str]:
+        """The names of all layers; raises UserError for a pattern that matches none."""
         names = [name for part in parts_of(model) for name in part.linears]
         for pattern in self.overrides:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UserError(f"no layer is called {pattern!r}{did_you_mean(pattern, names)}")
+        return names
+
+    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
+        """Raise UserError for a pattern that matches no layer; let every method look at the model."""
+        names = self.check_patterns(model)
         for method in _distinct([self.choose(name)[0] for name in names]):
             method.prepare(model, batches)
 

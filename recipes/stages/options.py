@@ -121,6 +121,19 @@ class Quantize(StageOptions):
         "gptq",
     )
     bits: int | None = option("bits of a weight of a linear layer; default: 4, where the method has a choice", None)
+    budget_bits: float | None = option(
+        "in place of bits: the most bits that a weight of a linear layer takes on average, with scales and zeros; each "
+        "layer is given those of 2, 3, 4 and 8 that lose least on the validation text together",
+        None,
+    )
+    budget_bytes: int | str | None = option(
+        "in place of bits: the most bytes of the whole weights file, such as 20MB or 512KiB", None
+    )
+    sensitivity_samples: int | None = option(
+        "blocks of the validation split of --data on which each layer is tried at each of the bits; default: 32 with a "
+        "budget, otherwise none",
+        None,
+    )
     group_size: int | Literal["channel", "tensor"] | None = option(
         "weights of one row that share a scale; `channel`: the whole row, `tensor`: all of them; default: 64, where "
         "the method has groups",

@@ -2,19 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app.loading import Loaded, load_model
+from app.evaluation.sensitivity import sentences
+from app.loading import Loaded, Source, load_model
 from compress.calibration import Method
 from compress.quantization import Rtn
 from compress.quantization.methods import GRID, grid_of, own_options, read_method, title_of, with_grid
-from compress.quantization.plan import quantize_model
+from compress.quantization.plan import Plan, quantize_model
 from compress.records import LayerRecord
 from compress.store import FolderStore
+from models import folder
 from models.errors import UserError
 from models.transformer import Transformer
 from recipes.stages import options
+from recipes.stages.mixed import CHOICES, Mixed, mix, read_budget
 from recipes.stages.parser import check_keys
 from recipes.stages.stage import Stage
 from recipes.stages.terminal import Bars, by_layer
@@ -32,11 +37,19 @@ class Quantize(Stage[options.Quantize]):
         given = {name: getattr(chosen, name) for name in GRID if getattr(chosen, name) is not None}
         self.method = with_grid(read_method(chosen.method, "method"), given)
         self.made = [self.method]
-        spec = {"kind": self.method.kind, **own_options(self.method)}
-        super().__init__(replace(chosen, method=spec, **grid_of(self.method)))
+        self.budget = read_budget(chosen, self.method)
+        self.mixed: Mixed | None = None  # which layer was given how many bits, where layers were measured
+        self.uniform: Transformer | None = None  # what the plan is held against
+        spec, grid = {"kind": self.method.kind, **own_options(self.method)}, grid_of(self.method)
+        if self.budget is not None and self.budget.unit is not None:
+            grid |= {"bits": None}
+        super().__init__(replace(chosen, method=spec, **grid))
 
     def title(self) -> str:
-        return title_of(self.method)
+        title = title_of(self.method)
+        if self.budget is None or self.budget.unit is None:
+            return title
+        return title.replace(f"{self.method.format.bits} bits", self.budget.title(), 1)
 
     def check(self) -> None:
         options.check_least(self.options, minimum_tokens=0)
@@ -100,22 +113,62 @@ class Quantize(Stage[options.Quantize]):
         self, parents: dict[str, Loaded], text: Text, state: Path, bars: Bars
     ) -> tuple[Transformer, Sequence[LayerRecord]]:
         chosen, model = self.options, parents["model"].model
-        overrides = self.overrides()
-        embedding, head = self.end(chosen.embedding_bits, "embedding_bits"), self.end(chosen.head_bits, "head_bits")
-        methods = [self.method, *overrides.values(), embedding, head]
-        calibrates = any(method is not None and method.calibrates for method in methods)
-        records = quantize_model(
-            model,
-            self.method,
-            text.calibration(chosen.samples, self.device) if calibrates else None,
-            overrides=overrides,
-            embedding=embedding,
-            head=head,
-            store=FolderStore(state),
-            progress=by_layer(bars, "quantizing", model),
-            minimum_tokens=chosen.minimum_tokens,
-        )
+        plan = self.plan()
+        if self.budget is not None:
+            self.mixed = mix(model, plan, self.budget, self.at_bits)
+            batches = text.calibration(self.budget.samples, self.device, split="validation")
+            store = FolderStore(state / "sensitivity")
+            self.mixed.solve(model, batches, store, partial(bars, "trying each layer alone"))
+            plan = self.mixed.plan()
+        records = self.quantize(model, plan, text, state, bars, "quantizing")
+        if self.mixed is not None and self.mixed.uniform is not None:
+            self.uniform = load_model(chosen.model, self.device, self.dtype).model
+            uniform = self.mixed.plan(self.mixed.uniform)
+            phase = f"quantizing at {self.mixed.uniform} bits, to compare"
+            self.quantize(self.uniform, uniform, text, state / "uniform", bars, phase)
         return model, records
+
+    def plan(self) -> Plan:
+        """The method of every layer, as the options have it."""
+        ends = {
+            f"{end}": self.end(getattr(self.options, f"{end}_bits"), f"{end}_bits") for end in ("embedding", "head")
+        }
+        return Plan(self.method, self.overrides(), **ends)
+
+    def at_bits(self, name: str, plan: Plan) -> dict[int, Any] | None:
+        """The methods between which a budget chooses for a layer, by their bits; None where its bits are settled."""
+        method, own = plan.choose(name)[0], self.options.layers
+        pattern = next((one for one in reversed(plan.overrides) if fnmatchcase(name, one)), None)
+        if method is None or "bits" not in method.grid or "bits" in own.get(pattern, {}):
+            return None
+        return {bits: self.shared(with_grid(method, {"bits": bits})) for bits in CHOICES if bits in method.bits}
+
+    def quantize(
+        self, model: Transformer, plan: Plan, text: Text, state: Path, bars: Bars, phase: str
+    ) -> list[LayerRecord]:
+        """Quantize a model in place by a plan; finished blocks are kept in `state`."""
+        methods = [plan.method, *plan.overrides.values(), plan.embedding, plan.head]
+        calibrates = any(method is not None and method.calibrates for method in methods)
+        return quantize_model(
+            model,
+            plan.method,
+            text.calibration(self.options.samples, self.device) if calibrates else None,
+            overrides=plan.overrides,
+            embedding=plan.embedding,
+            head=plan.head,
+            store=FolderStore(state),
+            progress=by_layer(bars, phase, model),
+            minimum_tokens=self.options.minimum_tokens,
+        )
+
+    def _measure(self, target: Path, sources: dict[str, Source], text: Text) -> dict[str, Any]:
+        """Beside the pair: what was measured of single layers, and the plan against the uniform one."""
+        figures = super()._measure(target, sources, text)
+        if self.mixed is None:
+            return figures
+        found = self.mixed.figures(folder.load(target, self.device, self.dtype), figures, self.uniform, text.held_out)
+        self.notes += sentences(found)
+        return figures | {"sensitivity": found}
 
 
 def main(chosen: options.Quantize) -> None:

@@ -1,0 +1,208 @@
+"""How much each layer minds its bits: the divergence from the whole model when it alone is quantized.
+
+    KL(p || q_lb) = sum_v p(v) log (p(v) / q_lb(v)),   mean over the tokens of a held-out text
+
+where p is what the model says of the next token and q_lb what it says with layer l alone at b bits, rounded in the
+cheap form of its method: to the nearest point of its grid, or of its table with all weights counting alike. Nothing is
+fitted to the text. The maps of one kind in all the experts of a layer count as one: at thousands of matrices one
+by one is out of reach.
+
+Only the blocks from the layer's own on are run again. What has been measured is kept layer by layer.
+
+B batch, T tokens of a row, D model width, V vocabulary, N tokens.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration import Batch, Chain, parts_of
+from compress.experts import apart
+from compress.quantization.grid import IntFormat, quantize
+from compress.quantization.linear import PackedIntEmbedding, PackedIntLinear
+from compress.quantization.lookup import LookupEmbedding, LookupFormat, LookupLinear, StoredLookup
+from compress.quantization.packed import Packed
+from compress.quantization.rtn import checked_weight
+from compress.quantization.squeezellm import squeeze
+from compress.store import Store
+from models.errors import UserError
+
+LOGITS_AT_ONCE = 2**24  # fp32 values of one model's logits held at a time
+_EXPERT = re.compile(r"(\.experts\.)\d+\.")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is given one number of bits: a linear map, or the maps of one kind in all the experts of a layer.
+
+    Attributes:
+        name: of the map, or a pattern that matches those of the experts: `blocks.1.feedforward.experts.*.up`.
+        members: their names.
+        shapes: of each member's weight (N, K).
+        methods: bits -> the method that would quantize it.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    methods: Mapping[int, Any]
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return sum(rows * width for rows, width in self.shapes)
+
+    def bytes(self) -> dict[int, int]:
+        """Bits -> the bytes that its weights take on disk, with scales, zeros, tables and padding."""
+        return {
+            bits: sum(stored_form(nn.Linear, shape, method).stored_bytes() for shape in self.shapes)
+            for bits, method in self.methods.items()
+        }
+
+
+def units_of(model: nn.Module, methods: Callable[[str], Mapping[int, Any] | None]) -> list[Unit]:
+    """The units of a model whose experts are apart, in its order.
+
+    Args:
+        methods: name of a linear map in a block -> bits -> the method for it; None where its bits are settled.
+    """
+    grouped: dict[str, list[str]] = {}
+    for name in (name for part in parts_of(model)[:-1] for name in part.linears):
+        grouped.setdefault(_EXPERT.sub(r"\1*.", name), []).append(name)
+    units = []
+    for pattern, members in grouped.items():
+        chosen = methods(members[0])
+        if chosen is not None:
+            shapes = tuple(tuple(model.get_submodule(name).weight.shape) for name in members)
+            units.append(Unit(pattern, tuple(members), shapes, chosen))
+    return units
+
+
+def stored_form(kind: type[nn.Module], shape: tuple[int, int], method: Any) -> Packed:
+    """The packed layer, on the meta device, in which the method stores a weight of this shape: its true bytes.
+
+    Args:
+        kind: `nn.Linear` or `nn.Embedding`.
+
+    Raises:
+        UserError: the method's stored form is not known before it has run.
+    """
+    embedding = issubclass(kind, nn.Embedding)
+    form, count = getattr(method, "format", None), shape[0] * shape[1]
+    with torch.device("meta"):
+        if isinstance(form, IntFormat):
+            return (PackedIntEmbedding if embedding else PackedIntLinear)(*shape, form)
+        if isinstance(form, LookupFormat):
+            sparse = round(method.sensitive * count) + round(method.outliers * count)
+            tables = StoredLookup(form.bits, form.dtype, sparse)
+            return (LookupEmbedding if embedding else LookupLinear)(*shape, tables)
+    raise UserError(f"how many bytes method {method.kind} takes is not known before it has run")
+
+
+def rounded(weight: Tensor, method: Any) -> Tensor:
+    """The weight (N, K) fp32 in the cheap form of a method: the nearest values, no data."""
+    form = method.format
+    if isinstance(form, IntFormat):
+        return quantize(weight, form, getattr(method, "clip", None)).dequantize()
+    return squeeze(weight, torch.ones_like(weight), form, method.sensitive, method.outliers).dequantize()
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    units: Sequence[Unit],
+    batches: Sequence[Batch],
+    *,
+    store: Store | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[dict[int, float]]:
+    """The divergence of each unit at each of its bits, in nats per token.
+
+    Args:
+        model: a `Transformer`; left in evaluation mode, its weights as they were.
+        units: as `units_of` gave them.
+        batches: tokens of a text that nothing else is fitted to.
+        store: where finished units are kept; of an earlier run of the same settings none is measured again.
+        progress: called with (units done, units in all, name of the latest).
+    """
+    model.eval()
+    found: list[dict[int, float] | None] = [_kept(store, index, unit) for index, unit in enumerate(units)]
+    with apart(model):
+        device = next(model.parameters()).device
+        chain = Chain(model, batches, device, None)
+        whole = [_finished(model, 0, x, context) for x, context in zip(chain.inputs, chain.contexts, strict=True)]
+        for block in range(len(model.blocks)):
+            for index, unit in enumerate(units):
+                if not unit.name.startswith(f"blocks.{block}."):
+                    continue
+                if found[index] is None:
+                    found[index] = _unit(model, unit, block, chain, whole)
+                    _keep(store, index, unit, found[index])
+                if progress is not None:
+                    progress(index + 1, len(units), unit.name)
+            if any(entry is None for entry in found):
+                chain.run(model.blocks[block], keep=True, begin=lambda i: None)
+    return found
+
+
+def _unit(model: nn.Module, unit: Unit, block: int, chain: Chain, whole: list[Tensor]) -> dict[int, float]:
+    costs = {}
+    for bits, method in unit.methods.items():
+        total, tokens = 0.0, 0
+        with _replaced(model, unit, method):
+            for i, (x, context) in enumerate(zip(chain.inputs, chain.contexts, strict=True)):
+                hidden = _finished(model, block, x, context)  # (B, T, D)
+                valid = chain.valid[i]
+                pair = [h.flatten(0, 1) if valid is None else h[valid] for h in (whole[i], hidden)]  # (N, D) each
+                total += divergence(model, *pair)
+                tokens += len(pair[0])
+        costs[bits] = total / tokens
+    return costs
+
+
+@contextmanager
+def _replaced(model: nn.Module, unit: Unit, method: Any) -> Iterator[None]:
+    """The unit's weights rounded, for as long as this lasts."""
+    modules = [model.get_submodule(name) for name in unit.members]
+    before = [module.weight.data for module in modules]
+    try:
+        for name, module in zip(unit.members, modules, strict=True):
+            module.weight.data = rounded(checked_weight(name, module), method).to(module.weight.dtype)
+        yield
+    finally:
+        for module, weight in zip(modules, before, strict=True):
+            module.weight.data = weight
+
+
+def _finished(model: nn.Module, first: int, x: Tensor, context: Any) -> Tensor:
+    """What the head sees (B, T, D) of the hidden states that enter a block."""
+    for block in model.blocks[first:]:
+        x = block(x, context)
+    return model.finish(x)
+
+
+def divergence(model: nn.Module, whole: Tensor, hidden: Tensor) -> float:
+    """KL of the next-token distribution in nats, summed over the tokens; hidden states (N, D) of both."""
+    total = 0.0
+    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    for before, after in zip(whole.split(rows), hidden.split(rows), strict=True):
+        p, q = (model.project(h).float().log_softmax(-1) for h in (before, after))  # (n, V)
+        total += float((p.exp() * (p - q)).sum(1).double().sum())
+    return max(0.0, total)  # rounding can leave an equal pair a little below
+
+
+def _kept(store: Store | None, index: int, unit: Unit) -> dict[int, float] | None:
+    entry = None if store is None else store.load(f"unit-{index}")
+    if entry is None or entry[1]["name"] != unit.name:
+        return None
+    return {int(bits): cost for bits, cost in entry[1]["costs"].items()}
+
+
+def _keep(store: Store | None, index: int, unit: Unit, costs: dict[int, float]) -> None:
+    if store is not None:
+        store.save(f"unit-{index}", {}, {"name": unit.name, "costs": costs})
