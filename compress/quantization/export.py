@@ -71,25 +71,41 @@ def export_compressed_tensors(
     return notes
 
 
-def _check(packed: dict[str, PackedIntLinear], dtype: torch.dtype) -> IntFormat:
+def uniform(packed: dict[str, PackedIntLinear], target: str) -> IntFormat:
+    """The one format of all packed layers, in whole groups.
+
+    Raises:
+        UserError: no packed layer, several formats, or a group that is shorter; `target` is the file format's name.
+    """
     if not packed:
         raise UserError("the model has no linear layer of packed integers; export it with --format transformers")
     formats = {module.format for module in packed.values()}
     if len(formats) > 1:
         listed = "; ".join(sorted(map(str, formats)))
-        raise UserError(f"compressed-tensors export needs the same format in all packed layers, got {listed}")
+        raise UserError(f"{target} export needs the same format in all packed layers, got {listed}")
     format = formats.pop()
-    if not format.symmetric:
-        raise UserError("asymmetric weights cannot be exported: transformers cannot load their zero points")
-    if format.bits not in BITS:
-        raise UserError(f"{format.bits}-bit weights cannot be exported: compressed-tensors has packed them in two ways")
     for name, module in packed.items():
         width = module.in_features
         if not isinstance(format.group_size, str) and width % format.group_size:
             raise UserError(
                 f"{name} has {width} inputs, no multiple of the group size {format.group_size}: its last "
-                "group is shorter, which compressed-tensors does not have"
+                f"group is shorter, which {target} does not have"
             )
+    return format
+
+
+def _check(packed: dict[str, PackedIntLinear], dtype: torch.dtype) -> IntFormat:
+    format = uniform(packed, "compressed-tensors")
+    if not format.symmetric:
+        raise UserError(
+            "asymmetric weights cannot be exported to compressed-tensors: transformers cannot load their zero points; "
+            "--format gptq has them"
+        )
+    if format.bits not in BITS:
+        raise UserError(
+            f"{format.bits}-bit weights cannot be exported: compressed-tensors has packed them in two ways; "
+            "--format gptq has one"
+        )
     if dtype not in (torch.float32, format.dtype):
         raise UserError(f"scales in {format.scale_dtype} do not fit a model in {dtype}: export with --dtype float32")
     return format

@@ -7,20 +7,23 @@ from pathlib import Path
 
 from app.loading import Loaded, load_model, resolve_dtype
 from compress.quantization.export import export_compressed_tensors
+from compress.quantization.export_gptq import export_gptq
 from models.families import export_folder
 from models.forms import described
 from recipes.stages import options, partial
 from recipes.stages.terminal import say
 
+PACKED = {"compressed-tensors": export_compressed_tensors, "gptq": export_gptq}
+
 
 def main(chosen: options.Export) -> None:
-    """Run `espalier export`: dense for `transformers`, or symmetric packed weights for compressed-tensors."""
+    """Run `espalier export`: dense for `transformers`, or packed integers for compressed-tensors or GPTQ's readers."""
     out = Path(chosen.out).expanduser().absolute()
     partial.check_output(out, chosen.overwrite)
     loaded = load_model(chosen.model, dtype=resolve_dtype(chosen.dtype))
     with tokenizer_folder(loaded) as source:
-        if chosen.format == "compressed-tensors":
-            notes = export_compressed_tensors(loaded.model, out, source, chosen.overwrite)
+        if chosen.format in PACKED:
+            notes = PACKED[chosen.format](loaded.model, out, source, chosen.overwrite)
         else:
             export_folder(loaded.model, out, source, chosen.overwrite)
             packed = len(described(loaded.model))

@@ -310,8 +310,9 @@ class Export(Written):
     """Write a model in a format that other software loads."""
 
     model: str = positional("model folder or Lightning checkpoint", "MODEL")
-    format: Literal["transformers", "compressed-tensors"] = option(
-        "transformers writes dense weights; compressed-tensors keeps symmetric 4- and 8-bit weights packed",
+    format: Literal["transformers", "compressed-tensors", "gptq"] = option(
+        "transformers writes dense weights; compressed-tensors keeps symmetric weights of 2, 4 and 8 bits packed, gptq "
+        "(version 2 of its files) those of 2, 3, 4 and 8 bits, with or without zero points",
         "transformers",
     )
     dtype: Dtype = option("number format of dense weights: auto keeps the stored one", "auto")
