@@ -40,9 +40,13 @@ def pruned(config):
 
 TWO_QUERIES = {"kind": "query", "summaries": 2}
 
+EXPERTS = {"kind": "experts", "count": 4, "expert": {"kind": "swiglu", "width": 32}, "layout": "separate"}
+
 MODELS = {
     "grouped heads": {},
     "untied": {"head": "untied"},
+    "experts": {"feedforward": EXPERTS},
+    "experts and a shared one": {"feedforward": EXPERTS | {"shared": {"kind": "mlp", "width": 20}}},
     "mlp": {"feedforward": {"kind": "mlp", "width": 60}, "position": "learned"},
     "wide heads": {"attention": {"kind": "full", "heads": 3, "head_width": 20}},
     "sub-layers": {"order": "ssfsff"},
