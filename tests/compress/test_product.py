@@ -419,8 +419,9 @@ def test_weighted_is_better_than_plain_on_a_trained_model(trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_weighted_is_better_than_plain_for_other_starts(trained, seed):
-    plain = ProductQuantization(Indices(1), weighted=False, permuted=False, seed=seed)
-    assert paired(*changed(trained, plain, ProductQuantization(Indices(1), permuted=False, seed=seed))).high < 0
+    plain = ProductQuantization(Indices(1), codewords=16, weighted=False, permuted=False, seed=seed)
+    weighted = ProductQuantization(Indices(1), codewords=16, permuted=False, seed=seed)
+    assert paired(*changed(trained, plain, weighted)).high < 0
 
 
 def test_tuned_codewords_are_better_on_a_trained_model(trained):
