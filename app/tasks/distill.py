@@ -22,8 +22,9 @@ from compress.distillation.initialization import INITIALIZATIONS
 from compress.distillation.losses import Combine, parse_losses
 from compress.distillation.objective import Objective, require_same_vocabulary
 from compress.pruning.masks import HeldMasks, masks_of
-from compress.pruning.sparsify import refuse_packed
+from compress.quantization.qat import ORIGINAL, check_trainable, unpack
 from models.errors import UserError
+from models.forms import described
 from models.losses import IGNORED
 from models.transformer import Transformer
 
@@ -42,6 +43,8 @@ class _Pair(nn.Module):
 class Distillation(LanguageModel):
     """Trains a student on next-token prediction and on what a teacher says about the same tokens.
 
+    A student whose layers are packed integers is trained as it will be stored (compress/quantization/qat.py).
+
     The teacher is loaded in evaluation mode, gets no gradient and is in no checkpoint. The projectors of feature losses
     are trained and saved with the checkpoint (under `objective`), but are no part of the student (`model`).
 
@@ -53,7 +56,8 @@ class Distillation(LanguageModel):
         combine: weights of the losses; by default alpha 0.5.
         initialization: of a student that is an architecture: `random` (by default), `layers` copied from the teacher,
             or `upcycled`, with every expert a copy of the teacher's dense feed-forward.
-        zeros: whether weights of the student that are exactly 0, as after pruning, are `held` at 0 or `free` to grow.
+        zeros: whether weights of the student that are exactly 0, as after pruning, are `held` at 0 or `free` to grow;
+            in quantized layers, those that are 0 in the teacher too.
         optimizer: by default AdamW.
         schedule: by default Cosine without warm-up.
         compute_dtype: of activations, of both models' weights as they are used; trained weights stay fp32.
@@ -114,7 +118,11 @@ class Distillation(LanguageModel):
         self._teacher = (teacher,)
         if is_model(self.architecture):
             student = load_model(self.architecture, dtype=torch.float32)
-            refuse_packed(student.model)
+            check_trainable(student.model)
+            if described(student.model) and self.compute_dtype != torch.float32:
+                raise UserError(
+                    "the student is quantized, and is trained as it will be stored only with compute_dtype float32"
+                )
             self._student = (student,)
 
     def _require_same_tokens(self, tokenizer: Any) -> None:
@@ -154,13 +162,27 @@ class Distillation(LanguageModel):
 
     def _build(self) -> Transformer:
         if self._student:
-            model = self._student[0].model.train().requires_grad_(True)
+            model = self._student[0].model
+            self.masks = masks_of(model)  # before packed layers are not: a coarse grid has zeros of its own
+            packed = unpack(model)
+            model.train().requires_grad_(True)
+            self.masks |= self._pruned_before(model, packed)
         else:
             model = super()._build()
             self.initialized = self.initialization.apply(model, self.teacher)
-        if self.zeros == "held":
             self.masks = masks_of(model)
+        if self.zeros == "free":
+            self.masks = {}
         return model
+
+    def _pruned_before(self, model: Transformer, packed: list[str]) -> dict[str, Tensor]:
+        """Masks of the teacher's for packed layers that have its zeros: they were pruned, and then quantized."""
+        masks, found = masks_of(self.teacher) if packed else {}, {}
+        for name in packed:
+            mask, weight = masks.get(f"{name}.weight"), model.get_parameter(f"{name}.{ORIGINAL}")
+            if mask is not None and mask.shape == weight.shape and not weight[~mask].any():
+                found[f"{name}.{ORIGINAL}"] = mask
+        return found
 
     def configure_model(self) -> None:
         """Build student and objective."""

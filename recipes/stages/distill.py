@@ -24,9 +24,11 @@ from app.tasks.compile import CompileBlocks
 from app.tasks.distill import Distillation, is_model
 from compress.distillation.layer_map import Uniform
 from compress.distillation.losses import Combine, parse_losses
+from compress.quantization.qat import check_trainable, pack_again
 from compress.records import LayerRecord
 from models.config import ModelConfig
 from models.errors import UserError
+from models.forms import described
 from models.transformer import Transformer
 from recipes.stages import options
 from recipes.stages.stage import Stage
@@ -40,10 +42,11 @@ class Distill(Stage[options.Distill]):
     """Distillation into a folder's model, an architecture, or the teacher cut down to fewer layers."""
 
     verb = "distill"
+    packed = False  # whether the student is quantized
 
     def title(self) -> str:
-        chosen = self.options
-        return f"distillation ({', '.join(self.losses())}), {chosen.max_steps} steps"
+        kind = "quantization-aware distillation" if self.packed else "distillation"
+        return f"{kind} ({', '.join(self.losses())}), {self.options.max_steps} steps"
 
     def losses(self) -> dict[str, Any]:
         """The losses by name, as specs; --temperature is that of a logit loss that names none."""
@@ -84,7 +87,10 @@ class Distill(Stage[options.Distill]):
         teacher = load_model(self.options.teacher, self.device, self.dtype)
         if self.options.student is None or not is_model(self.options.student):
             return {"model": teacher}
-        return {"model": load_model(self.options.student, self.device, self.dtype), "teacher": teacher}
+        student = load_model(self.options.student, self.device, self.dtype)
+        check_trainable(student.model)
+        self.packed = bool(described(student.model))
+        return {"model": student, "teacher": teacher}
 
     def references(self, sources: dict[str, Source]) -> list[str]:
         return ["teacher"] if "teacher" in sources else []
@@ -114,7 +120,8 @@ class Distill(Stage[options.Distill]):
         )
         resume = newest_checkpoint(state / CHECKPOINTS)
         self.trainer(state).fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-        return module.model.to(stored).eval().requires_grad_(False), []
+        records = pack_again(module.model)
+        return module.model.to(stored).eval().requires_grad_(False), records
 
     def task(self, teacher: ModelConfig, stored: torch.dtype) -> Distillation:
         """The LightningModule; `teacher` is cut down where the student is named by its number of layers."""
@@ -129,7 +136,7 @@ class Distill(Stage[options.Distill]):
             self.notes = lost_kinds(teacher, len(student["layers"]))
             for note in self.notes:
                 say(note)
-        auto = "bfloat16" if stored == torch.bfloat16 else "float32"
+        auto = "bfloat16" if stored == torch.bfloat16 and not self.packed else "float32"
         return Distillation(
             teacher=chosen.teacher,
             student=student,

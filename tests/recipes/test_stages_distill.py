@@ -148,3 +148,31 @@ def test_teacher_of_another_vocabulary(teacher, refused, tmp_path):
     out = tmp_path / "student"
     refused("distill", "--teacher", teacher, "--student", other, "--out", out, *SHORT, words=["vocabular"])
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
+
+
+def test_a_quantized_student_is_trained_as_it_is_stored(teacher, espalier, tmp_path):
+    quantized, out = tmp_path / "quantized", tmp_path / "trained"
+    argv = ["--bits", 2, "--group_size", 16, "--embedding_bits", 8, "--symmetric", "false", "--samples", 8]
+    status, output = espalier("quantize", teacher, "--out", quantized, *QUICK, *argv)
+    assert status == 0, output.err
+    argv = ["--teacher", teacher, "--student", quantized, "--out", out, *SHORT, "--weight_decay", 0]
+    status, output = espalier("distill", *argv, "--learning_rate", "3e-3", "--debug")
+    assert status == 0, output.err
+    assert models.folder.read_config(out).compression == models.folder.read_config(quantized).compression
+    assert {name: tensor.dtype for name, tensor in models.folder.load(out).state_dict().items()} == {
+        name: tensor.dtype for name, tensor in models.folder.load(quantized).state_dict().items()
+    }
+    report = json.loads((out / "report.json").read_text())
+    assert report["title"].startswith("quantization-aware distillation")
+    assert report["change"]["size"]["stored_bytes"]["ratio"] == 1
+    assert report["change"]["quality"]["interval"]["loss"][1] < 0
+    assert all(layer["requested"]["bits"] <= layer["achieved"]["bits"] for layer in report["layers"])
+
+
+def test_a_student_that_cannot_be_trained_as_it_is_stored(teacher, espalier, refused, tmp_path):
+    out = tmp_path / "quantized"
+    assert espalier("quantize", teacher, "--out", out, *QUICK, "--method", "nf4")[0] == 0
+    argv = ["distill", "--teacher", teacher, "--student", out, "--out", tmp_path / "trained", *SHORT]
+    refused(*argv, words=["blocks.0.attention.q is stored as nf4", "only integers"])
+    assert espalier("quantize", teacher, "--out", out, *QUICK, "--method", "rtn", "--overwrite")[0] == 0
+    refused(*argv, "--compute_dtype", "bfloat16", words=["quantized", "compute_dtype float32"])
