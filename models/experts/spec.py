@@ -24,6 +24,10 @@ NETWORKS = ("swiglu", "mlp")  # what an expert can be
 class Experts:
     """A router sends each token to a few of many feed-forwards, and sums what they make of it by its weights.
 
+    A token's experts and their weights depend, to the bit, on that token alone unless the router or the capacity says
+    otherwise. What the experts compute does so but for rounding: how many tokens an expert has decides in what order a
+    product sums.
+
     Args:
         count: E, experts.
         expert: the network of each, a `swiglu` or `mlp`.

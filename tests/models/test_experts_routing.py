@@ -16,6 +16,7 @@ from models.config import ModelConfig
 from models.errors import UserError
 from models.experts import BALANCES, FEEDFORWARDS, ROUTERS, Capacity
 from models.experts.balancing import Routed
+from models.folder import load, save_model, writing
 from models.transformer import Transformer
 
 WIDTH, COUNT = 16, 8
@@ -578,6 +579,28 @@ def test_expert_choice_gives_every_expert_the_best_tokens_of_a_row():
             torch.testing.assert_close(weights[row, :, expert], expected)
     assert module.statistics.load.std() < 1e-6
     assert 0 <= module.statistics.dropped < 1
+
+
+def test_deepnorm_draws_stacked_experts_as_separate_ones():
+    found = []
+    for layout in ("stacked", "separate"):
+        norm, expert = {"kind": "layer", "position": "deepnorm"}, {"kind": "swiglu", "width": 300}
+        experts = model({"layout": layout, "expert": expert}, norm=norm).blocks[0].feedforward.experts
+        down = experts.down if layout == "stacked" else torch.stack([expert.down.weight for expert in experts])
+        found.append(down.std())
+    torch.testing.assert_close(*found, rtol=0.05, atol=0)
+    assert abs(found[0] / (16**-0.25 * (2 / 316) ** 0.5) - 1) < 0.05
+
+
+def test_a_folder_in_bf16_keeps_the_bias_exact(tmp_path):
+    decoder = model({"balance": ["bias"]}).bfloat16()
+    for block in decoder.blocks:
+        block.feedforward.router.bias.fill_(0.1 + 1e-5)
+    with writing(tmp_path / "m") as directory:
+        save_model(decoder, directory)
+    again = load(tmp_path / "m", dtype=torch.bfloat16)
+    for block in again.blocks:
+        assert torch.equal(block.feedforward.router.bias, torch.full((4,), 0.1 + 1e-5))
 
 
 @pytest.mark.parametrize(
