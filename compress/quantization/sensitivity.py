@@ -70,6 +70,9 @@ def units_of(model: nn.Module, methods: Callable[[str], Mapping[int, Any] | None
 
     Args:
         methods: name of a linear map in a block -> bits -> the method for it; None where its bits are settled.
+
+    Raises:
+        UserError: experts whose maps are one unit are not treated alike.
     """
     grouped: dict[str, list[str]] = {}
     for name in (name for part in parts_of(model)[:-1] for name in part.linears):
@@ -77,6 +80,11 @@ def units_of(model: nn.Module, methods: Callable[[str], Mapping[int, Any] | None
     units = []
     for pattern, members in grouped.items():
         chosen = methods(members[0])
+        if other := next((name for name in members if methods(name) != chosen), None):
+            raise UserError(
+                f"{pattern} counts as one layer where bits are chosen, and skip or layers tells {other} from the rest; "
+                "name all of its experts or none"
+            )
         if chosen is not None:
             shapes = tuple(tuple(model.get_submodule(name).weight.shape) for name in members)
             units.append(Unit(pattern, tuple(members), shapes, chosen))

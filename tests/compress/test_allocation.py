@@ -129,6 +129,15 @@ def test_experts_of_a_layer_count_as_one():
     assert {model.get_submodule(name).format.bits for name in mixture.members} == {2}
 
 
+@pytest.mark.parametrize("other", [None, methods(8)], ids=["left as it is", "another group"])
+@pytest.mark.parametrize("expert", [0, 2])
+def test_experts_of_a_layer_that_are_told_apart_are_refused(expert, other):
+    apart_from_all = f"blocks.1.feedforward.experts.{expert}.up"
+    model = build(EXPERTS)
+    with apart(model), pytest.raises(UserError, match=r"experts\.\*\.up counts as one layer.*all of its experts"):
+        units_of(model, lambda name: other if name == apart_from_all else methods(16))
+
+
 @pytest.mark.parametrize("architecture", [ARCHITECTURE, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize(
     ("kind", "form"),
