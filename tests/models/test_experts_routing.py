@@ -581,6 +581,21 @@ def test_expert_choice_gives_every_expert_the_best_tokens_of_a_row():
     assert 0 <= module.statistics.dropped < 1
 
 
+def test_a_compiled_training_step_counts_and_loses_what_the_eager_one_does():
+    balance = [{"kind": "auxiliary", "over": "step"}, "z_loss", "bias"]
+    eager = model(MIXTURES["gshard"] | {"balance": balance})
+    compiled, found = copy.deepcopy(eager), []
+    torch.compiler.reset()
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    tokens = torch.randint(30, (2, 2, 12), generator=torch.Generator().manual_seed(0))
+    for decoder in (eager, compiled):
+        torch.manual_seed(1)
+        found.append(step(decoder, tokens))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
 def test_deepnorm_draws_stacked_experts_as_separate_ones():
     found = []
     for layout in ("stacked", "separate"):
