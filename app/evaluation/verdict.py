@@ -188,9 +188,9 @@ def judge_quality(figures: dict) -> list[Sentence]:
         sentences.append(Sentence("quality", "neutral", text))
     line = figures.get("baselines", {}).get("unigram", {}).get("perplexity")
     if known(line) and after["perplexity"] >= line:
-        text = (
-            f"The perplexity is no better than that of token frequencies alone ({wording.number(line)}): "
-            "this is no longer a language model."
+        never = known(before.get("perplexity")) and before["perplexity"] >= line
+        text = f"The perplexity is no better than that of token frequencies alone ({wording.number(line)}): " + (
+            "nor was that of the model before." if never else "this is no longer a language model."
         )
         sentences.append(Sentence("quality", "bad", text))
     return sentences

@@ -117,6 +117,10 @@ def test_quality_beyond_and_within_noise():
 
 def test_a_model_no_better_than_token_frequencies_is_called_broken():
     assert any("no longer a language model" in text for text in texts(figures(perplexity=(26.0, 25.0, 27.0))))
+    untrained = figures(perplexity=(1.0, 0.99, 1.01))
+    untrained["before"]["quality"]["perplexity"] = untrained["after"]["quality"]["perplexity"] = 1e6
+    assert any("nor was that of the model before" in text for text in texts(untrained))
+    assert not any("no longer a language model" in text for text in texts(untrained))
     broken = figures()
     broken["after"]["quality"]["perplexity"] = None
     assert any("not finite" in text for text in texts(broken))
