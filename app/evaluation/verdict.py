@@ -146,7 +146,7 @@ def judge_kernels(speed: dict) -> list[Sentence]:
     """Packed layers that no packed kernel runs: smaller, but unpacked for every product."""
     sentences = []
     for found in speed.get("kernels", []):
-        if found["kernel"].startswith("dequantize"):
+        if found["kernel"].startswith(("dequantize", "look up")):
             what = "1 packed layer is" if found["modules"] == 1 else f"{found['modules']} packed layers are"
             text = f"{what} unpacked for every product, which saves bytes but no time: {found['reason']}."
             sentences.append(Sentence("speed", "neutral", text))

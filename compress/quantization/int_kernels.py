@@ -213,7 +213,7 @@ class Int8:
 
     def refuses(self, format: IntFormat, rows: int, width: int) -> str:
         if format.bits != 8:
-            return f"{format.bits}-bit codes are not for the 8-bit kernel"
+            return f"the 8-bit kernel reads no {format.bits}-bit codes"
         if not format.symmetric:
             return "the 8-bit kernel knows no zero points"
         if format.group(width) != width:

@@ -64,7 +64,7 @@ def with_grid(method: Any, values: Mapping[str, Any], where: str = "") -> Any:
     place = f"{where}: " if where else ""
     for name in values:
         if name not in method.grid:
-            able = " and ".join(kind for kind in METHODS if name in METHODS[kind].grid)
+            able = ", ".join(kind for kind in METHODS if name in METHODS[kind].grid)
             raise UserError(
                 f"{place}{name} means nothing to method {method.kind}; leave it out, or choose one that it does: {able}"
             )
@@ -103,7 +103,9 @@ def title_of(method: Any) -> str:
         words.append(f"{grid['bits']} bits")
     if "group_size" in grid:
         size = grid["group_size"]
-        words.append({"channel": "a scale a row", "tensor": "one scale a matrix"}.get(size, f"groups of {size}"))
+        shared = getattr(method, "shares", "scale")  # what the weights of a group have in common
+        whole = {"channel": f"a {shared} a row", "tensor": f"one {shared} a matrix"}
+        words.append(whole.get(size, f"groups of {size}"))
     usual = own_options(type(method)())
     for name, value in own_options(method).items():
         if value != usual[name]:

@@ -76,6 +76,7 @@ class ProductQuantization(LayerMethod):
     bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
     ends: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
     together: ClassVar[bool] = False
+    shares: ClassVar[str] = "codebook"
 
     format: Indices = field(default_factory=Indices)
     codewords: int = 256

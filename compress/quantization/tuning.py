@@ -91,7 +91,7 @@ def tune_block(part: Part, original: nn.Module, layers: dict[str, Product], chos
             x, context = batches[step % len(batches)]
             with torch.no_grad():
                 wanted = original(x, context)
-            loss = (part.module(x, context).float() - wanted.float()).square().mean()
+            loss = _tokens(part.module(x, context) - wanted, context).square().mean()
             gradients = torch.autograd.grad(loss, [one.codebooks for one in tuned.values()])
             for one, gradient in zip(tuned.values(), gradients, strict=True):
                 one.codebooks.grad = gradient
@@ -126,9 +126,16 @@ def _error(block: nn.Module, original: nn.Module, batches: _Batches) -> float:
     lost = total = 0.0
     for x, context in batches:
         wanted = original(x, context)
-        lost += float((block(x, context).float() - wanted.float()).square().sum())
-        total += float((wanted.float() - x.float()).square().sum())
+        lost += float(_tokens(block(x, context) - wanted, context).square().sum())
+        total += float(_tokens(wanted - x, context).square().sum())
     return lost / max(total, 1e-30)
+
+
+def _tokens(x: Tensor, context: Any) -> Tensor:
+    """What of x (B, T, D) belongs to tokens and not to padding, in fp32: (N, D)."""
+    if context.documents is None:
+        return x.float().flatten(0, 1)
+    return x.float()[(context.documents >= 0).expand(x.shape[:2])]
 
 
 @contextmanager

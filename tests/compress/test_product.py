@@ -11,13 +11,14 @@ from torch import nn
 from app.evaluation.quality import Part, Quality, evaluate_quality, paired
 from compress.quantization.codebook import ProductEmbedding, ProductFormat, ProductLinear, decode
 from compress.quantization.gptq import output_error
-from compress.quantization.methods import METHODS
+from compress.quantization.methods import METHODS, title_of
 from compress.quantization.plan import quantize_model
 from compress.quantization.product import Indices, ProductQuantization, quantize
-from compress.quantization.tuning import BlockTuning
+from compress.quantization.tuning import BlockTuning, _tokens
 from compress.quantization.vectors import arrange, assign, cluster, update
 from compress.statistics import Hessian
 from compress.store import FolderStore
+from models.attention import Context
 from models.config import ModelConfig
 from models.errors import UserError
 from models.folder import load, save_model, writing
@@ -428,3 +429,15 @@ def test_tuned_codewords_are_better_on_a_trained_model(trained):
     still = ProductQuantization(Indices(1), codewords=16)
     tuned = ProductQuantization(Indices(1), codewords=16, tuning=BlockTuning(steps=8, rate=0.05))
     assert paired(*changed(trained, still, tuned)).high < 0
+
+
+def test_the_title_speaks_of_codebooks():
+    assert title_of(ProductQuantization()).startswith("PRODUCT, 2 bits, one codebook a matrix")
+
+
+@torch.no_grad()
+def test_padding_teaches_no_codeword():
+    x, documents = torch.randn(2, 3, 4), torch.tensor([[0, 0, -1], [0, -1, -1]])
+    context = Context((), None, True, documents=documents)
+    assert torch.equal(_tokens(x, context), torch.stack([x[0, 0], x[0, 1], x[1, 0]]))
+    assert len(_tokens(x, Context((), None, True))) == 6
