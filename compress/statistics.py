@@ -59,7 +59,7 @@ class Hessian:
     def matrix(self) -> Tensor:
         """E[x x'] (K, K) fp32; zeros before the first token."""
         upper = self.sum.triu()
-        return (upper + upper.triu(1).T).div_(max(1, self.tokens))
+        return upper.add_(upper.triu(1).T).div_(max(1, self.tokens))
 
 
 class InputNorm:

@@ -144,18 +144,21 @@ class Gptq(LayerMethod):
 def factorise(hessian: Tensor, damping: float, act_order: bool) -> Factor | None:
     """Factorise E[x x'] (K, K), with more damping when it fails; None when nothing helps."""
     diagonal = hessian.diagonal()
-    dead = diagonal <= 0
-    hessian = hessian + torch.diag(dead.to(hessian.dtype))
+    dead, mean = diagonal <= 0, diagonal.mean()
     order = diagonal.argsort(descending=True, stable=True) if act_order else None
-    if order is not None:
-        hessian = hessian[order][:, order]
-    mean = diagonal.mean()
+    taken = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    taken = taken.flip(0)
+    # J H J, and its diagonal without damping
+    reverse, diagonal = hessian[taken[:, None], taken], (diagonal + dead.to(diagonal.dtype))[taken]
+    del hessian  # the matrices of a wide layer are large: none is held longer than it is read
     while damping <= MOST_DAMPING:
-        damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        reverse.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(reverse)
         if not failed and bool(lower.isfinite().all()):
+            del reverse
             identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            del lower, identity
             return Factor(inverse.flip(0, 1), order, dead, damping)
         damping *= DAMPING_GROWTH
     return None
