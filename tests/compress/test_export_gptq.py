@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from app.data.tokenizer import train_tokenizer
 from compress.quantization.export_gptq import export_gptq
 from compress.quantization.grid import IntFormat, quantize
 from compress.quantization.linear import PackedIntEmbedding
@@ -80,11 +81,12 @@ SIZES = {"vocab_size": 96}  # the head of an untied model is packed too, in whol
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder a variant: the export, and beside it the dense weights that we run and their logits."""
-    place = tmp_path_factory.mktemp("exports")
+    place, source = tmp_path_factory.mktemp("exports"), tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["a text"], 300).save(source)
     tokens = torch.randint(90, (2, 17))
     for name, (format, changes) in VARIANTS.items():
         model = build(format, **SIZES, **changes)
-        assert export_gptq(model, place / name / "out") == []
+        assert export_gptq(model, place / name / "out", source) == []
         export_folder(model, place / name / "dense")
         weights = load_file(place / name / "dense" / WEIGHTS)
         with torch.no_grad():
