@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import models.folder
+from compress.quantization import METHODS
 from tests.recipes.conftest import QUICK
 
 # Runs a command and kills the process when METHOD of CLASS has ended for the COUNTth time.
@@ -33,6 +34,8 @@ sys.exit(cli.main(argv))
 STORE = "compress.store:FolderStore:save"
 CHECKPOINT = "app.strategies.checkpoint_io:WholeCheckpoints:save_checkpoint"
 FINISH = "recipes.stages.stage:Stage:_measure"  # everything is written, nothing renamed
+
+MIDDLE = "compress.calibration:Part:replace"  # a layer is quantized, its block is not yet
 
 QUANTIZE = ["quantize", "TEACHER", "--group_size", "16", "--samples", "8", "--embedding_bits", "8"]
 PRUNE = ["prune", "TEACHER", "--method", "structured", "--ratio", "0.5", "--samples", "8"]
@@ -70,6 +73,25 @@ def test_killed_and_started_again(argv, place, count, teacher, espalier, tmp_pat
     assert "going on" in output.err
     assert models.folder.hash_weights(out) == models.folder.hash_weights(tmp_path / "undisturbed")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "undisturbed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_killed_again_and_again(name, teacher, espalier, tmp_path):
+    """Once before anything is kept, then inside a block, between a block and its activations, and before the rename."""
+    argv = ["quantize", str(teacher), "--method", name, "--samples", "8", "--embedding_bits", "8", *QUICK]
+    if 3 in METHODS[name].bits:
+        argv += ["--bits", "3"]
+    status, output = espalier(*argv, "--out", tmp_path / "undisturbed")
+    assert status == 0, output.err
+    out = tmp_path / "out"
+    for place, count in ((MIDDLE, 3), (STORE, 1), (MIDDLE, 9), (STORE, 2), (FINISH, 1)):
+        kill(place, count, [*argv, "--out", out])
+        assert not out.exists()
+    status, output = espalier(*argv, "--out", out)
+    assert status == 0, output.err
+    assert "going on" in output.err
+    assert models.folder.hash_weights(out) == models.folder.hash_weights(tmp_path / "undisturbed")
 
 
 def test_another_recipe_starts_anew(teacher, espalier, tmp_path):
