@@ -45,7 +45,7 @@ class Hessian:
 
     def update(self, x: Tensor) -> None:
         self.tokens += x.shape[0]
-        if x.dtype == torch.bfloat16 and products.AVAILABLE and x.device.type == "cpu":
+        if products.ROUTE == "mkl" and products.takes(x.T, x):
             products.product(x.T, x, out=self.sum, accumulate=True)
             return
         x = x.float()  # (N, K)

@@ -1,4 +1,4 @@
-"""One guard for bf16 on virtual machines: AMX that is offered but not described.
+"""What Linux says about bf16 on this processor, and one guard: AMX that is offered but not described.
 
 Some hypervisors pass the AMX flags of the processor through and cut CPUID off below leaf 0x1D, which describes the
 tile palettes. oneDNN (behind every bf16 matrix product of PyTorch on CPU) then configures its tiles from zeros, and the
@@ -24,6 +24,13 @@ def isa_cap(cpuinfo: str) -> str | None:
     if "amx_tile" not in flags or int(fields.get("cpuid level", TILE_PALETTE_LEAF)) >= TILE_PALETTE_LEAF:
         return None
     return "AVX512_CORE_FP16" if "avx512_fp16" in flags else "AVX512_CORE_BF16"
+
+
+def has_bf16(cpuinfo: str) -> bool:
+    """Whether the processor multiplies in bf16, by the text of Linux' /proc/cpuinfo."""
+    fields = dict(line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
+    flags = {flag for key, value in fields.items() if key.strip() in ("flags", "Features") for flag in value.split()}
+    return not flags.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> str:

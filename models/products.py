@@ -1,9 +1,14 @@
-"""Matrix products in bf16 with fp32 results, on processors where oneDNN cannot use AMX (models/cpu.py says which).
+"""Matrix products in bf16 with fp32 results, on processors where PyTorch's own are slower than fp32's (models/cpu.py).
 
-There PyTorch's own bf16 products fall back to vector instructions, at a seventh of AMX's rate and below fp32's. The
-x86 builds of PyTorch also contain MKL, which sets its tiles up by itself, and export its documented C interface:
+Where oneDNN cannot use AMX, they fall back to vector instructions, at a seventh of AMX's rate. The x86 builds of
+PyTorch also contain MKL, which sets its tiles up by itself, and export its documented C interface:
 `cblas_gemm_bf16bf16f32` (oneMKL Developer Reference). So a bf16 product goes there: the same inputs, products summed
-in fp32, and the sum is not rounded. Everywhere else, and for every other dtype, these functions are PyTorch's own.
+in fp32, and the sum is not rounded.
+
+Where the processor has no bf16 instructions, oneDNN emulates them at a fifth of fp32's rate. There a product of 16 rows
+or more runs in fp32, on the same inputs made wider: 3.3 times as fast at 256 x 2048 x 2048 on one core with AVX-512.
+
+Everywhere else, and for every other dtype, these functions are PyTorch's own.
 
 M rows, K summed, N columns.
 """
@@ -17,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models.cpu import isa_cap, read_cpuinfo
+from models.cpu import has_bf16, isa_cap, read_cpuinfo
 
 ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112  # values of the CBLAS enumerations
+WIDENED_ROWS = 16  # from which making the weights wider costs less than the emulated product
 
 
 def _find_gemm() -> Callable[..., None] | None:
@@ -59,18 +65,44 @@ def _call(gemm: Callable[..., None], a: Tensor, b: Tensor, out: Tensor, beta: fl
     return out
 
 
+def _choose_route() -> str:
+    """Through what bf16 products run fastest here: `mkl`, `widened` to fp32, or PyTorch's own (`torch`)."""
+    if _GEMM is not None:
+        return "mkl"
+    cpuinfo = read_cpuinfo()
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "torch" if native and (has_bf16(cpuinfo) or not cpuinfo) else "widened"
+
+
 _GEMM = _find_gemm()
-AVAILABLE = _GEMM is not None
-# Whether PyTorch's own bf16 products run on this processor's bf16 instructions, above fp32's rate.
-NATIVE_BF16 = not AVAILABLE and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+ROUTE = _choose_route()
+NATIVE_BF16 = ROUTE == "torch"  # PyTorch's own bf16 products are above fp32's rate
 
 
-def _takes(*matrices: Tensor) -> bool:
-    """Whether these are bf16 in this machine's memory: no subclass, whose data may lie elsewhere (DTensor)."""
-    return AVAILABLE and all(
+def takes(a: Tensor, b: Tensor) -> bool:
+    """Whether a (M, K) @ b (K, N) runs through a route of this module.
+
+    Both have to be bf16 in this machine's memory: no subclass, whose data may lie elsewhere (DTensor).
+    """
+    if ROUTE == "torch" or (ROUTE == "widened" and a.shape[0] < WIDENED_ROWS):
+        return False
+    return all(
         matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and type(matrix) in (Tensor, nn.Parameter)
-        for matrix in matrices
+        for matrix in (a, b)
     )
+
+
+def _routed(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
+    """As `product`, through the route of this module, for a and b that it takes."""
+    if ROUTE == "widened":
+        a, b = a.float(), b.float()
+        if accumulate:
+            return out.addmm_(a, b)
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    if torch.compiler.is_compiling():
+        return _traced_product(a, b)
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if out is None else out
+    return _call(_GEMM, a, b, out, float(accumulate))
 
 
 def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
@@ -82,11 +114,8 @@ def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, accumulate: bool
         accumulate: add the result to `out`.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
-    if _takes(a, b) and a.numel() and b.numel():
-        if torch.compiler.is_compiling():
-            return _traced_product(a, b)
-        out = a.new_empty(a.shape[0], b.shape[1], dtype=wide) if out is None else out
-        return _call(_GEMM, a, b, out, float(accumulate))
+    if takes(a, b) and a.numel() and b.numel():
+        return _routed(a, b, out, accumulate)
     if a.dtype == wide:
         if accumulate:
             return out.addmm_(a, b)
@@ -99,15 +128,15 @@ def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, accumulate: bool
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, autocast included: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    if not AVAILABLE or x.device.type != "cpu":
+    if ROUTE == "torch" or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not _takes(x, weight) or not x.numel():
-        return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    if not takes(rows, weight) or not x.numel():
+        return F.linear(x, weight, bias)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         y = _Linear.apply(rows, weight)
     else:
@@ -119,16 +148,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def attention_dtype(q: Tensor) -> torch.dtype:
     """The dtype in which scaled dot-product attention should run for queries q: theirs, with one exception.
 
-    Without AMX in oneDNN, the backward of PyTorch's CPU kernel takes twice as long in bf16 as in fp32 (65 against 30 ms
-    for 64 heads of 256 tokens and 64 channels, on one core), more than the forward saves (8 against 14 ms).
+    Without bf16 products of its own, the backward of PyTorch's CPU kernel takes at least twice as long in bf16 as in
+    fp32 (65 against 30 ms for 64 heads of 256 tokens and 64 channels, on one core whose AMX oneDNN cannot use; 111
+    against 33 ms on one without bf16 instructions), more than the forward saves (8 against 14, and 12 against 14 ms).
     """
-    trains = _takes(q) and q.requires_grad and torch.is_grad_enabled()
+    bf16 = ROUTE != "torch" and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    trains = bf16 and type(q) in (Tensor, nn.Parameter) and q.requires_grad and torch.is_grad_enabled()
     return torch.float32 if trains else q.dtype
 
 
 @torch.library.custom_op("espalier::bf16_product", mutates_args=(), device_types="cpu")
 def _traced_product(a: Tensor, b: Tensor) -> Tensor:
-    return product(a, b)
+    return _call(_GEMM, a, b, a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32), 0.0)
 
 
 @_traced_product.register_fake
@@ -137,17 +168,17 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Three products that torch.compile takes as they are; what is rounded to bf16 around them it fuses."""
+    """Three products, what is rounded to bf16 around which torch.compile fuses."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _traced_product(x, weight.t()).to(x.dtype)
+        return product(x, weight.t()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dx = _traced_product(gradient, weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dw = _traced_product(gradient.t(), x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dx = product(gradient, weight).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dw = product(gradient.t(), x).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return dx, dw

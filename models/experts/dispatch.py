@@ -213,7 +213,7 @@ def _grouped_mm_takes(a: Tensor, b: Tensor) -> bool:
         return False
     if a.device.type == "cuda":
         return a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(a.device) >= GROUPED_CAPABILITY
-    wanted = (torch.float32,) if products.AVAILABLE else (torch.float32, torch.bfloat16)
+    wanted = (torch.float32,) if products.ROUTE != "torch" else (torch.float32, torch.bfloat16)
     return a.device.type == "cpu" and a.dtype in wanted
 
 

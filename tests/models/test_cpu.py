@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from models.cpu import guard_onednn, isa_cap
+from models.cpu import guard_onednn, has_bf16, isa_cap
 
 CPUINFO = "processor\t: 0\ncpuid level\t: {level}\nflags\t\t: fpu {flags}\n\nprocessor\t: 1\ncpuid level\t: 99\n"
 
@@ -19,6 +19,20 @@ CPUINFO = "processor\t: 0\ncpuid level\t: {level}\nflags\t\t: fpu {flags}\n\npro
 )
 def test_cap_follows_the_processor(level, flags, cap):
     assert isa_cap(CPUINFO.format(level=level, flags=flags)) == cap
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (CPUINFO.format(level=31, flags="avx512_bf16"), True),
+        (CPUINFO.format(level=31, flags="avx512f avx512_vnni"), False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", True),  # Arm
+        ("processor\t: 0\nmodel name\t: bf16\n", False),
+        ("", False),
+    ],
+)
+def test_bf16_instructions_are_read_off(text, found):
+    assert has_bf16(text) is found
 
 
 def test_no_cap_without_cpuinfo():
