@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from app.optim.base import Optimization, check_numbers, keep_options, parameters_by_role
+from models import products
 from models.errors import UserError
 
 
@@ -108,6 +109,8 @@ class MuonWithAdamW(Optimizer):
 
 
 def _muon(groups: list[dict[str, Any]]) -> Optimizer:
+    if all(_wants_fp32(one) for group in groups for one in group["params"]):
+        return MuonOfStacks(groups)
     return torch.optim.Muon(groups, nesterov=True, adjust_lr_fn="match_rms_adamw")
 
 
@@ -119,13 +122,19 @@ NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # a, b, c of X <- a X + (b A + c A A) 
 STEPS, EPS = 5, 1e-7  # of that iteration; of the norm that it starts with
 
 
+def _wants_fp32(tensor: Tensor) -> bool:
+    """Whether products in fp32 take less time than in bf16, in which `torch.optim.Muon` always computes."""
+    return products.ROUTE == "widened" and tensor.device.type == "cpu" and not isinstance(tensor, DTensor)
+
+
 class MuonOfStacks(Optimizer):
     """Muon on stacks of matrices (E, M, N), which `torch.optim.Muon` refuses: each matrix is orthogonalised by itself.
 
-    The update of one matrix is that of `torch.optim.Muon(nesterov=True, adjust_lr_fn="match_rms_adamw")`.
+    The update of one matrix is that of `torch.optim.Muon(nesterov=True, adjust_lr_fn="match_rms_adamw")`. It also takes
+    single matrices (M, N), for processors on which fp32 is faster.
 
     Args:
-        groups: parameter groups of 3-D parameters with `lr`, `momentum` and `weight_decay`.
+        groups: parameter groups of 3-D or 2-D parameters with `lr`, `momentum` and `weight_decay`.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -142,9 +151,10 @@ class MuonOfStacks(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 weight, gradient, mean = (_own(x) for x in (parameter, parameter.grad, state["momentum_buffer"]))
                 mean.lerp_(gradient, 1 - group["momentum"])
-                update = orthogonalized(gradient.lerp(mean, group["momentum"]))  # (E, M, N)
+                update = gradient.lerp(mean, group["momentum"])  # (E, M, N) or (M, N)
+                update = orthogonalized(update.view(-1, *update.shape[-2:])).view_as(update)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * 0.2 * max(weight.shape[1:]) ** 0.5)
+                weight.add_(update, alpha=-group["lr"] * 0.2 * max(weight.shape[-2:]) ** 0.5)
 
 
 def _own(stack: Tensor) -> Tensor:
@@ -159,10 +169,10 @@ def _own(stack: Tensor) -> Tensor:
 def orthogonalized(stack: Tensor) -> Tensor:
     """U V' of each matrix U S V' of a stack (E, M, N), nearly: the singular values come out between 0.5 and 1.5.
 
-    In bf16, by Newton and Schulz' iteration on the smaller side (Jordan 2024).
+    In bf16, or fp32 where that is faster, by Newton and Schulz' iteration on the smaller side (Jordan 2024).
     """
     tall = stack.shape[1] > stack.shape[2]
-    x = (stack.mT if tall else stack).bfloat16()
+    x = (stack.mT if tall else stack).to(torch.float32 if _wants_fp32(stack) else torch.bfloat16)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     a, b, c = NEWTON_SCHULZ
     for _ in range(STEPS):

@@ -66,6 +66,7 @@ class Settings:
     length: int = 256
     rounds: int = 11
     compiled: bool = True
+    precisions: tuple[str, ...] = ("fp32", "bf16")
     batches: tuple[int, ...] = (1, 8)
     prompt: int = 64
     new: int = 128
@@ -73,7 +74,7 @@ class Settings:
 
 
 def run(settings: Settings | None = None) -> list[Row]:
-    """Training rows in bf16, then decoding rows in both precisions; the mixture stands against each of the others."""
+    """Training rows, then decoding rows, in both precisions; the mixture stands against each of the others."""
     settings = settings or Settings()
     return train(settings) + decode(settings)
 
@@ -84,27 +85,33 @@ def dense(shape: Mixture) -> Shape:
 
 
 def train(settings: Settings) -> list[Row]:
-    """Tokens/s of one training step."""
+    """Tokens/s of one training step, in each precision."""
+    return [row for label in settings.precisions for row in _train(settings, label)]
+
+
+def _train(settings: Settings, label: str) -> list[Row]:
     generator = torch.Generator().manual_seed(1)
     stream = torch.randint(settings.shape.vocabulary, (settings.rows, settings.length + 1), generator=generator)
     tokens, targets = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()  # (B, T) each
     cases: dict[str, Callable[[], None]] = {}
     for compiled in (False, True) if settings.compiled else (False,):
-        for precision in ("autocast", "weights in bf16"):
-            case = f"transformers, {'compiled' if compiled else 'eager'}, bf16, {precision}"
-            cases[case] = transformers_step(settings.shape, tokens, targets, "bf16", precision, compiled)
+        for precision in ("autocast", "weights in bf16") if label == "bf16" else ("",):
+            kind = "compiled" if compiled else "eager"
+            case = ", ".join(filter(None, ("transformers", kind, label, precision)))
+            cases[case] = transformers_step(settings.shape, tokens, targets, label, precision, compiled)
     peers = list(cases)
     for case, shape in ((DENSE, dense(settings.shape)), (MIXTURE, settings.shape)):
-        cases[f"{case}, bf16"] = core_step(shape, tokens, targets, "bf16", settings.compiled)
+        cases[f"{case}, {label}"] = core_step(shape, tokens, targets, label, settings.compiled)
     seconds = take_turns(NAME, cases, rounds=settings.rounds)
     note = (
         f"training, {settings.rows} x {settings.length} tokens, {settings.shape}; every step clips and runs fused "
         "AdamW, of the experts' weights as well"
     )
     rows = partial(rate_row, NAME, seconds=seconds, work=settings.rows * settings.length, unit="tokens/s", note=note)
-    found = [rows(case) for case in [*peers, f"{DENSE}, bf16"]]
-    against = [f"{DENSE}, bf16", fastest(seconds, peers), fastest(seconds, [p for p in peers if "autocast" in p])]
-    return found + [rows(f"{MIXTURE}, bf16", peer=peer) for peer in dict.fromkeys(against)]
+    found = [rows(case) for case in [*peers, f"{DENSE}, {label}"]]
+    masters = [peer for peer in peers if "weights in bf16" not in peer]
+    against = [f"{DENSE}, {label}", fastest(seconds, peers), fastest(seconds, masters)]
+    return found + [rows(f"{MIXTURE}, {label}", peer=peer) for peer in dict.fromkeys(against)]
 
 
 def decode(settings: Settings) -> list[Row]:
