@@ -1,22 +1,30 @@
 """What compression costs in perplexity, beside llm-compressor's figures for the same size of model, text and settings.
 
-    python -m tests.benchmarks.wikitext_compression --data FOLDER [--tokens N] [--weights FILE] [--out FILE]
+    python -m tests.benchmarks.wikitext_compression --data FOLDER [--tokens N] [--weights FILE] [--peer PYTHON]
+                                                    [--out FILE]
 
 A Llama of 5.4M parameters (6 layers, width 256, 4 query and 2 key/value heads, feed-forward 688, vocabulary 4096, tied)
 is trained on N tokens of the text, then compressed in each way from the same weights; perplexity is over the whole test
 split in windows of 256 tokens, documents run together as in the peer's run. Compression sees 128 x 256 tokens of the
 training split. Only relative changes compare: the peer's base model is another one (perplexity 51.93).
+
+With the interpreter of an environment with llm-compressor as --peer, the two GPTQs take the same base model on the same
+tokens instead, in fp32, with and without the order of the columns by the Hessian; the peer's dequantized weights are
+evaluated here.
 """
 
 import argparse
 import copy
 import json
 import math
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor
@@ -35,7 +43,9 @@ from compress.quantization.gptq import Gptq
 from compress.quantization.grid import IntFormat
 from compress.quantization.plan import quantize_model
 from compress.quantization.rtn import Rtn
+from models.families import export_folder, import_folder
 from models.transformer import Transformer
+from tests.benchmarks.bench_gptq_peer import Peer
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.timing import say
 
@@ -131,22 +141,49 @@ def trained(data: str, tokenizer: Tokenizer, tokens: int, weights: Path | None) 
     return plain.eval()
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.wikitext_compression")
-    parser.add_argument(
-        "--data", required=True, help="a SOURCE with train and test splits, such as a WikiText-2 folder"
-    )
-    parser.add_argument("--tokens", type=int, default=4_500_000, help="tokens that the base model is trained on")
-    parser.add_argument("--weights", type=Path, help="safetensors file that keeps the base model between runs")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    options = parser.parse_args(argv)
-    tokenizer = train_tokenizer((d.text for d in open_source(options.data).documents("train")), SHAPE.vocabulary)
-    model = trained(options.data, tokenizer, options.tokens, options.weights)
-    calibration = Plain(token_blocks(options.data, tokenizer, "train", LENGTH, samples=SAMPLES)).batches(ROWS)
-    test = Plain(token_blocks(options.data, tokenizer, "test", LENGTH))
-    base = evaluate_quality(model, test).loss.value
+def beside_peer(python: str, model: Transformer, calibration: Batches, test: Plain, base: float) -> dict[str, dict]:
+    """Both GPTQs from one base model: case -> perplexities, and the share of the weights on which they agree."""
+    tokens = torch.cat([batch["tokens"] for batch in calibration])
     rows = {}
-    print(f"base: perplexity {math.exp(base):.2f} ({model.count_parameters()['total']:,} parameters)")
+    print("| GPTQ | ours | change | llm-compressor | change | equal weights |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as place:
+        folder, theirs, file = Path(place) / "base", Path(place) / "theirs", Path(place) / "tokens.npy"
+        export_folder(model, folder)
+        shutil.copytree(folder, theirs)
+        numpy.save(file, tokens.numpy())
+        peer = Peer(python, folder, file, torch.get_num_threads())
+        say(f"against {peer.versions()}")
+        for bits, order in ((3, "static"), (3, None), (4, "static")):
+            format = IntFormat(bits, "channel", scale_dtype="float32")
+            changed = copy.deepcopy(model)
+            quantize_model(changed, Gptq(format, act_order=order is not None), calibration)
+            peer.quantize(format, len(tokens), order, theirs / "model.safetensors")
+            other = import_folder(theirs)
+            ours, lost = (evaluate_quality(one, test).loss.value for one in (changed, other))
+            row = {"ours": math.exp(ours), "change": math.expm1(ours - base)}
+            row |= {"peer": math.exp(lost), "peer_change": math.expm1(lost - base), "equal": agreement(changed, other)}
+            name = f"{bits} bits, {'by the Hessian' if order else 'in the given order'}"
+            rows[name] = row
+            shown = f"{row['ours']:.3f} | {row['change']:+.2%} | {row['peer']:.3f} | {row['peer_change']:+.2%}"
+            print(f"| {name} | {shown} | {row['equal']:.2%} |", flush=True)
+        peer.close()
+    return rows
+
+
+def agreement(ours: Transformer, theirs: Transformer) -> float:
+    """Share of the weights of the blocks that are the same but for the rounding of a product in fp32."""
+    equal = total = 0
+    for name, module in theirs.blocks.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            dense = ours.blocks.get_submodule(name).dequantize().float()  # (N, K)
+            equal += torch.isclose(dense, module.weight.float(), rtol=1e-4, atol=1e-7).sum().item()
+            total += dense.numel()
+    return equal / total
+
+
+def alone(model: Transformer, calibration: Batches, test: Plain, base: float) -> dict[str, dict]:
+    """Every method from the base model, whose loss on the test split is `base`, beside the peer's published change."""
+    rows = {}
     print("| method | perplexity | change | llm-compressor's change | seconds |\n|---|---|---|---|---|")
     for name, compress in methods(calibration).items():
         changed = copy.deepcopy(model)
@@ -157,6 +194,29 @@ def main(argv: list[str]) -> int:
         change, peer = math.expm1(loss - base), PEER[name] / PEER_BASE - 1
         rows[name] = {"perplexity": math.exp(loss), "change": change, "peer_change": peer, "seconds": seconds}
         print(f"| {name} | {math.exp(loss):.2f} | {change:+.2%} | {peer:+.2%} | {seconds:.1f} |", flush=True)
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.wikitext_compression")
+    parser.add_argument(
+        "--data", required=True, help="a SOURCE with train and test splits, such as a WikiText-2 folder"
+    )
+    parser.add_argument("--tokens", type=int, default=4_500_000, help="tokens that the base model is trained on")
+    parser.add_argument("--weights", type=Path, help="safetensors file that keeps the base model between runs")
+    parser.add_argument("--peer", help="Python of an environment with llm-compressor")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    options = parser.parse_args(argv)
+    tokenizer = train_tokenizer((d.text for d in open_source(options.data).documents("train")), SHAPE.vocabulary)
+    model = trained(options.data, tokenizer, options.tokens, options.weights)
+    calibration = Plain(token_blocks(options.data, tokenizer, "train", LENGTH, samples=SAMPLES)).batches(ROWS)
+    test = Plain(token_blocks(options.data, tokenizer, "test", LENGTH))
+    base = evaluate_quality(model, test).loss.value
+    print(f"base: perplexity {math.exp(base):.2f} ({model.count_parameters()['total']:,} parameters)")
+    if options.peer:
+        rows = beside_peer(options.peer, model, calibration, test, base)
+    else:
+        rows = alone(model, calibration, test, base)
     if options.out:
         options.out.write_text(json.dumps({"base": math.exp(base), "rows": rows}, indent=1) + "\n")
     return 0
