@@ -17,17 +17,18 @@ The number of buckets is a number of the model, not of the sequence as in the pa
 be hashed anew when it grows.
 
 B batch, H heads, R rounds, T tokens, S visible tokens, d channels of a head, b buckets, m chunk, P places in sorted
-order, N blocks of c places, K places that a block can see.
+order.
 """
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention.near import SELF, Layout, Weighing, attend_near
 from models.attention.options import check_dropout, head_width_of
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.cache.hashed import HashedCache
@@ -35,9 +36,6 @@ from models.errors import UserError
 from models.linear import Linear, residual_std
 from models.positions import POSITIONS
 from models.precision import without_autocast
-
-SELF = -1e5  # the score of a query with itself: what is left where it sees no other
-NOBODY = -2  # the group of an empty place
 
 
 @ATTENTIONS.register("lsh")
@@ -114,7 +112,8 @@ class Lsh:
         block = block_of(self.chunk)
         places = block * blocks_of(length, self.buckets, block)
         keys = before_of(self.chunk) + block
-        scores = 4 * self.heads * self.rounds * self.head_width * places * keys // length
+        computed = self.rounds * self.heads * (places + before_of(self.chunk)) - before_of(self.chunk)
+        scores = 4 * self.head_width * computed * keys // length
         return projections + hashing + scores
 
     def cache_elements(self, tokens: int) -> int:
@@ -192,41 +191,6 @@ class LshAttention(nn.Module):
         return HashedCache(batch, spec.heads, spec.rounds, capacity, spec.head_width, device, dtype)
 
 
-class Weighing(NamedTuple):
-    """How scores become weights.
-
-    Attributes:
-        scale: of the scores.
-        duplicates: whether a key counts once for each round that brings it.
-        dropout: of the probabilities.
-    """
-
-    scale: float
-    duplicates: bool = False
-    dropout: float = 0.0
-
-
-class Layout(NamedTuple):
-    """Tokens in sorted order, and who sees whom: i sees j in a round where groups agree and 0 <= r_i - r_j <= reach.
-
-    Attributes:
-        tokens: (B, H, R, P) which token lies at a place, T at an empty one.
-        group: (B, H, R, T) number of each token's group.
-        rank: (B, H, R, T) number of each token, or of its chunk, in an order that its group agrees on.
-        reach: how far back in rank a token sees.
-        block: c, places that are computed together; it divides P.
-        before, after: how many places before and behind its own a block can see.
-    """
-
-    tokens: Tensor
-    group: Tensor
-    rank: Tensor
-    reach: int
-    block: int
-    before: int
-    after: int
-
-
 def unit(q: Tensor) -> Tensor:
     """q (..., d) at length 1."""
     return F.normalize(q, dim=-1)
@@ -242,8 +206,8 @@ def block_of(chunk: int) -> int:
 
 
 def before_of(chunk: int) -> int:
-    """Places before a block in which all that its first token sees must lie."""
-    return -(-chunk // 8) * 8
+    """Places before a block in which all that its first token sees must lie, in whole blocks."""
+    return -(-chunk // block_of(chunk)) * block_of(chunk)
 
 
 def blocks_of(tokens: int, buckets: int, block: int) -> int:
@@ -261,34 +225,49 @@ def windows(buckets: Tensor, documents: Tensor | None, chunk: int, count: int) -
     places = block * blocks_of(tokens, count, block)
     sizes = torch.zeros(*buckets.shape[:-1], count, dtype=torch.int64, device=buckets.device)  # (B, H, R, b)
     sizes = sizes.scatter_add(-1, buckets, torch.ones_like(buckets))
-    order = buckets.argsort(dim=-1, stable=True)  # (B, H, R, T)
-    steps = torch.arange(tokens, device=buckets.device).expand_as(buckets)
-    place = torch.zeros_like(buckets).scatter(-1, order, steps)  # of each token, were there no empty ones
-    rank = place - (sizes.cumsum(-1) - sizes).gather(-1, buckets)
+    order, steps = _sorted(buckets)  # (B, H, R, T)
+    theirs = buckets.gather(-1, order)
     padded = -(-sizes // block) * block
-    slots = (padded.cumsum(-1) - padded).gather(-1, buckets) + rank  # (B, H, R, T)
+    shift = (padded.cumsum(-1) - padded) - (sizes.cumsum(-1) - sizes)  # (B, H, R, b) by the empty places before it
     at = torch.full((*buckets.shape[:-1], places), tokens, dtype=torch.int64, device=buckets.device)
-    return Layout(at.scatter(-1, slots, steps), _group(buckets, documents), rank, chunk, block, before_of(chunk), 0)
+    at = at.scatter(-1, steps + shift.gather(-1, theirs), order)
+    numbers = _unsorted(steps + chunk * _changes(_group(buckets, documents).gather(-1, order)), order)
+    return Layout(at, numbers, chunk, block, before_of(chunk), 0)
 
 
 def chunks(buckets: Tensor, documents: Tensor | None, chunk: int, across: bool) -> Layout:
     """An encoder's layout of buckets (B, H, R, T): a token sees its chunk of the sorted order and the one before."""
     tokens = buckets.shape[-1]
-    group = _group(buckets, documents)
     own = torch.zeros_like(buckets) if documents is None else documents[:, None, None].expand_as(buckets)
-    order = buckets.argsort(dim=-1, stable=True)
+    order, steps = _sorted(buckets)
     if documents is not None:
         order = order.gather(-1, own.gather(-1, order).argsort(dim=-1, stable=True))  # by document, bucket, position
-    steps = torch.arange(tokens, device=buckets.device).expand_as(buckets)
-    place = torch.zeros_like(buckets).scatter(-1, order, steps)
     mine = own.gather(-1, order)  # (B, H, R, T)
     begins = F.pad(mine[..., 1:] != mine[..., :-1], (1, 0), value=True)
-    start = torch.where(begins, steps, 0).cummax(dim=-1).values.gather(-1, place)  # of each token's document
-    rank = (place - start) // chunk
+    start = torch.where(begins, steps, 0).cummax(dim=-1).values  # of each token's document
+    chunk_number = ((steps - start) % chunk == 0).cumsum(-1) - 1
+    group = mine if across else _group(buckets, documents).gather(-1, order)
+    numbers = _unsorted(chunk_number + 2 * _changes(group), order)
     at = F.pad(order, (0, -tokens % chunk), value=tokens)
     aligned = documents is None  # else a block holds parts of two chunks
-    before, after = (chunk, 0) if aligned else (2 * chunk - 1, chunk - 1)
-    return Layout(at, own if across else group, rank, 1, chunk, before, after)
+    before, after = (chunk, 0) if aligned else (2 * chunk, chunk)
+    return Layout(at, numbers, 1, chunk, before, after)
+
+
+def _sorted(buckets: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens by bucket and position, and the numbers of these places: (B, H, R, T) each."""
+    steps = torch.arange(buckets.shape[-1], device=buckets.device).expand_as(buckets)
+    return buckets.argsort(dim=-1, stable=True), steps
+
+
+def _unsorted(x: Tensor, order: Tensor) -> Tensor:
+    """Numbers x (B, H, R, T) of sorted tokens in the order of the tokens, int32."""
+    return torch.zeros_like(x, dtype=torch.int32).scatter(-1, order, x.int())
+
+
+def _changes(x: Tensor) -> Tensor:
+    """How often x (..., T) has changed up to each place."""
+    return F.pad(x[..., 1:] != x[..., :-1], (1, 0)).cumsum(-1)
 
 
 def _group(buckets: Tensor, documents: Tensor | None) -> Tensor:
@@ -296,69 +275,6 @@ def _group(buckets: Tensor, documents: Tensor | None) -> Tensor:
     if documents is None:
         return buckets
     return (documents.long()[:, None, None] + 1) * (2**31) + buckets  # padding, document -1, among itself
-
-
-def attend_near(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Weighing) -> Tensor:
-    """Attention of each query to the keys that the rounds bring it.
-
-    Args:
-        q, k, v: (B, H, T, d).
-        layout: who that is.
-        scoring: how they are weighed.
-
-    Returns:
-        (B, H, T, d). Memory is O(B H R T K), with K about twice the chunk.
-    """
-    batch, heads, rounds, places = layout.tokens.shape
-    tokens, block = q.shape[2], layout.block
-    blocks = places // block
-
-    def own(x: Tensor) -> Tensor:  # (B, H, R, P, ...) -> (B, H, R, N, c, ...)
-        return x.unflatten(3, (blocks, block))
-
-    def near(x: Tensor, outside: int) -> Tensor:  # (B, H, R, P, C) -> (B, H, R, N, K, C)
-        x = F.pad(x, (0, 0, layout.before, layout.after), value=outside)
-        return x.unfold(3, layout.before + block + layout.after, block).transpose(-1, -2)
-
-    def sorted_rows(x: Tensor) -> Tensor:  # (B, H, T, d) -> (B, H, R, P, d), zeros at empty places
-        x = F.pad(x, (0, 0, 0, 1))[:, :, None].expand(-1, -1, rounds, -1, -1)
-        return x.gather(3, layout.tokens[..., None].expand(-1, -1, -1, -1, x.shape[-1]))
-
-    rows, columns = own(layout.tokens), near(layout.tokens[..., None], tokens)[..., 0]  # (B, H, R, N, c), (..., K)
-    itself = rows[..., :, None] == columns[..., None, :]  # (B, H, R, N, c, K)
-    brought = 0
-    for other in range(rounds) if rounds > 1 and not scoring.duplicates else ():
-        brought = brought + _seen(layout, other, own, near).int()
-    visible = _seen(layout, None, own, near)  # (B, H, R, N, c, K)
-    exact = torch.promote_types(q.dtype, torch.float32)
-    scores = (own(sorted_rows(q)) @ near(sorted_rows(k), 0).transpose(-1, -2)).to(exact) * scoring.scale
-    scores = scores.masked_fill(itself, SELF)
-    if rounds > 1 and not scoring.duplicates:
-        scores = scores - brought.clamp(min=1).to(exact).log()
-    scores = scores.masked_fill(~visible, torch.finfo(exact).min / 2)  # finite: empty places have rows of nothing else
-    total = scores.logsumexp(-1, keepdim=True)  # (B, H, R, N, c, 1)
-    p = F.dropout((scores - total).exp().to(v.dtype), scoring.dropout)
-    y = (p @ near(sorted_rows(v), 0)).flatten(3, 4)  # (B, H, R, P, d)
-    back = torch.zeros(batch, heads, rounds, tokens + 1, dtype=torch.int64, device=q.device)
-    steps = torch.arange(places, device=q.device).expand_as(layout.tokens)
-    back = back.scatter(-1, layout.tokens, steps)[..., :tokens]  # (B, H, R, T) place of each token
-    y = y.gather(3, back[..., None].expand(-1, -1, -1, -1, y.shape[-1]))  # (B, H, R, T, d)
-    weights = total.flatten(3).gather(-1, back).softmax(dim=2)  # (B, H, R, T)
-    return (y * weights.to(y.dtype)[..., None]).sum(2)
-
-
-def _seen(layout: Layout, other: int | None, own: Any, near: Any) -> Tensor:
-    """Who sees whom, (B, H, R, N, c, K), at the places of each round: in round `other`, or (None) in that round."""
-    found = []
-    for numbers in (layout.group, layout.rank):
-        numbers = F.pad(numbers, (0, 1), value=NOBODY)  # of the empty places
-        if other is not None:
-            numbers = numbers[:, :, other : other + 1].expand(-1, -1, layout.tokens.shape[2], -1)
-        found.append(numbers.gather(-1, layout.tokens))  # (B, H, R, P)
-    group, rank = found
-    same = own(group)[..., :, None] == near(group[..., None], NOBODY)[..., 0][..., None, :]
-    back = own(rank)[..., :, None] - near(rank[..., None], NOBODY)[..., 0][..., None, :]
-    return same & (back >= 0) & (back <= layout.reach)
 
 
 def last_of_bucket(buckets: Tensor, documents: Tensor | None, chunk: int, new: int) -> Tensor:

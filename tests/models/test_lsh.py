@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from models.attention.lsh import Weighing, attend_near, chunks, last_of_bucket, reference, unit, windows
+from models.attention.lsh import chunks, last_of_bucket, reference, unit, windows
+from models.attention.near import Weighing, attend_near
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
@@ -107,7 +108,7 @@ def test_it_is_that_of_transformers_for_given_buckets():
     q, v = (linear(x).unflatten(-1, (3, 8)).transpose(1, 2) for linear in (theirs.query_key, theirs.value))
     layout = chunks(buckets, None, chunk, across=True)
     mine = attend_near(q, unit(q), v, layout, Weighing(1.0, duplicates=True))
-    inner = (layout.rank > 0).all(2)
+    inner = (layout.numbers > 0).all(2)
     assert inner.float().mean() > 0.7
     torch.testing.assert_close(mine[inner], expected[inner], atol=1e-5, rtol=1e-5)
 
