@@ -1,6 +1,7 @@
 """Top-k attention against an explicit sort of every row."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_keeping_few_is_not_full_attention():
 
 
 def test_few_large_tensors_are_kept_for_the_backward():
-    """The probabilities (fp32) and one byte for each pair and head, beside the mask that all heads share."""
+    """The probabilities in fp32, of blocks of queries only those of the keys that the last of a block sees."""
     found, kept = inputs(64, torch.float32), {}
 
     def remember(x):
@@ -115,8 +116,38 @@ def test_few_large_tensors_are_kept_for_the_backward():
         y = top_k_attention(*found, 5, CAUSAL, PLAIN)
     pairs = 2 * 4 * 64 * 64
     large = sorted(size for _, size in kept.values() if size >= pairs)
-    assert large == [pairs, 4 * pairs]
+    assert large == [4 * pairs]
     assert y.requires_grad
+
+
+@pytest.mark.parametrize(
+    "visible",
+    [CAUSAL, ALL, Visible(torch.rand(2, 1, 21, 21).tril(-1).round().bool() | torch.eye(21, dtype=torch.bool), False)],
+    ids=["causal", "all", "mask"],
+)
+def test_blocks_of_queries_are_the_whole_with_and_without_dropout(visible, monkeypatch):
+    monkeypatch.setattr("models.attention.top_k.ROWS", 8)
+    found, generator = inputs(21), torch.Generator().manual_seed(1)
+    upstream = torch.randn(found[0].shape, generator=generator, dtype=torch.float64)
+    whole = replace(PLAIN, position=torch.zeros(4, 21, 21, dtype=torch.float64))  # takes the plainly written way
+    ways = [top_k_attention(*found, 3, visible, scoring) for scoring in (PLAIN, whole)]
+    torch.testing.assert_close(*ways)
+    for mine, theirs in zip(*(torch.autograd.grad(y, found, upstream) for y in ways), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    torch.autograd.gradcheck(dropped, (*found, visible), fast_mode=True)
+
+
+def dropped(q, k, v, visible):
+    torch.manual_seed(2)
+    return top_k_attention(q, k, v, 3, visible, PLAIN, dropout=0.3)
+
+
+def test_ties_are_broken_in_the_rows_that_have_them_and_in_no_other():
+    scores = torch.randn(2, 3, 5, 30)
+    scores[1, 2, 3] = scores[0, 1, 4].round()
+    expected = torch.zeros_like(scores, dtype=torch.bool)
+    expected.scatter_(-1, scores.argsort(dim=-1, descending=True, stable=True)[..., :6], True)
+    assert torch.equal(largest(scores, 6), expected)
 
 
 def test_bf16_is_close_to_fp32():
