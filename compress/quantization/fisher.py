@@ -8,7 +8,7 @@ each is squared and freed as soon as the backward has all of it. A weight that i
 between embedding and head, has the sum of both in its gradient.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,13 +19,19 @@ from models.errors import UserError
 from models.losses import IGNORED
 
 
-def fisher(model: nn.Module, batches: Sequence[Batch], names: Iterable[str]) -> dict[str, Tensor]:
+def fisher(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    names: Iterable[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
     """The diagonal for the weights of some modules of a `Transformer`, which is left as it was.
 
     Args:
         model: in evaluation mode.
         batches: with `tokens` and `targets` (B, T), and `documents` where there are any.
         names: modules with a `weight`.
+        progress: called after every sequence with (sequences done, sequences in all).
 
     Returns:
         Name -> (N, K) fp32.
@@ -40,7 +46,12 @@ def fisher(model: nn.Module, batches: Sequence[Batch], names: Iterable[str]) -> 
     for weight in weights.values():
         sums.setdefault(weight, torch.zeros_like(weight, dtype=torch.float32))
     with torch.enable_grad(), _squaring(model, sums):
-        count = sum(_backward(model, batch) for batch in batches)
+        count = 0
+        rows = [_row(batch, i) for batch in batches for i in range(len(batch["tokens"]))]
+        for done, row in enumerate(rows, 1):
+            count += _backward(model, row)
+            if progress is not None:
+                progress(done, len(rows))
     if not count:
         raise UserError("the calibration text asks for no prediction: give blocks of at least two tokens")
     for name, weight in weights.items():
@@ -51,16 +62,17 @@ def fisher(model: nn.Module, batches: Sequence[Batch], names: Iterable[str]) -> 
     return {name: sums[weight] for name, weight in weights.items()}
 
 
-def _backward(model: nn.Module, batch: Batch) -> int:
-    """One backward for every sequence that has a target; returns how many there are."""
-    count = 0
-    for row in range(len(batch["tokens"])):
-        one = {name: batch[name][row : row + 1] for name in ("tokens", "targets", "documents") if name in batch}
-        targets = int((one["targets"] != IGNORED).sum())
-        if targets:
-            (model(**one).loss * targets).backward()
-            count += 1
-    return count
+def _row(batch: Batch, row: int) -> Batch:
+    """One sequence of a batch, as a batch (1, T)."""
+    return {name: batch[name][row : row + 1] for name in ("tokens", "targets", "documents") if name in batch}
+
+
+def _backward(model: nn.Module, one: Batch) -> bool:
+    """The backward of one sequence, if it has a target; returns whether it has."""
+    targets = int((one["targets"] != IGNORED).sum())
+    if targets:
+        (model(**one).loss * targets).backward()
+    return targets > 0
 
 
 @contextmanager

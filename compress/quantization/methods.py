@@ -31,6 +31,9 @@ class Quantizer(Protocol):
             embedding token ids: of a tied one the method sees the `nn.Embedding`.
         together: whether the layers of a block are handed over at once whatever their numbers, each with its own
             instance in `Part.methods`; otherwise every instance gets the layers of its own numbers alone.
+        studies: whether `prepare` works something out that serves all instances of the class: it then also takes
+            `like`, an instance that has done it for this model and text, and `progress`, called with (done, in all).
+            A class that does not say does not.
     """
 
     format: Any
@@ -39,6 +42,7 @@ class Quantizer(Protocol):
     bits: ClassVar[tuple[int, ...]]
     ends: ClassVar[tuple[int, ...]]
     together: ClassVar[bool]
+    studies: ClassVar[bool]
 
 
 def read_method(value: Any, where: str) -> Any:

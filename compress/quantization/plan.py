@@ -28,12 +28,14 @@ class Plan:
             them as they are. The last pattern that matches counts.
         embedding: method for the token embedding, which in a tied model is the head too.
         head: method for the head of an untied model.
+        studying: called with (done, in all) while methods that do so study the whole model before the first block.
     """
 
     method: Method | None
     overrides: Mapping[str, Method | None] = field(default_factory=dict)
     embedding: Method | None = None
     head: Method | None = None
+    studying: Callable[[int, int], None] | None = None
 
     def choose(self, name: str) -> tuple[Method | None, str]:
         """The method for the module `name`, and the reason where it is None."""
@@ -53,10 +55,18 @@ class Plan:
         return names
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
-        """Raise UserError for a pattern that matches no layer; let every method look at the model."""
+        """Raise UserError for a pattern that matches no layer; let every method look at the model.
+
+        What one instance of a class has studied is handed to the others.
+        """
         names = self.check_patterns(model)
+        ready: dict[type, Method] = {}
         for method in _distinct([self.choose(name)[0] for name in names]):
-            method.prepare(model, batches)
+            if getattr(method, "studies", False):
+                method.prepare(model, batches, like=ready.get(type(method)), progress=self.studying)
+                ready[type(method)] = method
+            else:
+                method.prepare(model, batches)
 
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
         """What the method of this module asks for."""
@@ -113,6 +123,7 @@ def quantize_model(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     minimum_tokens: int | None = None,
+    studying: Callable[[int, int], None] | None = None,
 ) -> list[LayerRecord]:
     """Quantize a `Transformer` in place; `model.config.compression` says afterwards how each layer is stored.
 
@@ -120,7 +131,7 @@ def quantize_model(
         model: the model, in any floating-point dtype; left in evaluation mode. What stays dense keeps its dtype.
         method: `Rtn`, `Gptq` or another method for the linear maps of the blocks.
         batches: calibration tokens, for methods that look at data.
-        overrides, embedding, head: see `Plan`.
+        overrides, embedding, head, studying: see `Plan`.
         store, progress, device, autocast, minimum_tokens: see `compress.calibration.walk`.
 
     Returns:
@@ -131,7 +142,7 @@ def quantize_model(
     """
     packed = {name: module for name, module in model.named_modules() if form_of(module)}
     left = [LayerRecord.skip(name, one.shape, f"already stored as {form_of(one)}") for name, one in packed.items()]
-    plan = Plan(method, overrides or {}, embedding, head)
+    plan = Plan(method, overrides or {}, embedding, head, studying)
     how = {"store": store, "progress": progress, "device": device, "autocast": autocast}
     with apart(model):
         left += left_out(model, "in full precision")

@@ -11,7 +11,7 @@ N rows (outputs), K columns (inputs).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -46,6 +46,7 @@ class SqueezeLlm(LayerMethod):
     bits: ClassVar[tuple[int, ...]] = BITS
     ends: ClassVar[tuple[int, ...]] = BITS
     together: ClassVar[bool] = False
+    studies: ClassVar[bool] = True
 
     format: LookupFormat = field(default_factory=LookupFormat)
     sensitive: float = 0.0005
@@ -61,14 +62,24 @@ class SqueezeLlm(LayerMethod):
         if not 0 < self.pruned_share <= 1:
             raise UserError(f"pruned_share must be above 0 and at most 1, got {self.pruned_share!r}")
 
-    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
-        """Compute the Fisher diagonal of all that a walk offers."""
+    def prepare(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch] | None,
+        *,
+        like: "SqueezeLlm | None" = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compute the Fisher diagonal of all that a walk offers, or share what `like` has computed."""
+        if like is not None:
+            object.__setattr__(self, "_fisher", like._fisher)
+            return
         if model.config.direction != "causal":
             raise UserError(
                 "squeezellm weighs errors by the loss of the next token, and this model sees it: choose gptq or rtn"
             )
-        self._fisher.clear()
-        self._fisher.update(fisher(model, batches, [name for part in parts_of(model) for name in part.linears]))
+        names = [name for part in parts_of(model) for name in part.linears]
+        object.__setattr__(self, "_fisher", fisher(model, batches, names, progress))  # not cleared: others may hold it
 
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
         return None

@@ -159,6 +159,7 @@ class Quantize(Stage[options.Quantize]):
             store=FolderStore(state),
             progress=by_layer(bars, phase, model),
             minimum_tokens=self.options.minimum_tokens,
+            studying=partial(bars, f"taking gradients, before {phase}"),
         )
 
     def _measure(self, target: Path, sources: dict[str, Source], text: Text) -> dict[str, Any]:

@@ -258,6 +258,19 @@ def test_fisher_leaves_the_model_as_it_was():
     )
 
 
+def test_one_fisher_serves_every_number_of_bits():
+    model, seen = build(), []
+    bits = {bits: SqueezeLlm(LookupFormat(bits)) for bits in (2, 3, 4)}
+    overrides = {"*.attention.*": bits[3], "*.down": bits[4]}
+    quantize_model(model, bits[2], batches(), overrides=overrides, studying=lambda *step: seen.append(step))
+    assert seen == [(done, 6) for done in range(1, 7)]  # two batches of three sequences, once
+    for name, count in (("attention.q", 3), ("feedforward.down", 4), ("feedforward.up", 2)):
+        alone = build()
+        quantize_model(alone, SqueezeLlm(LookupFormat(count)), batches())
+        places = (one.get_submodule(f"blocks.1.{name}").dequantize() for one in (model, alone))
+        assert torch.equal(*places)
+
+
 @pytest.mark.parametrize("head", ["tied", "untied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_it_is_the_same_model(tmp_path, head, dtype):
@@ -372,8 +385,8 @@ def test_text_without_predictions_and_broken_models_are_refused():
 class Unweighted(SqueezeLlm):
     """Plain k-means, with the same weights apart."""
 
-    def prepare(self, model, batches):
-        super().prepare(model, batches[:1])
+    def prepare(self, model, batches, *, like=None, progress=None):
+        super().prepare(model, batches[:1], like=like, progress=progress)
         for total in self._fisher.values():
             total.fill_(1)
 
