@@ -3,7 +3,7 @@ dequantized exactly and multiplied.
 
     form         device   kernel                                up to rows   what it asks for
     packed_int   cpu      aten::_weight_int4pack_mm_for_cpu     128, AMX 48  2, 3, 4 bits, groups of a multiple of 32
-    packed_int   cpu      aten::_weight_int8pack_mm             32           8 bits, symmetric, a scale a row
+    packed_int   cpu      aten::_weight_int8pack_mm             32, or 96    8 bits, symmetric, a scale a row
     packed_int   cuda     aten::_weight_int4pack_mm             4096         as on the CPU, compute capability 8.0
     packed_int   cuda     aten::_weight_int8pack_mm             32           as on the CPU
     nf4          cpu      bitsandbytes::gemv_4bit               256          whole blocks in a row, AVX512-BF16
@@ -36,6 +36,21 @@ On one core with AMX, 2048 x 2048 (unpacked in one piece, as it was then):
     8 bits, unpacked         3.5          4.0          5.2          5.9          7.3          10           9.9
     dense bf16               0.36         0.85         1.3          1.9          3.2          6.3          5.6
 
+On one core with AVX-512 and without bf16 instructions (avx512_vnni), where bf16 products of 16 rows or more run in fp32
+(`models/products.py`), the 8-bit kernel is worth its while up to 96 rows. 2048 x 2048, in brackets 4096 x 4096:
+
+    rows                     1            8            32           64           96           128          256
+    4 bits, kernel           0.26 (1.3)   1.0 (3.9)    4.0 (15)     7.4 (29)     11 (46)      17 (73)      38 (133)
+    4 bits, unpacked         8.3 (37)     11 (48)      11 (46)      13 (63)      14 (71)      18 (99)      30 (139)
+    8 bits, kernel           0.26 (1.4)   1.0 (3.9)    4.0 (15)     7.4 (36)     11 (52)      16 (77)      32 (175)
+    8 bits, unpacked         4.2 (24)     6.8 (32)     8.8 (32)     10 (49)      13 (64)      16 (75)      25 (140)
+    NF4, unpacked            2.1 (11)     4.8 (23)     9.2 (23)     8.4 (37)     9.9 (50)     13 (61)      25 (111)
+    W8A8, aten::_int_mm      0.38 (0.88)  0.66 (3.4)   1.5 (4.4)    1.7 (7.0)    2.3 (12)     3.5 (13)     7.4 (22)
+    dense bf16               0.81 (4.2)   3.0 (14)     6.5 (47)     6.4 (57)     7.7 (85)     11 (72)      21 (100)
+    dense fp32               0.63 (5.1)   1.9 (17)     3.6 (14)     4.6 (22)     6.5 (34)     8.5 (37)     14 (69)
+
+There fp32 products are faster than bf16 ones from 32 rows on, and W8A8 faster than both at every number of rows.
+
 So packed weights are faster than dense bf16 ones at a few rows only. From there on a layer that has no dense weights
 takes the faster of its two ways, and both cost more than the dense product; 8-bit inputs alone keep up with it.
 
@@ -49,7 +64,7 @@ from torch import nn
 
 from compress.quantization.fp8_kernels import ScaledMm
 from compress.quantization.int8_kernels import BitsAndBytesInt8, IntMm
-from compress.quantization.int_kernels import Int4Cpu, Int4Cuda, Int8
+from compress.quantization.int_kernels import INT8_CPU_ROWS, Int4Cpu, Int4Cuda, Int8
 from compress.quantization.nf4_kernels import Nf4Cpu, Nf4Cuda
 
 
@@ -78,7 +93,7 @@ class Kernel(Protocol):
 
 TABLE: tuple[Kernel, ...] = (
     Int4Cpu(),
-    Int8(),
+    Int8(largest_batch=INT8_CPU_ROWS),
     Int4Cuda(),
     Int8(device="cuda"),
     Nf4Cpu(),

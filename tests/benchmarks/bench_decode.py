@@ -3,8 +3,8 @@
 A random Llama is saved by `transformers` and imported through the family reader. One round reads the prompts and then
 generates; no stop token, so that both produce every token. In fp32 both must produce the same ones.
 
-Packed weights: a Llama too large for any cache, in every stored form that has a kernel, and in two that have none.
-Timed are the tokens after the first, so without the prompt.
+Packed weights: a Llama too large for any cache, in every stored form that has a kernel, and in two that have none,
+against the dense model in bf16 and in fp32. Timed are the tokens after the first, so without the prompt.
 """
 
 import contextlib
@@ -55,6 +55,7 @@ class PackedDecoding:
     batches: tuple[tuple[int, int], ...] = ((1, 9), (8, 5), (64, 3))
     prompt: int = 4
     rounds: int = 5
+    forms: tuple[str, ...] = tuple(FORMS)
 
 
 @dataclass(frozen=True)
@@ -96,24 +97,32 @@ def peer_rows(settings: Decoding) -> list[Row]:
 
 
 def packed_rows(settings: PackedDecoding) -> list[Row]:
-    """New tokens/s and bytes of every form, against bf16."""
+    """New tokens/s and bytes of every form, against both dense models."""
     dense = settings.shape.core().bfloat16().eval()
-    models = {"bf16": dense} | {form: packed(dense, *methods) for form, methods in FORMS.items()}
+    models = {"bf16": dense, "fp32": copy.deepcopy(dense).float()}
+    models |= {form: packed(dense, *FORMS[form]) for form in settings.forms}
     rows = []
     for batch, new in settings.batches:
         prompts = torch.randint(1, settings.shape.vocabulary, (batch, settings.prompt)).tolist()
         cases = {f"{form}, batch {batch}": partial(further, model, prompts, new) for form, model in models.items()}
         seconds = take_turns(PACKED, cases, rounds=settings.rounds, warmup=1)
-        note = f"bf16, greedy, the tokens after the first, {settings.shape}"
+        note = f"in bf16 but for fp32, greedy, the tokens after the first, {settings.shape}"
         for case in cases:
-            peer = "" if case.startswith("bf16") else f"bf16, batch {batch}"
-            rows.append(rate_row(PACKED, case, seconds, batch * (new - 1), "tokens/s", peer=peer, note=note))
+            for peer in _peers(case, batch):
+                rows.append(rate_row(PACKED, case, seconds, batch * (new - 1), "tokens/s", peer=peer, note=note))
     sizes = {form: sum(held_bytes(module) for _, module in holders(model)) / 1e6 for form, model in models.items()}
     for form, size in sizes.items():
         against = ("", None) if form == "bf16" else ("bf16, weights", sizes["bf16"] / size)
         note = "weights as they are held; the ratio says how many times smaller"
         rows.append(Row(PACKED, f"{form}, weights", size, size, size, "MB", *against, note=note))
     return rows
+
+
+def _peers(case: str, batch: int) -> tuple[str, ...]:
+    """The dense models that a case is set against."""
+    if case.startswith("bf16"):
+        return ("",)
+    return (f"bf16, batch {batch}",) + (() if case.startswith("fp32") else (f"fp32, batch {batch}",))
 
 
 def packed(dense: Transformer, method: Rtn | Nf4 | Int8 | Fp8, ends: Rtn | Nf4) -> Transformer:
