@@ -8,6 +8,7 @@ the N blocks is an entry in the batch of a full attention, so no T x T matrix is
 every D-th token, so the D sequences of tokens with the same remainder are entries in the batch too.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from models.attention.standard import Scoring, Visible, attend
 
 OUTSIDE = -2  # the document of what lies before the first token or behind the last
 SMALLEST, LARGEST = 64, 256  # tokens of a block: smaller ones copy their keys too often, larger ones see too many
+ALIGNED = 16  # keys before and behind a block are a multiple: products of odd widths are slower
 
 
 class Band(NamedTuple):
@@ -110,8 +112,8 @@ def attend_band(
     if band.dilation > 1 and anchors is None:
         return _by_remainder(q, k, v, band, scoring, documents, extra, dropout)
     batch, _, tokens, _ = q.shape
-    before, after = band.before * band.dilation, band.after * band.dilation
-    block = min(max(before + 1, after + 1, SMALLEST), LARGEST, tokens)
+    before, after = (-(-side * band.dilation // ALIGNED) * ALIGNED for side in (band.before, band.after))
+    block = min(max(before, after, SMALLEST), LARGEST, tokens)
     blocks = -(-tokens // block)
     rest = blocks * block - tokens
     steps = torch.arange(block, device=q.device)
@@ -140,14 +142,37 @@ def attend_band(
     for more in beside:
         k, v, mask, found = _joined(k, v, mask, found, more)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, c, K + X)
-    y = attend(q, k, v, Visible(mask, causal=False), found, dropout)
+    mix = _learned if _learns(q, k, found) else attend
+    y = mix(q, k, v, Visible(mask, causal=False), found, dropout)
     return y.unflatten(0, (batch, blocks)).movedim(1, 2).flatten(2, 3)[:, :, :tokens]
 
 
+def _learns(q: Tensor, k: Tensor, scoring: Scoring) -> bool:
+    """Whether what is added to the scores, and nothing else, takes part, is trained, and no kernel has its gradient."""
+    position = scoring.position
+    trained = position is not None and position.requires_grad and torch.is_grad_enabled()
+    alone = scoring.softcap is None and scoring.sink is None and scoring.values is None
+    return trained and alone and q.device.type == "cpu" and q.dtype == position.dtype and q.shape[1] == k.shape[1]
+
+
+def _learned(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring, dropout: float) -> Tensor:
+    """The same as `attend` in fewer passes than PyTorch takes on CPU where what is added to the scores is trained."""
+    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    bias = scoring.position.masked_fill(~visible.mask, -math.inf)  # (B * N, H, c, K + X)
+    scores = torch.baddbmm(bias.flatten(0, 1), (q * scale).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    return (F.dropout(scores.softmax(-1), dropout) @ v.flatten(0, 1)).view(q.shape)
+
+
 def _reach(x: Tensor, before: int, after: int, block: int, rest: int, outside: int) -> Tensor:
-    """The keys x (..., T, d) that each block can see, (..., N, K, d), with `outside` beyond both ends."""
-    padded = F.pad(x, (0, 0, before, rest + after), value=outside)
-    return padded.unfold(-2, before + block + after, block).transpose(-1, -2)
+    """The keys x (..., T, d) that each block can see, (..., N, K, d), with `outside` beyond both ends.
+
+    Block by block of the keys: backward adds up a few long runs, which is faster than that of overlapping windows.
+    """
+    length, keys = x.shape[-2] + rest, before + block + after  # N c, K
+    runs = range(0, keys, block)
+    padded = F.pad(x, (0, 0, before, rest + max(after, runs[-1] - before)), value=outside)
+    parts = [padded.narrow(-2, first, length).unflatten(-2, (-1, block))[..., : keys - first, :] for first in runs]
+    return torch.cat(parts, dim=-2)
 
 
 def _by_remainder(
