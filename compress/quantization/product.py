@@ -5,6 +5,9 @@
 for what the first leaves (additive quantization, as in AQLM, arXiv 2401.06118), and codewords tuned against the
 original block (`tuning.py`). Blocks are taken in their order, each on what the quantized ones before it give.
 
+On the CPU the same seed gives the same bytes. On CUDA the sums over the members of a codeword are atomic additions,
+whose order is not fixed: two runs there may differ in the last bits, and then in a few indices.
+
 N outputs (or vocabulary), K inputs (or width), v length of a sub-vector, B sub-vectors a row, C codewords.
 """
 

@@ -22,7 +22,7 @@ CHUNK = 1 << 19  # distances computed at once: what stays in the cache
 
 
 def cluster(vectors: Tensor, weights: Tensor, codewords: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Weighted k-means from a k-means++ start; the same for the same seed.
+    """Weighted k-means from a k-means++ start; on the CPU the same for the same seed (CUDA adds in no fixed order).
 
     Args:
         vectors: (N, B, v) fp32, of which no fewer than `codewords`.
