@@ -8,7 +8,6 @@ the N blocks is an entry in the batch of a full attention, so no T x T matrix is
 every D-th token, so the D sequences of tokens with the same remainder are entries in the batch too.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.attention.learned import attend_learned, learns
 from models.attention.standard import Scoring, Visible, attend
 
 OUTSIDE = -2  # the document of what lies before the first token or behind the last
@@ -142,25 +142,9 @@ def attend_band(
     for more in beside:
         k, v, mask, found = _joined(k, v, mask, found, more)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, c, K + X)
-    mix = _learned if _learns(q, k, found) else attend
+    mix = attend_learned if learns(q, k, found) else attend
     y = mix(q, k, v, Visible(mask, causal=False), found, dropout)
     return y.unflatten(0, (batch, blocks)).movedim(1, 2).flatten(2, 3)[:, :, :tokens]
-
-
-def _learns(q: Tensor, k: Tensor, scoring: Scoring) -> bool:
-    """Whether what is added to the scores, and nothing else, takes part, is trained, and no kernel has its gradient."""
-    position = scoring.position
-    trained = position is not None and position.requires_grad and torch.is_grad_enabled()
-    alone = scoring.softcap is None and scoring.sink is None and scoring.values is None
-    return trained and alone and q.device.type == "cpu" and q.dtype == position.dtype and q.shape[1] == k.shape[1]
-
-
-def _learned(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring, dropout: float) -> Tensor:
-    """The same as `attend` in fewer passes than PyTorch takes on CPU where what is added to the scores is trained."""
-    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
-    bias = scoring.position.masked_fill(~visible.mask, -math.inf)  # (B * N, H, c, K + X)
-    scores = torch.baddbmm(bias.flatten(0, 1), (q * scale).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
-    return (F.dropout(scores.softmax(-1), dropout) @ v.flatten(0, 1)).view(q.shape)
 
 
 def _reach(x: Tensor, before: int, after: int, block: int, rest: int, outside: int) -> Tensor:

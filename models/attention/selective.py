@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.full import Full, FullAttention
+from models.attention.learned import attend_learned, learns
 from models.attention.places import take
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import Scoring, Visible, attend, reference_attention
@@ -126,8 +127,9 @@ class SelectiveAttention(FullAttention):
             self.auxiliary = {"memory": self.memory_loss / self.layers * held(chosen, context.documents)}
         position = -chosen.masked[:, None]  # (B, 1, T, K)
         scoring = replace(scoring, position=position if scoring.position is None else scoring.position + position)
-        # of a compiled training step, the loops around plain products fuse; elsewhere PyTorch's kernel is faster
+        # of a compiled training step, the loops around plain products fuse
         compute = reference_attention if torch.compiler.is_compiling() and q.requires_grad else attend
+        compute = attend_learned if compute is attend and learns(q, memory.keys, scoring) else compute
         visible = Visible(chosen.seen[:, None], causal=False)
         return compute(q, memory.keys, memory.values, visible, scoring, self.drop())
 
