@@ -39,7 +39,7 @@ def build(architecture=ARCHITECTURE):
     torch.manual_seed(0)
     model = Transformer(ModelConfig.from_dict(architecture)).eval()
     for parameter in model.parameters():  # large enough that every layer matters
-        if parameter.dim() == 2:
+        if parameter.dim() >= 2:
             parameter.data *= 8
     return model
 

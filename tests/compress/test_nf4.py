@@ -13,6 +13,7 @@ from compress.quantization.kernels import choose, kernel_for
 from compress.quantization.nf4 import Nf4, Nf4Embedding, Nf4Linear, Nf4Weights
 from compress.quantization.nf4_kernels import Absmax, Nf4Cpu, Nf4Cuda, Nf4Format
 from models.errors import UserError
+from models.products import linear
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 FORMATS = [Nf4Format(block, double) for block, double in product((32, 64, 128), (False, True))]
@@ -66,7 +67,7 @@ def test_bytes_and_weights_are_those_of_bitsandbytes(format, shape):
         assert (
             (absmax - plain).abs() <= (theirs - plain).abs() + 1e-6
         ).all()  # its search on the CPU may take the next but nearest level
-        assert (ours.absmax.values != state.absmax).float().mean() < 0.1
+        assert (ours.absmax.values != state.absmax).sum() <= max(1, 0.1 * len(state.absmax))
         absmax = Absmax(state.absmax, state.state2.absmax, state.offset).dequantize()
     else:
         assert torch.equal(ours.absmax.values, state.absmax)
@@ -98,7 +99,7 @@ def test_layers_run_their_weights_in_either_layout(format, shape):
     assert torch.equal(packed.dequantize(), dense)
     with torch.no_grad():
         many = torch.randn(300, shape[1]).bfloat16()
-        assert torch.equal(packed(many), F.linear(many, dense.bfloat16()) + bias.bfloat16())
+        assert torch.equal(packed(many), linear(many, dense.bfloat16()) + bias.bfloat16())
     with torch.device("meta"):
         again = Nf4Linear.empty(module, packed.spec())
     again.load_state_dict(packed.state_dict(), assign=True)
@@ -150,7 +151,7 @@ def test_without_the_package_weights_are_the_same_and_the_reason_says_how_to_ins
     packed, _ = layer(64, 128, Nf4Format())
     x = torch.randn(2, 128).bfloat16()
     with torch.no_grad():
-        assert torch.equal(packed(x), F.linear(x, packed.dequantize().bfloat16()))
+        assert torch.equal(packed(x), linear(x, packed.dequantize().bfloat16()))
     assert kernel_for(packed).reason == "needs bitsandbytes: pip install 'espalier-lm[bitsandbytes]'"
     with torch.no_grad():
         assert torch.equal(packed(x[:0]), x.new_empty(0, 64))
