@@ -102,9 +102,9 @@ def _own(x: Tensor, layout: Layout) -> Tensor:
 
 
 def _windows(x: Tensor, layout: Layout) -> Tensor:
-    """What each block sees of a line x (L, C), without a copy: (M, K, C), M = (L - K) / c + 1."""
+    """What each block sees of a contiguous line x (L, C), without a copy: (M, K, C), M = (L - K) / c + 1."""
     count, channels = (len(x) - layout.keys) // layout.block + 1, x.shape[1]
-    return x.as_strided((count, layout.keys, channels), (layout.block * channels, channels, 1), x.storage_offset())
+    return x.as_strided((count, layout.keys, channels), (layout.block * channels, channels, 1))
 
 
 def _spread(x: Tensor, front: Tensor, before: int, after: int) -> Tensor:
@@ -123,7 +123,7 @@ def _by_key(x: Tensor, layout: Layout) -> Tensor:
     x = F.pad(x, (0, 0, 0, 0, more, more))
     shape = len(x) - more, more + 1, block, block
     strides = block * keys, block * (keys - 1), keys, 1
-    return x.as_strided(shape, strides, x.storage_offset() + more * block).reshape(-1, keys, block)
+    return x.as_strided(shape, strides, more * block).reshape(-1, keys, block)
 
 
 class NearAttention(torch.autograd.Function):
