@@ -213,13 +213,17 @@ def grid(rows: list[Row], settings: Lengths | None = None) -> str:
     def cell(case: str, form: Callable[[Row], str]) -> str:
         return form(found[case]) if case in found else ""
 
+    def speed(row: Row) -> str:
+        """Against the peer; tokens/s where that is not measured."""
+        if row.case.startswith(f"{PEER}, "):
+            return "1"
+        return f"{row.ratio:.2f}x" if row.ratio else f"{row.value:,.0f} tokens/s"
+
     heads = [f"speed at {length:,}" for length in wide] + [f"peak MiB at {cached:,}", "time ~ T^", "memory ~ T^"]
     heads += [f"decode tokens/s at {length:,}" for length in settings.cached] + [f"cache MB at {cached:,}"]
     lines = ["| mechanism | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name in settings.mechanisms:
-        cells = [
-            cell(f"{name}, {length} tokens", lambda row: f"{row.ratio:.2f}x" if row.ratio else "1") for length in wide
-        ]
+        cells = [cell(f"{name}, {length} tokens", speed) for length in wide]
         cells.append(cell(f"{name}, peak memory at {cached} tokens", lambda row: f"{row.value:,.0f}"))
         cells += [cell(f"{name}, exponent of {what}", lambda row: f"{row.value:.2f}") for what in ("time", "memory")]
         cells += [cell(f"{name}, decoding after {n} tokens", lambda row: f"{row.value:,.0f}") for n in settings.cached]
