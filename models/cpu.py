@@ -13,13 +13,18 @@ from pathlib import Path
 TILE_PALETTE_LEAF = 0x1D
 
 
+def _fields(cpuinfo: str) -> dict[str, str]:
+    """What the text of /proc/cpuinfo says about the first processor."""
+    lines = (line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in lines}
+
+
 def isa_cap(cpuinfo: str) -> str | None:
     """The `ONEDNN_MAX_CPU_ISA` that this processor needs, or None where oneDNN may use everything.
 
     cpuinfo: the text of Linux' /proc/cpuinfo (empty on other systems).
     """
-    fields = dict(line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    fields = _fields(cpuinfo)
     flags = fields.get("flags", "").split()
     if "amx_tile" not in flags or int(fields.get("cpuid level", TILE_PALETTE_LEAF)) >= TILE_PALETTE_LEAF:
         return None
@@ -28,8 +33,8 @@ def isa_cap(cpuinfo: str) -> str | None:
 
 def has_bf16(cpuinfo: str) -> bool:
     """Whether the processor multiplies in bf16, by the text of Linux' /proc/cpuinfo."""
-    fields = dict(line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
-    flags = {flag for key, value in fields.items() if key.strip() in ("flags", "Features") for flag in value.split()}
+    fields = _fields(cpuinfo)
+    flags = {flag for key in ("flags", "Features") for flag in fields.get(key, "").split()}  # x86, Arm
     return not flags.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
 
 

@@ -92,19 +92,6 @@ def takes(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _routed(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
-    """As `product`, through the route of this module, for a and b that it takes."""
-    if ROUTE == "widened":
-        a, b = a.float(), b.float()
-        if accumulate:
-            return out.addmm_(a, b)
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-    if torch.compiler.is_compiling():
-        return _traced_product(a, b)
-    out = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if out is None else out
-    return _call(_GEMM, a, b, out, float(accumulate))
-
-
 def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
     """a (M, K) @ b (K, N) in at least fp32, computed in the dtype of a and b. Not differentiable.
 
@@ -115,7 +102,12 @@ def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, accumulate: bool
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     if takes(a, b) and a.numel() and b.numel():
-        return _routed(a, b, out, accumulate)
+        if ROUTE == "mkl":
+            if torch.compiler.is_compiling():
+                return _traced_product(a, b)
+            out = a.new_empty(a.shape[0], b.shape[1], dtype=wide) if out is None else out
+            return _call(_GEMM, a, b, out, float(accumulate))
+        a, b = a.float(), b.float()
     if a.dtype == wide:
         if accumulate:
             return out.addmm_(a, b)
