@@ -2,29 +2,112 @@
 
 No kernel of PyTorch's has that gradient on CPU, and what it does instead takes more passes over the scores than needed.
 
-B batch, H heads, T queries, S keys, d channels of a head.
+B batch, G key/value heads, R query heads of each, T queries, S keys, d channels of a head, t queries of a tile, s keys
+that its last one sees.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from models.attention.standard import Scoring, Visible
+from models.precision import without_autocast
+
+TILE = 128  # queries: the scores of eight heads with a few thousand keys stay near the caches
 
 
-def learns(q: Tensor, k: Tensor, scoring: Scoring) -> bool:
-    """Whether `attend_learned` is the way: an addend is trained, alone, and every query head has its own keys."""
-    position = scoring.position
-    trained = position is not None and position.requires_grad and torch.is_grad_enabled()
-    alone = scoring.softcap is None and scoring.sink is None and scoring.values is None
-    return trained and alone and q.device.type == "cpu" and q.dtype == position.dtype and q.shape[1] == k.shape[1]
+def learns(q: Tensor, scoring: Scoring) -> bool:
+    """Whether an addend, alone, is to get its gradient, on CPU."""
+    trained = scoring.position is not None and scoring.position.requires_grad and torch.is_grad_enabled()
+    return trained and scoring.additive and q.device.type == "cpu"
+
+
+def same_heads(q: Tensor, k: Tensor, scoring: Scoring) -> bool:
+    """Whether every query head has its own keys, and the addend the queries' dtype, as `attend_learned` needs it."""
+    return q.shape[1] == k.shape[1] and q.dtype == scoring.position.dtype
 
 
 def attend_learned(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring, dropout: float = 0.0) -> Tensor:
-    """The same as `attend` with a mask, where `learns` holds: q (B, H, T, d), k, v (B, H, S, d) -> (B, H, T, d)."""
+    """The same as `attend` with a mask, where `learns` and `same_heads` hold.
+
+    Takes q (B, H, T, d) and k, v (B, H, S, d), gives (B, H, T, d).
+    """
     scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
     bias = scoring.position.masked_fill(~visible.mask, -math.inf)  # (B or 1, H or 1, T, S)
     scores = ((q * scale) @ k.transpose(-1, -2)).add_(bias)  # (B, H, T, S)
     return F.dropout(scores.softmax(-1), dropout) @ v
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
+    """The same in a decoder, tile by tile of the queries: no scores behind them, nor all scores in memory at any time.
+
+    Args:
+        q: (B, G * R, T, d), the last T of S tokens.
+        k, v: (B, G, S, d).
+        bias: (B or 1, G * R or 1, T, S) in at least fp32, -inf where a query does not see a key, as it sees none behind
+            itself. Its gradient is computed too.
+        scale: of the scores; nothing: 1 / sqrt(d).
+
+    Returns:
+        (B, G * R, T, d). Of the order of T x S there is the bias and its gradient alone.
+    """
+    with without_autocast(q.device):  # as the backward, which must make the very probabilities of the forward
+        return CausalAttention.apply(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+class CausalAttention(torch.autograd.Function):
+    """`apply(q, k, v, bias, scale)`: the arguments of `attend_causal`; FlashAttention's backward (arXiv 2205.14135)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        y = torch.empty_like(q)
+        for rows, keys in _tiles(q.shape[2], k.shape[2]):
+            p = _probabilities(_grouped(q[:, :, rows], k), k[:, :, keys], bias[:, :, rows, keys], scale)
+            y[:, :, rows] = (p.to(v.dtype) @ v[:, :, keys]).view(y[:, :, rows].shape)
+        ctx.save_for_backward(q, k, v, bias, y)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, y = ctx.saved_tensors
+        exact = torch.promote_types(q.dtype, torch.float32)
+        dq, dbias = torch.empty_like(q), torch.zeros_like(bias)
+        dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
+        delta = (dy * y).sum(-1, keepdim=True, dtype=exact)  # (B, G * R, T, 1)
+        for rows, keys in _tiles(q.shape[2], k.shape[2]):
+            tile, upstream, offset = (_grouped(x[:, :, rows], k) for x in (q, dy, delta))  # (B, G, R t, d, d and 1)
+            p = _probabilities(tile, k[:, :, keys], bias[:, :, rows, keys], ctx.scale)  # (B, G, R t, s)
+            dv[:, :, keys] += p.to(dy.dtype).transpose(-1, -2) @ upstream
+            ds = (upstream @ v[:, :, keys].transpose(-1, -2)).to(exact).sub_(offset).mul_(p)  # (B, G, R t, s)
+            theirs = dbias[:, :, rows, keys]
+            theirs += ds.view(len(q), q.shape[1], *theirs.shape[2:]).sum_to_size(theirs.shape)
+            ds = ds.mul_(ctx.scale).to(q.dtype)
+            dk[:, :, keys] += ds.transpose(-1, -2) @ tile
+            dq[:, :, rows] = (ds @ k[:, :, keys]).view(dq[:, :, rows].shape)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, None
+
+
+def _tiles(queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
+    """The tiles of the queries, and the keys up to the last of each."""
+    for start in range(0, queries, TILE):
+        stop = min(start + TILE, queries)
+        yield slice(start, stop), slice(keys - queries + stop)
+
+
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    """(B, G * R, t, C) as (B, G, R t, C): the query heads of one key head below one another."""
+    return x.reshape(len(x), k.shape[1], -1, x.shape[-1])
+
+
+def _probabilities(tile: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Of queries (B, G, R t, d), keys (B, G, s, d) and a bias (B or 1, G R or 1, t, s), (B, G, R t, s)."""
+    scores = (tile @ k.transpose(-1, -2)).to(bias.dtype).mul_(scale)
+    scores.view(len(scores), -1, *bias.shape[2:]).add_(bias)
+    p = scores.softmax(-1)
+    return F.threshold_(p, torch.finfo(p.dtype).eps ** 4, 0.0)  # nothing beside the rest, and subnormals are slow

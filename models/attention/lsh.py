@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from models.attention.near import SELF, Layout, Weighing, attend_near
 from models.attention.options import check_dropout, head_width_of
+from models.attention.places import of_heads
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.cache.hashed import HashedCache
 from models.errors import UserError
@@ -165,6 +166,8 @@ class LshAttention(nn.Module):
         if self.place.bidirectional:
             chunk = min(spec.chunk, seen)
             return attend_near(q, k, v, chunks(buckets, documents, chunk, spec.across_buckets), scoring)
+        if seen > new == 1:
+            return attend_last(q, k, v, group_of(buckets, documents), spec.chunk, scoring)
         if seen > new and new <= spec.chunk:  # a few new tokens behind a cache: not worth sorting all
             return reference(q, k, v, last_of_bucket(buckets, documents, spec.chunk, new), scoring)
         q = torch.cat([k[:, :, : seen - new], q], dim=2)  # (B, H, S, d); what the first ones see is not used
@@ -231,7 +234,7 @@ def windows(buckets: Tensor, documents: Tensor | None, chunk: int, count: int) -
     shift = (padded.cumsum(-1) - padded) - (sizes.cumsum(-1) - sizes)  # (B, H, R, b) by the empty places before it
     at = torch.full((*buckets.shape[:-1], places), tokens, dtype=torch.int64, device=buckets.device)
     at = at.scatter(-1, steps + shift.gather(-1, theirs), order)
-    numbers = _unsorted(steps + chunk * _changes(_group(buckets, documents).gather(-1, order)), order)
+    numbers = _unsorted(steps + chunk * _changes(group_of(buckets, documents).gather(-1, order)), order)
     return Layout(at, numbers, chunk, block, before_of(chunk), 0)
 
 
@@ -246,7 +249,7 @@ def chunks(buckets: Tensor, documents: Tensor | None, chunk: int, across: bool) 
     begins = F.pad(mine[..., 1:] != mine[..., :-1], (1, 0), value=True)
     start = torch.where(begins, steps, 0).cummax(dim=-1).values  # of each token's document
     chunk_number = ((steps - start) % chunk == 0).cumsum(-1) - 1
-    group = mine if across else _group(buckets, documents).gather(-1, order)
+    group = mine if across else group_of(buckets, documents).gather(-1, order)
     numbers = _unsorted(chunk_number + 2 * _changes(group), order)
     at = F.pad(order, (0, -tokens % chunk), value=tokens)
     aligned = documents is None  # else a block holds parts of two chunks
@@ -270,16 +273,34 @@ def _changes(x: Tensor) -> Tensor:
     return F.pad(x[..., 1:] != x[..., :-1], (1, 0)).cumsum(-1)
 
 
-def _group(buckets: Tensor, documents: Tensor | None) -> Tensor:
+def group_of(buckets: Tensor, documents: Tensor | None) -> Tensor:
     """Numbers (B, H, R, T) that agree where bucket and document do."""
     if documents is None:
         return buckets
     return (documents.long()[:, None, None] + 1) * (2**31) + buckets  # padding, document -1, among itself
 
 
+def attend_last(q: Tensor, k: Tensor, v: Tensor, group: Tensor, chunk: int, scoring: Weighing) -> Tensor:
+    """As `reference` for the last token alone, q (B, H, 1, d): of k, v (B, H, S, d) it reads what the rounds bring it.
+
+    It sees the last `chunk` earlier tokens of its group, of (B, H, R, S), in each round.
+    """
+    exact, seen = torch.promote_types(q.dtype, torch.float32), k.shape[2]
+    steps = torch.arange(seen, device=q.device, dtype=torch.int32)
+    members = torch.where(group == group[..., -1:], steps, -1)  # (B, H, R, S)
+    found = members.topk(min(chunk + 1, seen), dim=-1).values.flatten(2)  # (B, H, R * (chunk + 1)), -1: none
+    index = found.clamp(min=0).long()
+    scores = (q @ of_heads(k, index).transpose(-1, -2))[:, :, 0].to(exact) * scoring.scale  # (B, H, R * (chunk + 1))
+    scores = scores.masked_fill(found == seen - 1, SELF)
+    if not scoring.duplicates:
+        scores = scores - (found[..., None] == found[..., None, :]).sum(-1).to(exact).log()
+    p = scores.masked_fill(found < 0, -math.inf).softmax(-1).to(v.dtype)
+    return F.dropout(p, scoring.dropout)[:, :, None] @ of_heads(v, index)
+
+
 def last_of_bucket(buckets: Tensor, documents: Tensor | None, chunk: int, new: int) -> Tensor:
     """What the `new` last of S tokens see in each round of a decoder: of buckets (B, H, R, S), (B, H, R, T, S) bool."""
-    group, seen = _group(buckets, documents), buckets.shape[-1]
+    group, seen = group_of(buckets, documents), buckets.shape[-1]
     earlier = torch.ones(new, seen, dtype=torch.bool, device=buckets.device).tril(seen - new)  # (T, S)
     same = (group[..., -new:, None] == group[..., None, :]) & earlier
     behind = same.flip(-1).cumsum(-1).flip(-1) - 1  # members of the group after each key, up to the query

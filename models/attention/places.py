@@ -22,3 +22,8 @@ def tokens_at(x: Tensor, columns: Tensor) -> Tensor:
         return x.index_select(2, columns.flatten()).unflatten(2, columns.shape[1:])  # its backward beats indexing's
     index = columns.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return x.gather(2, index).unflatten(2, columns.shape[1:])
+
+
+def of_heads(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens `index` (B, H, P) of x (B, H, S, d), each head's own: (B, H, P, d)."""
+    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))

@@ -19,14 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.full import Full, FullAttention
-from models.attention.learned import attend_learned, learns
+from models.attention.learned import attend_causal, learns
 from models.attention.places import take
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import Scoring, Visible, attend, reference_attention
 from models.cache import Kept, Remembered, SelectiveCache
 from models.errors import UserError
+from models.precision import without_autocast
 
 NOTE = "selection"  # under which a layer leaves its F for the layers above
+RUN = 64  # queries
 
 
 @ATTENTIONS.register("selective")
@@ -127,11 +129,13 @@ class SelectiveAttention(FullAttention):
             self.auxiliary = {"memory": self.memory_loss / self.layers * held(chosen, context.documents)}
         position = -chosen.masked[:, None]  # (B, 1, T, K)
         scoring = replace(scoring, position=position if scoring.position is None else scoring.position + position)
-        # of a compiled training step, the loops around plain products fuse
-        compute = reference_attention if torch.compiler.is_compiling() and q.requires_grad else attend
-        compute = attend_learned if compute is attend and learns(q, memory.keys, scoring) else compute
-        visible = Visible(chosen.seen[:, None], causal=False)
-        return compute(q, memory.keys, memory.values, visible, scoring, self.drop())
+        visible, dropout = Visible(chosen.seen[:, None], causal=False), self.drop()
+        if torch.compiler.is_compiling() and q.requires_grad:  # the loops around plain products fuse
+            return reference_attention(q, memory.keys, memory.values, visible, scoring, dropout)
+        if learns(q, scoring) and not dropout:
+            bias = scoring.position.masked_fill(~visible.mask, -math.inf)  # (B, H or 1, T, K)
+            return attend_causal(q, memory.keys, memory.values, bias, scoring.scale)
+        return attend(q, memory.keys, memory.values, visible, scoring, dropout)
 
     @staticmethod
     def _whole(kept: Kept) -> Remembered:
@@ -167,7 +171,7 @@ class SelectiveAttention(FullAttention):
         free = seen & ~first[:, None] & (columns[:, None] < rows[:, None])  # what a query may mask, or drop
         picks = head_scores(q[:, 0], memory.keys[:, 0], scoring).relu()  # (B, T, K)
         picks = picks.masked_fill(~(free if documents is None else free & (documents[:, rows, None] >= 0)), 0.0)
-        masked = torch.cat([memory.selected[:, None], picks[:, :-1]], dim=1).cumsum(1)  # (B, T, K)
+        masked = running_sum(torch.cat([memory.selected[:, None], picks[:, :-1]], dim=1))  # (B, T, K)
         after = masked[:, -1] + picks[:, -1]
         if self.carry and (below := self._below(context)) is not None:
             masked = masked + self.carry * at_columns(below, columns)
@@ -205,6 +209,20 @@ def head_scores(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     return scores if scoring.position is None else scores + scoring.position[..., 0, :, :]
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """Sums of x (B, T, K), in at least fp32, over the queries up to each.
+
+    On CPU a cumsum down the columns is slow, and the sums within short runs of queries are a small product.
+    """
+    if x.device.type != "cpu" or x.shape[1] <= RUN:
+        return x.cumsum(1)
+    runs = F.pad(x, (0, 0, 0, -x.shape[1] % RUN)).unflatten(1, (-1, RUN))  # (B, N, RUN, K)
+    with without_autocast(x.device):
+        within = runs.new_ones(RUN, RUN).tril() @ runs
+    before = F.pad(within[:, :-1, -1].cumsum(1), (0, 0, 1, 0))  # (B, N, K)
+    return (within + before[:, :, None]).flatten(1, 2)[:, : x.shape[1]]
 
 
 def of_columns(documents: Tensor, columns: Tensor) -> Tensor:

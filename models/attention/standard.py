@@ -82,6 +82,11 @@ class Scoring:
     sink: Tensor | None = None
     values: ValueTerms | None = None
 
+    @property
+    def additive(self) -> bool:
+        """Whether nothing but `scale` and `position` takes part, as in PyTorch's kernels."""
+        return self.softcap is None and self.sink is None and self.values is None
+
 
 PLAIN = Scoring()
 
@@ -99,7 +104,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring =
     Returns:
         (B, G * R, T, d).
     """
-    if scoring.softcap is not None or scoring.sink is not None or scoring.values is not None:
+    if not scoring.additive:
         return reference_attention(q, k, v, visible, scoring, dropout)
     plain = scoring.scale is None and scoring.position is None
     if plain and visible.bias is not None and torch.compiler.is_compiling() and q.requires_grad and not dropout:

@@ -74,7 +74,7 @@ def top_k_attention(
         scoring: what becomes of the logits before they are compared.
         dropout: of the probabilities.
     """
-    if scoring.position is None and scoring.softcap is None and scoring.sink is None and scoring.values is None:
+    if scoring.additive and scoring.position is None:
         scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
         return PlainTopK.apply(q, k, v, keep, visible, scale, dropout)
     scores = logits(q, k, scoring)  # (B, H, T, S)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from models.attention.lsh import chunks, last_of_bucket, reference, unit, windows
+from models.attention.lsh import attend_last, chunks, group_of, last_of_bucket, reference, unit, windows
 from models.attention.near import Weighing, attend_near
 from models.config import ModelConfig
 from models.errors import UserError
@@ -35,7 +35,7 @@ def documents_of(tokens):
     return torch.stack([torch.arange(tokens) // 6, torch.arange(tokens) // 5 - 1])  # the second row begins with padding
 
 
-def same_group(buckets, documents):
+def samegroup_of(buckets, documents):
     same = buckets[..., :, None] == buckets[..., None, :]  # (B, H, R, T, T)
     if documents is None:
         return same
@@ -44,7 +44,7 @@ def same_group(buckets, documents):
 
 def of_bucket(buckets, documents, chunk):
     """Whom a decoder's query sees, one pair at a time."""
-    same, seen = same_group(buckets, documents), torch.zeros(*buckets.shape, buckets.shape[-1], dtype=torch.bool)
+    same, seen = samegroup_of(buckets, documents), torch.zeros(*buckets.shape, buckets.shape[-1], dtype=torch.bool)
     for index in torch.cartesian_prod(*(torch.arange(size) for size in buckets.shape)).tolist():
         members = same[tuple(index)].nonzero().flatten().tolist()
         seen[tuple(index)][[j for j in members if j <= index[-1]][-1 - chunk :]] = True
@@ -91,6 +91,18 @@ def test_a_few_new_tokens_see_what_they_would_in_the_whole(packed):
     _, _, buckets = drawn(13)
     documents = documents_of(13) if packed else None
     assert torch.equal(last_of_bucket(buckets, documents, 3, 5), of_bucket(buckets, documents, 3)[..., -5:, :])
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("tokens", [2, 13, 24])
+def test_the_last_token_alone_reads_what_it_would_in_the_whole(tokens, packed, duplicates):
+    q, v, buckets = drawn(tokens)
+    documents = documents_of(tokens) if packed else None
+    scoring = Weighing(0.4, duplicates)
+    mine = attend_last(q[:, :, -1:], unit(q), v, group_of(buckets, documents), 3, scoring)
+    seen = of_bucket(buckets, documents, 3)[..., -1:, :]
+    torch.testing.assert_close(mine, reference(q[:, :, -1:], unit(q), v, seen, scoring))
 
 
 def test_it_is_that_of_transformers_for_given_buckets():

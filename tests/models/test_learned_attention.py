@@ -1,0 +1,77 @@
+"""Attention whose addend is trained, tile by tile, against the plain way."""
+
+import math
+
+import pytest
+import torch
+
+from models.attention import learned
+from models.attention.learned import attend_causal
+from models.attention.selective import running_sum
+from models.attention.standard import Scoring, Visible, reference_attention
+
+
+def drawn(queries: int, keys: int, groups: int, bias_heads: int, dtype: torch.dtype = torch.float64):
+    """q (2, 4, T, 8), k and v (2, groups, S, 8), and a causal bias (2, bias_heads, T, S)."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 8, dtype=dtype) for h, n in ((4, queries), (groups, keys), (groups, keys)))
+    bias = torch.randn(2, bias_heads, queries, keys, dtype=torch.promote_types(dtype, torch.float32))
+    unseen = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
+    return [x.requires_grad_() for x in (q, k, v)], bias.masked_fill_(unseen, -math.inf).requires_grad_()
+
+
+@pytest.mark.parametrize("bias_heads", [1, 4])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (4, 9), (8, 8), (1, 5)])
+def test_tiles_equal_all_at_once_in_outputs_and_gradients(monkeypatch, queries, keys, groups, bias_heads):
+    monkeypatch.setattr(learned, "TILE", 4)
+    inputs, bias = drawn(queries, keys, groups, bias_heads)
+    everything = Visible(torch.ones(queries, keys, dtype=torch.bool), causal=False)
+    mine = attend_causal(*inputs, bias, 0.3)
+    theirs = reference_attention(*inputs, everything, Scoring(0.3, bias))
+    torch.testing.assert_close(mine, theirs)
+    upstream = torch.randn_like(mine)
+    both = [torch.autograd.grad(y, (*inputs, bias), upstream) for y in (mine, theirs)]
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_are_those_of_finite_differences(monkeypatch):
+    monkeypatch.setattr(learned, "TILE", 2)
+    inputs, bias = drawn(5, 5, 2, 1)
+    hidden = bias.detach() == -math.inf
+
+    def run(q, k, v, seen):
+        return attend_causal(q, k, v, seen.masked_fill(hidden, -math.inf))
+
+    assert torch.autograd.gradcheck(run, (*inputs, bias.detach().masked_fill(hidden, 0.0).requires_grad_()))
+
+
+def test_bf16_is_as_near_to_exact_as_the_plain_way(monkeypatch):
+    monkeypatch.setattr(learned, "TILE", 16)
+    inputs, bias = drawn(40, 40, 2, 1, torch.bfloat16)
+    everything = Visible(torch.ones(40, 40, dtype=torch.bool), causal=False)
+    exact = reference_attention(*(x.double() for x in inputs), everything, Scoring(None, bias.double()))
+    mine = attend_causal(*inputs, bias)
+    theirs = reference_attention(*inputs, everything, Scoring(None, bias))
+    assert mine.dtype == torch.bfloat16
+    assert (mine - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
+
+
+def test_what_rounds_to_nothing_is_nothing():
+    """Weights below the smallest normal number would slow every product that they go through."""
+    (q, k, _), bias = drawn(4, 4, 4, 1, torch.float32)
+    far = bias.detach().clone()
+    far[..., 1] -= 95.0
+    p = learned._probabilities(q, k, far, 0.3)
+    assert not ((p > 0) & (p < torch.finfo(torch.float32).tiny)).any()
+    assert (p[:, :, 2:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("queries", [1, 64, 65, 128, 200])
+def test_running_sums_are_cumulated(queries):
+    x = torch.rand(2, queries, 7, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(running_sum(x), x.cumsum(1))
+    upstream = torch.randn_like(x)
+    mine, theirs = (torch.autograd.grad(y, x, upstream)[0] for y in (running_sum(x), x.cumsum(1)))
+    torch.testing.assert_close(mine, theirs)
