@@ -76,7 +76,6 @@ def _choose_route() -> str:
 
 _GEMM = _find_gemm()
 ROUTE = _choose_route()
-NATIVE_BF16 = ROUTE == "torch"  # PyTorch's own bf16 products are above fp32's rate
 
 
 def takes(a: Tensor, b: Tensor) -> bool:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models.products import NATIVE_BF16, attention_dtype
+from models import products
+from models.products import attention_dtype
 
 LONGEST = 512  # tokens, for which one layer keeps 2 * 512 * 512 bytes of scores for each head
 
@@ -172,7 +173,7 @@ def training_bias(x: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None
     """
     length = x.shape[1]
     fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and length <= LONGEST
-    if not (NATIVE_BF16 and fits and torch.is_grad_enabled()):
+    if not (products.ROUTE == "torch" and fits and torch.is_grad_enabled()):
         return None
     if mask is None:
         bias = x.new_full((1, 1, length, length), -math.inf if causal else 0.0, dtype=torch.float32)

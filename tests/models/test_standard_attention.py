@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import products
 from models.attention import standard
 from models.attention.protocol import document_mask
 from models.attention.standard import StandardAttention, Visible, attend, training_bias
@@ -69,7 +70,7 @@ def test_scores_beyond_the_range_of_exp_stay_finite():
 @pytest.fixture
 def fast_products(monkeypatch):
     """A processor with bf16 products, whichever this one is."""
-    monkeypatch.setattr(standard, "NATIVE_BF16", True)
+    monkeypatch.setattr(products, "ROUTE", "torch")
 
 
 def test_only_a_short_training_step_in_bf16_asks_for_it(fast_products, monkeypatch):
@@ -82,7 +83,7 @@ def test_only_a_short_training_step_in_bf16_asks_for_it(fast_products, monkeypat
     assert not asked(dtype=torch.float32)
     with torch.no_grad():
         assert not asked()
-    monkeypatch.setattr(standard, "NATIVE_BF16", False)
+    monkeypatch.setattr(products, "ROUTE", "widened")
     assert not asked()
 
 
