@@ -3,6 +3,7 @@
 B batch, H heads, S tokens, d channels of a head.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -26,4 +27,6 @@ def tokens_at(x: Tensor, columns: Tensor) -> Tensor:
 
 def of_heads(x: Tensor, index: Tensor) -> Tensor:
     """The tokens `index` (B, H, P) of x (B, H, S, d), each head's own: (B, H, P, d)."""
-    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+    rows = torch.arange(len(x), device=x.device)[:, None, None]
+    heads = torch.arange(x.shape[1], device=x.device)[:, None]
+    return x[rows, heads, index]  # copies whole rows, where gather looks at every number
