@@ -1,9 +1,10 @@
-"""Memory that training frees stays with the process, for the next step.
+"""Memory that is freed stays with the process, for the next step of a training or the next batch of a calibration.
 
 glibc gives large blocks back to the kernel when they are freed. A training step on CPU allocates the same ones again,
 and every 4 KiB of them then costs a page fault: 14,000 to 48,000 in a step of the benchmark's model of 6.8M weights, 5
-to 10 % of its time (tests/benchmarks/RESULTS.md). The tunables of mallopt(3) turn that off; allocators that are
-preloaded instead (jemalloc, tcmalloc) do so by themselves, and other systems have no such call.
+to 10 % of its time, and as much of GPTQ's on a model of that size (tests/benchmarks/RESULTS.md). The tunables of
+mallopt(3) turn that off; allocators that are preloaded instead (jemalloc, tcmalloc) do so by themselves, and other
+systems have no such call.
 """
 
 import ctypes

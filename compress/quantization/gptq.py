@@ -191,25 +191,30 @@ def solve(
     grids = torch.stack([scale, zero]).transpose(1, 2).contiguous()  # (2, G, N)
     width, group = columns.shape[0], format.group(columns.shape[0])
     member = torch.arange(width, device=columns.device) // group  # (K,) the group of each column
+    diagonal = upper.diagonal().tolist()
     if factor.order is not None:
         columns, member = columns[factor.order], member[factor.order]
         free = free if free is None else free[factor.order]
     codes = torch.empty_like(columns)
     for start, end in _blocks(width, group, static):
-        errors = torch.empty_like(columns[start:end])  # (block, N)
-        with _few_threads(errors.numel()):
-            for i, g in zip(range(start, end), member[start:end].tolist(), strict=True):
-                if not static and i % group == 0:
-                    values = columns[i : i + group] if free is None else columns[i : i + group] * free[i : i + group]
-                    grids[0, g], grids[1, g] = fit(values.T, format, clip)
-                s, z = grids[0, g], grids[1, g]  # (N,)
-                code = encode(columns[i], s, z, format)
+        block = columns[start:end]  # (block, N), whose rows become the errors
+        scale, zero = grids[:, member[start:end]]  # (block, N) both
+        factors = upper[start:end, start:end]
+        steps = zip(block.unbind(), codes[start:end].unbind(), scale.unbind(), zero.unbind(), strict=True)
+        with _few_threads(block.numel()):
+            for i, (row, code, s, z) in enumerate(steps):
+                if not static and (start + i) % group == 0:
+                    values = columns[start + i :][:group]
+                    values = values if free is None else values * free[start + i :][:group]
+                    fitted = fit(values.T, format, clip)
+                    for grid, own, new in zip(grids, (scale, zero), fitted, strict=True):
+                        grid[member[start + i]] = own[i : i + group] = new
+                encode(row, s, z, format, out=code)
                 if free is not None:
-                    code = torch.where(free[i] > 0, code, z)
-                codes[i] = code
-                error = torch.div(columns[i] - (code - z).mul_(s), upper[i, i], out=errors[i - start])
-                columns[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
-        columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+                    code.copy_(torch.where(free[start + i] > 0, code, z))
+                row.sub_((code - z).mul_(s)).div_(diagonal[start + i])
+                block[i + 1 :].addr_(factors[i, i + 1 :], row, alpha=-1)
+        columns[end:].addmm_(upper[start:end, end:].T, block, alpha=-1)
     if factor.order is not None:
         codes = codes[factor.order.argsort()]
     return Quantized(*stored(codes.T.contiguous(), grids[0].T, grids[1].T, format), format)

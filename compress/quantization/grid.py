@@ -191,9 +191,9 @@ def _squared_error(values: Tensor, scale: Tensor, zero: Tensor, format: IntForma
     return ((codes - zero[:, None]) * scale[:, None] - values).square().sum(1)  # (R,)
 
 
-def encode(values: Tensor, scale: Tensor, zero: Tensor, format: IntFormat) -> Tensor:
-    """The nearest codes, in the dtype of `values`; `scale` and `zero` broadcast against it."""
-    return (values / scale).round_().add_(zero).clamp_(0, format.top)
+def encode(values: Tensor, scale: Tensor, zero: Tensor, format: IntFormat, out: Tensor | None = None) -> Tensor:
+    """The nearest codes, in the dtype of `values`, written into `out`; `scale` and `zero` broadcast against it."""
+    return torch.div(values, scale, out=out).round_().add_(zero).clamp_(0, format.top)
 
 
 def fit_matrix(weight: Tensor, format: IntFormat, clip: MseClip | None = None) -> tuple[Tensor, Tensor]:
