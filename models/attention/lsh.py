@@ -288,9 +288,8 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, group: Tensor, chunk: int, scor
     exact, seen = torch.promote_types(q.dtype, torch.float32), k.shape[2]
     steps = torch.arange(seen, device=q.device, dtype=torch.int32)
     members = torch.where(group == group[..., -1:], steps, -1)  # (B, H, R, S)
-    found = members.topk(min(chunk + 1, seen), dim=-1, sorted=False).values.flatten(
-        2
-    )  # (B, H, R * (chunk + 1)), -1: none
+    found = members.topk(min(chunk + 1, seen), dim=-1, sorted=False).values  # (B, H, R, chunk + 1), -1: none
+    found = found.flatten(2)  # (B, H, R * (chunk + 1))
     index = found.clamp(min=0).long()
     scores = (q @ of_heads(k, index).transpose(-1, -2))[:, :, 0].to(exact) * scoring.scale  # (B, H, R * (chunk + 1))
     scores = scores.masked_fill(found == seen - 1, SELF)
