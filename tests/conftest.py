@@ -52,25 +52,28 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     with (root / "trained.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not place.exists():
-            _train(place, root / "cache")
+            train_decoder(place, root / "cache")
+    return load_decoder(place, root / "cache")
+
+
+def load_decoder(place: Path, cache: Path, seed: int = 0) -> Trained:
+    """What `train_decoder` wrote, with its text; the calibration text is drawn by the seed."""
     tokenizer, corpus = load_tokenizer(place), _corpus()
-    blocks = {
-        split: token_blocks(corpus, tokenizer, split, LENGTH, cache_dir=root / "cache") for split in ("train", "test")
-    }
-    calibration = token_blocks(corpus, tokenizer, "train", LENGTH, samples=64, seed=1, cache_dir=root / "cache")
-    held_out = Part.spread(blocks["test"], 200)
-    return Trained(folder.load(place), blocks["train"], list(calibration.batches(ROWS)), held_out)
+    train, test = (token_blocks(corpus, tokenizer, split, LENGTH, cache_dir=cache) for split in ("train", "test"))
+    calibration = token_blocks(corpus, tokenizer, "train", LENGTH, samples=64, seed=1 + seed, cache_dir=cache)
+    return Trained(folder.load(place), train, list(calibration.batches(ROWS)), Part.spread(test, 200))
 
 
 def _corpus() -> MemoryCorpus:
     return MemoryCorpus("a third of python", python_corpus().texts[::3])
 
 
-def _train(place: Path, cache: Path) -> None:
+def train_decoder(place: Path, cache: Path, seed: int = 0) -> None:
+    """Train the decoder of one seed and write it to the folder `place`."""
     corpus = _corpus()
     tokenizer = train_tokenizer((document.text for document in corpus.documents("train")), ARCHITECTURE["vocab_size"])
     blocks = token_blocks(corpus, tokenizer, "train", LENGTH, cache_dir=cache)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(ARCHITECTURE))
     train_steps(model, blocks, STEPS, HIGHEST_RATE, lambda batch: model(**batch).loss)
     with folder.writing(place) as target:

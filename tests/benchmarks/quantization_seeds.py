@@ -19,35 +19,20 @@ from pathlib import Path
 
 import torch
 
-from app.data.blocks import token_blocks
-from app.data.tokenizer import train_tokenizer
-from app.evaluation.quality import Part, evaluate_quality, paired
+from app.evaluation.quality import evaluate_quality, paired
 from compress.distillation.losses import Combine, parse_losses
 from compress.distillation.objective import Objective
 from compress.quantization import Gptq, Rtn
 from compress.quantization.grid import IntFormat
 from compress.quantization.plan import quantize_model
 from compress.quantization.qat import pack_again, unpack
-from models.config import ModelConfig
 from models.transformer import Transformer
 from tests.benchmarks.timing import say
 from tests.compress.test_allocation import mixed_against_uniform
-from tests.conftest import ARCHITECTURE, HIGHEST_RATE, LENGTH, ROWS, STEPS, Trained, _corpus, train_steps
+from tests.conftest import Trained, load_decoder, train_decoder
 
 FURTHER, RATE = 60, 2e-3
 TWO_BITS = Gptq(IntFormat(2, 64, False))
-
-
-def trained(seed: int, cache: Path) -> Trained:
-    """The model of one seed, as `tests/conftest.py` trains that of seed 0."""
-    corpus = _corpus()
-    tokenizer = train_tokenizer((document.text for document in corpus.documents("train")), ARCHITECTURE["vocab_size"])
-    train, test = (token_blocks(corpus, tokenizer, split, LENGTH, cache_dir=cache) for split in ("train", "test"))
-    torch.manual_seed(seed)
-    model = Transformer(ModelConfig.from_dict(ARCHITECTURE))
-    train_steps(model, train, STEPS, HIGHEST_RATE, lambda batch: model(**batch).loss)
-    calibration = token_blocks(corpus, tokenizer, "train", LENGTH, samples=64, seed=1 + seed, cache_dir=cache)
-    return Trained(model.eval(), train, list(calibration.batches(ROWS)), Part.spread(test, 200))
 
 
 def at_two_bits(found: Trained) -> dict[str, str]:
@@ -92,10 +77,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many trainings")
     options = parser.parse_args(argv)
     print("| seed | comparison | change |\n|---|---|---|")
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.seeds):
             say(f"seed {seed}: training")
-            found = trained(seed, Path(cache))
+            place, cache = Path(folder) / f"seed-{seed}", Path(folder) / "cache"
+            train_decoder(place, cache, seed)
+            found = load_decoder(place, cache, seed)
             measured, rest = found.calibration[3:], found.calibration[:3]
             rows = {}
             for kind in (Rtn, Gptq):
