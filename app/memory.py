@@ -12,14 +12,19 @@ import os
 import platform
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt, from malloc.h
-# bytes; older versions of glibc take no threshold above 32 MiB, and one of the others alone would make it slower
-SETTINGS = {MMAP_THRESHOLD: 2**30, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 * 2**20}
+# bytes; older versions of glibc take no MMAP_THRESHOLD above 32 MiB, and one of these alone would make it slower
+SETTINGS = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 * 2**20}
+ANY, MATRICES_APART = 2**30, 2**25  # bytes
 
 
-def keep_freed_memory() -> bool:
-    """Set glibc's tunables for this process, and return whether it could: not where a person has set them."""
+def keep_freed_memory(largest: int = ANY) -> bool:
+    """Set glibc's tunables for this process, and return whether it could: not where a person has set them.
+
+    Blocks above `largest` bytes still go back. With `MATRICES_APART` the heap does not grow with the depth of a model
+    that is compressed layer by layer, as it does where the large matrices of a layer leave holes between what stays.
+    """
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if chosen or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return all(libc.mallopt(parameter, value) for parameter, value in SETTINGS.items())
+    return all(libc.mallopt(parameter, value) for parameter, value in {MMAP_THRESHOLD: largest, **SETTINGS}.items())

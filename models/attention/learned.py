@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from models.attention.standard import Scoring, Visible
 from models.precision import without_autocast
@@ -56,41 +56,64 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | 
         (B, G * R, T, d). Of the order of T x S there is the bias and its gradient alone.
     """
     with without_autocast(q.device):  # as the backward, which must make the very probabilities of the forward
-        return CausalAttention.apply(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+        return causal_attention(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-class CausalAttention(torch.autograd.Function):
-    """`apply(q, k, v, bias, scale)`: the arguments of `attend_causal`; FlashAttention's backward (arXiv 2205.14135)."""
+# operators of their own, as torch.compile would unroll the loops over the tiles
+@torch.library.custom_op("espalier::causal_attention", mutates_args=())
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """As `attend_causal`."""
+    y = torch.empty_like(q)
+    for rows, keys in _tiles(q.shape[2], k.shape[2]):
+        p = _probabilities(_grouped(q[:, :, rows], k), k[:, :, keys], bias[:, :, rows, keys], scale)
+        y[:, :, rows] = (p.to(v.dtype) @ v[:, :, keys]).view(y[:, :, rows].shape)
+    return y
 
-    @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-        y = torch.empty_like(q)
-        for rows, keys in _tiles(q.shape[2], k.shape[2]):
-            p = _probabilities(_grouped(q[:, :, rows], k), k[:, :, keys], bias[:, :, rows, keys], scale)
-            y[:, :, rows] = (p.to(v.dtype) @ v[:, :, keys]).view(y[:, :, rows].shape)
-        ctx.save_for_backward(q, k, v, bias, y)
-        ctx.scale = scale
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, y = ctx.saved_tensors
-        exact = torch.promote_types(q.dtype, torch.float32)
-        dq, dbias = torch.empty_like(q), torch.zeros_like(bias)
-        dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
-        delta = (dy * y).sum(-1, keepdim=True, dtype=exact)  # (B, G * R, T, 1)
-        for rows, keys in _tiles(q.shape[2], k.shape[2]):
-            tile, upstream, offset = (_grouped(x[:, :, rows], k) for x in (q, dy, delta))  # (B, G, R t, d, d and 1)
-            p = _probabilities(tile, k[:, :, keys], bias[:, :, rows, keys], ctx.scale)  # (B, G, R t, s)
-            dv[:, :, keys] += p.to(dy.dtype).transpose(-1, -2) @ upstream
-            ds = (upstream @ v[:, :, keys].transpose(-1, -2)).to(exact).sub_(offset).mul_(p)  # (B, G, R t, s)
-            theirs = dbias[:, :, rows, keys]
-            theirs += ds.view(len(q), q.shape[1], *theirs.shape[2:]).sum_to_size(theirs.shape)
-            ds = ds.mul_(ctx.scale).to(q.dtype)
-            dk[:, :, keys] += ds.transpose(-1, -2) @ tile
-            dq[:, :, rows] = (ds @ k[:, :, keys]).view(dq[:, :, rows].shape)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, None
+@torch.library.custom_op("espalier::causal_attention_gradients", mutates_args=())
+def causal_attention_gradients(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of q, k, v and bias, in their shapes: FlashAttention's backward (arXiv 2205.14135, appendix B.2)."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    dq, dbias = torch.empty_like(q), torch.zeros_like(bias)
+    dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
+    delta = (dy * y).sum(-1, keepdim=True, dtype=exact)  # (B, G * R, T, 1)
+    for rows, keys in _tiles(q.shape[2], k.shape[2]):
+        tile, upstream, offset = (_grouped(x[:, :, rows], k) for x in (q, dy, delta))  # (B, G, R t, d, d and 1)
+        p = _probabilities(tile, k[:, :, keys], bias[:, :, rows, keys], scale)  # (B, G, R t, s)
+        dv[:, :, keys] += p.to(dy.dtype).transpose(-1, -2) @ upstream
+        ds = (upstream @ v[:, :, keys].transpose(-1, -2)).to(exact).sub_(offset).mul_(p)  # (B, G, R t, s)
+        theirs = dbias[:, :, rows, keys]
+        theirs += ds.view(len(q), q.shape[1], *theirs.shape[2:]).sum_to_size(theirs.shape)
+        ds = ds.mul_(scale).to(q.dtype)
+        dk[:, :, keys] += ds.transpose(-1, -2) @ tile
+        dq[:, :, rows] = (ds @ k[:, :, keys]).view(dq[:, :, rows].shape)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias
+
+
+@causal_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(q)
+
+
+@causal_attention_gradients.register_fake
+def _(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(bias)
+
+
+def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *causal_attention_gradients(dy, *ctx.saved_tensors, ctx.scale), None
+
+
+causal_attention.register_autograd(_backward, setup_context=_keep)
 
 
 def _tiles(queries: int, keys: int) -> Iterator[tuple[slice, slice]]:

@@ -22,7 +22,7 @@ from models.attention.full import Full, FullAttention
 from models.attention.learned import attend_causal, learns
 from models.attention.places import take
 from models.attention.protocol import ATTENTIONS, Context, Place
-from models.attention.standard import Scoring, Visible, attend, reference_attention
+from models.attention.standard import Scoring, Visible, attend
 from models.cache import Kept, Remembered, SelectiveCache
 from models.errors import UserError
 from models.precision import without_autocast
@@ -130,8 +130,6 @@ class SelectiveAttention(FullAttention):
         position = -chosen.masked[:, None]  # (B, 1, T, K)
         scoring = replace(scoring, position=position if scoring.position is None else scoring.position + position)
         visible, dropout = Visible(chosen.seen[:, None], causal=False), self.drop()
-        if torch.compiler.is_compiling() and q.requires_grad:  # the loops around plain products fuse
-            return reference_attention(q, memory.keys, memory.values, visible, scoring, dropout)
         if learns(q, scoring) and not dropout:
             bias = scoring.position.masked_fill(~visible.mask, -math.inf)  # (B, H or 1, T, K)
             return attend_causal(q, memory.keys, memory.values, bias, scoring.scale)

@@ -22,7 +22,7 @@ from app.evaluation.figures import Subject, evaluate_pair
 from app.evaluation.report import About, write_report
 from app.history import history_entry, read_history, write_card, write_history
 from app.loading import Loaded, Source, load_model, resolve_device, resolve_dtype
-from app.memory import keep_freed_memory
+from app.memory import MATRICES_APART, keep_freed_memory
 from compress.records import LayerRecord
 from models import folder
 from models.errors import UserError
@@ -105,7 +105,7 @@ class Stage(ABC, Generic[Options]):
             return read_json(self.out / "report.json")
         sources = {role: loaded.source for role, loaded in parents.items()}
         with partial.resumable(self.out, fingerprint, say) as state:
-            keep_freed_memory()
+            keep_freed_memory(MATRICES_APART)
             started = time.perf_counter()
             with Bars() as bars:
                 model, records = self.compress(parents, text, state, bars)

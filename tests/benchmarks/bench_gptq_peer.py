@@ -23,7 +23,7 @@ import numpy
 import torch
 from torch import nn
 
-from app.memory import keep_freed_memory
+from app.memory import MATRICES_APART, keep_freed_memory
 from compress.quantization.gptq import Gptq
 from compress.quantization.grid import IntFormat
 from compress.quantization.plan import quantize_model
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as `espalier quantize` does
+    keep_freed_memory(MATRICES_APART)  # as `espalier quantize` does
     shape = SHAPES[options.shape]
     model = shape.core().eval()
     generator = torch.Generator().manual_seed(1)

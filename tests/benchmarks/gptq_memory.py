@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from app.evaluation import wording
-from app.memory import keep_freed_memory
+from app.memory import MATRICES_APART, keep_freed_memory
 from compress.quantization.gptq import Gptq
 from compress.quantization.grid import IntFormat
 from compress.quantization.plan import quantize_model
@@ -51,7 +51,7 @@ def built(layers: int, length: int) -> Transformer:
 def measure(layers: int, samples: int, length: int, threads: int) -> dict[str, float]:
     """Bytes of the model, of what bounds the rest, and at most beside the model; seconds."""
     torch.set_num_threads(threads)
-    keep_freed_memory()  # as `espalier quantize` does
+    keep_freed_memory(MATRICES_APART)  # as `espalier quantize` does
     model = built(layers, length)
     tokens = torch.randint(LLAMA_1B["vocabulary"], (samples, length))
     maps = [module for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
