@@ -198,16 +198,16 @@ def solve(
     codes = torch.empty_like(columns)
     for start, end in _blocks(width, group, static):
         block = columns[start:end]  # (block, N), whose rows become the errors
-        scale, zero = grids[:, member[start:end]]  # (block, N) both
+        scales, zeros = grids[:, member[start:end]]  # (block, N) both
         factors = upper[start:end, start:end]
-        steps = zip(block.unbind(), codes[start:end].unbind(), scale.unbind(), zero.unbind(), strict=True)
+        steps = zip(block.unbind(), codes[start:end].unbind(), scales.unbind(), zeros.unbind(), strict=True)
         with _few_threads(block.numel()):
             for i, (row, code, s, z) in enumerate(steps):
                 if not static and (start + i) % group == 0:
                     values = columns[start + i :][:group]
                     values = values if free is None else values * free[start + i :][:group]
                     fitted = fit(values.T, format, clip)
-                    for grid, own, new in zip(grids, (scale, zero), fitted, strict=True):
+                    for grid, own, new in zip(grids, (scales, zeros), fitted, strict=True):
                         grid[member[start + i]] = own[i : i + group] = new
                 encode(row, s, z, format, out=code)
                 if free is not None:

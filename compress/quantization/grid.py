@@ -192,7 +192,7 @@ def _squared_error(values: Tensor, scale: Tensor, zero: Tensor, format: IntForma
 
 
 def encode(values: Tensor, scale: Tensor, zero: Tensor, format: IntFormat, out: Tensor | None = None) -> Tensor:
-    """The nearest codes, in the dtype of `values`, written into `out`; `scale` and `zero` broadcast against it."""
+    """The nearest codes, in the dtype of `values`, into `out` if given; `scale` and `zero` broadcast against it."""
     return torch.div(values, scale, out=out).round_().add_(zero).clamp_(0, format.top)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention.learned import attend_learned, learns, same_heads
+from models.attention.learned import attend_learned, fits_learned, learns
 from models.attention.standard import Scoring, Visible, attend
 
 OUTSIDE = -2  # the document of what lies before the first token or behind the last
@@ -142,7 +142,7 @@ def attend_band(
     for more in beside:
         k, v, mask, found = _joined(k, v, mask, found, more)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, c, K + X)
-    mix = attend_learned if learns(q, found) and same_heads(q, k, found) else attend
+    mix = attend_learned if learns(q, found) and fits_learned(q, k, found) else attend
     y = mix(q, k, v, Visible(mask, causal=False), found, dropout)
     return y.unflatten(0, (batch, blocks)).movedim(1, 2).flatten(2, 3)[:, :, :tokens]
 

@@ -104,7 +104,7 @@ class TiledAttention(torch.autograd.Function):
         y = torch.empty_like(q)
         logsumexp = q.new_empty(q.shape[:3], dtype=exact)  # (B, H, T)
         for rows in pattern.rows(queries):
-            tile = _per_group(q[:, :, rows].to(exact), groups)  # (B, G, R t, d)
+            tile = per_group(q[:, :, rows].to(exact), groups)  # (B, G, R t, d)
             top = tile.new_full((*tile.shape[:3], 1), torch.finfo(exact).min)  # (B, G, R t, 1)
             total, sums = torch.zeros_like(top), tile.new_zeros(*tile.shape[:3], v.shape[-1])  # (B, G, R t, 1 and d)
             for columns in pattern.columns(rows, queries, keys):
@@ -130,7 +130,7 @@ class TiledAttention(torch.autograd.Function):
         delta = (dy.to(exact) * y).sum(-1, keepdim=True)  # (B, H, T, 1)
         for rows in pattern.rows(queries):
             tile, upstream, lse, row_delta = (
-                _per_group(x[:, :, rows].to(exact), groups) for x in (q, dy, logsumexp[..., None], delta)
+                per_group(x[:, :, rows].to(exact), groups) for x in (q, dy, logsumexp[..., None], delta)
             )  # (B, G, R t, d) twice, (B, G, R t, 1) twice
             dtile = torch.zeros_like(tile)
             for columns in pattern.columns(rows, queries, keys):
@@ -144,7 +144,7 @@ class TiledAttention(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _per_group(x: Tensor, groups: int) -> Tensor:
+def per_group(x: Tensor, groups: int) -> Tensor:
     """(B, G * R, t, C) as (B, G, R * t, C): the query heads of one key head below one another."""
     return x.unflatten(1, (groups, -1)).flatten(2, 3)
 

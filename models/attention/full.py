@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.attention.flash import tiled_attention
 from models.attention.flex import attend_flex
+from models.attention.learned import attend_causal, learns
 from models.attention.options import QK_NORMS, SINKS, check_dropout, head_width_of
 from models.attention.protocol import ATTENTIONS, Context, Place
 from models.attention.standard import Scoring, ValueTerms, attend, reference_attention
@@ -162,6 +163,8 @@ class FullAttention(nn.Module):
             return tiled_attention(q, kept.keys, kept.values, causal=causal, scale=self.scale, documents=documents)
         biases = context.positional[self.positional].biases
         scoring = self.scoring(q, kept.keys, token_distance(q, kept, context) if biases else None, context)
+        if self.kernel != "reference" and not self.bidirectional and not self.drop() and learns(q, scoring):
+            return attend_causal(q, kept.keys, kept.values, context.visible, scoring)
         kernel = reference_attention if self.kernel == "reference" else attend
         return kernel(q, kept.keys, kept.values, context.visible, scoring, self.drop())
 

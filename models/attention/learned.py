@@ -7,13 +7,15 @@ that its last one sees.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.utils.flop_counter import register_flop_formula
 
+from models.attention.flash import per_group
 from models.attention.standard import Scoring, Visible
 from models.precision import without_autocast
 
@@ -21,18 +23,18 @@ TILE = 128  # queries: the scores of eight heads with a few thousand keys stay n
 
 
 def learns(q: Tensor, scoring: Scoring) -> bool:
-    """Whether an addend, alone, is to get its gradient, on CPU."""
+    """Whether what is added to the scores, and nothing else is done to them, is to get its gradient, on CPU."""
     trained = scoring.position is not None and scoring.position.requires_grad and torch.is_grad_enabled()
     return trained and scoring.additive and q.device.type == "cpu"
 
 
-def same_heads(q: Tensor, k: Tensor, scoring: Scoring) -> bool:
-    """Whether every query head has its own keys, and the addend the queries' dtype, as `attend_learned` needs it."""
+def fits_learned(q: Tensor, k: Tensor, scoring: Scoring) -> bool:
+    """Whether every query head has its own keys, and the addend the queries' dtype, as `attend_learned` needs them."""
     return q.shape[1] == k.shape[1] and q.dtype == scoring.position.dtype
 
 
 def attend_learned(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring, dropout: float = 0.0) -> Tensor:
-    """The same as `attend` with a mask, where `learns` and `same_heads` hold.
+    """The same as `attend` with a mask, where `learns` and `fits_learned` hold.
 
     Takes q (B, H, T, d) and k, v (B, H, S, d), gives (B, H, T, d).
     """
@@ -42,30 +44,36 @@ def attend_learned(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: S
     return F.dropout(scores.softmax(-1), dropout) @ v
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
-    """The same in a decoder, tile by tile of the queries: no scores behind them, nor all scores in memory at any time.
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring) -> Tensor:
+    """The same as `attend` in a decoder without dropout, where `learns` holds, tile by tile of the queries.
+
+    No scores behind a tile's queries are computed, nor are all scores in memory at any time: of the order of T x S are
+    what is added to them and its gradient alone.
 
     Args:
         q: (B, G * R, T, d), the last T of S tokens.
-        k, v: (B, G, S, d).
-        bias: (B or 1, G * R or 1, T, S) in at least fp32, -inf where a query does not see a key, as it sees none behind
-            itself. Its gradient is computed too.
-        scale: of the scores; nothing: 1 / sqrt(d).
+        k, v: (B, G, S, d), all of one dtype.
+        visible: which keys a query sees, one at least, and none behind itself.
+        scoring: its position may also be the same for all heads, (B or 1, 1, T, S).
 
     Returns:
-        (B, G * R, T, d). Of the order of T x S there is the bias and its gradient alone.
+        (B, G * R, T, d).
     """
-    with without_autocast(q.device):  # as the backward, which must make the very probabilities of the forward
-        return causal_attention(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+    bias = scoring.position.to(torch.promote_types(scoring.position.dtype, torch.float32))
+    bias = bias[None] if bias.ndim == 3 else bias  # (B or 1, G * R or 1, T, S)
+    bias = bias.masked_fill(~visible.dense(q, k), -math.inf)
+    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    with without_autocast(q.device):  # the backward must make the very probabilities of the forward
+        return causal_attention(q, k, v, bias, scale)
 
 
 # operators of their own, as torch.compile would unroll the loops over the tiles
 @torch.library.custom_op("espalier::causal_attention", mutates_args=())
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """As `attend_causal`."""
+    """As `attend_causal`, with a bias (B or 1, G * R or 1, T, S) in at least fp32, -inf where a query sees no key."""
     y = torch.empty_like(q)
     for rows, keys in _tiles(q.shape[2], k.shape[2]):
-        p = _probabilities(_grouped(q[:, :, rows], k), k[:, :, keys], bias[:, :, rows, keys], scale)
+        p = _probabilities(per_group(q[:, :, rows], k.shape[1]), k[:, :, keys], bias[:, :, rows, keys], scale)
         y[:, :, rows] = (p.to(v.dtype) @ v[:, :, keys]).view(y[:, :, rows].shape)
     return y
 
@@ -80,7 +88,9 @@ def causal_attention_gradients(
     dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
     delta = (dy * y).sum(-1, keepdim=True, dtype=exact)  # (B, G * R, T, 1)
     for rows, keys in _tiles(q.shape[2], k.shape[2]):
-        tile, upstream, offset = (_grouped(x[:, :, rows], k) for x in (q, dy, delta))  # (B, G, R t, d, d and 1)
+        tile, upstream, offset = (
+            per_group(x[:, :, rows], k.shape[1]) for x in (q, dy, delta)
+        )  # (B, G, R t, d, d and 1)
         p = _probabilities(tile, k[:, :, keys], bias[:, :, rows, keys], scale)  # (B, G, R t, s)
         dv[:, :, keys] += p.to(dy.dtype).transpose(-1, -2) @ upstream
         ds = (upstream @ v[:, :, keys].transpose(-1, -2)).to(exact).sub_(offset).mul_(p)  # (B, G, R t, s)
@@ -110,10 +120,25 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *causal_attention_gradients(dy, *ctx.saved_tensors, ctx.scale), None
+    with without_autocast(dy.device):
+        return *causal_attention_gradients(dy, *ctx.saved_tensors, ctx.scale), None
 
 
 causal_attention.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.espalier.causal_attention)
+def _flops(q: Sequence[int], k: Sequence[int], *others: object, out_shape: object = None) -> int:
+    """As of attention that is not cut into tiles: two products with all keys."""
+    return 4 * math.prod(q) * k[2]
+
+
+@register_flop_formula(torch.ops.espalier.causal_attention_gradients)
+def _gradient_flops(
+    dy: Sequence[int], q: Sequence[int], k: Sequence[int], *others: object, out_shape: object = None
+) -> int:
+    """Four products; scores that are computed again are not counted."""
+    return 8 * math.prod(q) * k[2]
 
 
 def _tiles(queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
@@ -121,11 +146,6 @@ def _tiles(queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
     for start in range(0, queries, TILE):
         stop = min(start + TILE, queries)
         yield slice(start, stop), slice(keys - queries + stop)
-
-
-def _grouped(x: Tensor, k: Tensor) -> Tensor:
-    """(B, G * R, t, C) as (B, G, R t, C): the query heads of one key head below one another."""
-    return x.reshape(len(x), k.shape[1], -1, x.shape[-1])
 
 
 def _probabilities(tile: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:

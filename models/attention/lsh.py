@@ -294,7 +294,8 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, group: Tensor, chunk: int, scor
     scores = (q @ of_heads(k, index).transpose(-1, -2))[:, :, 0].to(exact) * scoring.scale  # (B, H, R * (chunk + 1))
     scores = scores.masked_fill(found == seen - 1, SELF)
     if not scoring.duplicates:
-        scores = scores - (found[..., None] == found[..., None, :]).sum(-1).to(exact).log()
+        times = torch.zeros(*k.shape[:3], device=q.device, dtype=exact)  # (B, H, S) in how many rounds
+        scores = scores - times.scatter_add(-1, index, (found >= 0).to(exact)).gather(-1, index).log()
     p = scores.masked_fill(found < 0, -math.inf).softmax(-1).to(v.dtype)
     return F.dropout(p, scoring.dropout)[:, :, None] @ of_heads(v, index)
 

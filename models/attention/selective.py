@@ -131,8 +131,7 @@ class SelectiveAttention(FullAttention):
         scoring = replace(scoring, position=position if scoring.position is None else scoring.position + position)
         visible, dropout = Visible(chosen.seen[:, None], causal=False), self.drop()
         if learns(q, scoring) and not dropout:
-            bias = scoring.position.masked_fill(~visible.mask, -math.inf)  # (B, H or 1, T, K)
-            return attend_causal(q, memory.keys, memory.values, bias, scoring.scale)
+            return attend_causal(q, memory.keys, memory.values, visible, scoring)
         return attend(q, memory.keys, memory.values, visible, scoring, dropout)
 
     @staticmethod
@@ -212,7 +211,8 @@ def head_scores(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
 def running_sum(x: Tensor) -> Tensor:
     """Sums of x (B, T, K), in at least fp32, over the queries up to each.
 
-    On CPU a cumsum down the columns is slow, and the sums within short runs of queries are a small product.
+    On CPU a cumsum down the columns is slow, and the sums within short runs of queries are a small product. What is
+    not finite also spoils the queries before it in its run there, as 0 times it is no number.
     """
     if x.device.type != "cpu" or x.shape[1] <= RUN:
         return x.cumsum(1)

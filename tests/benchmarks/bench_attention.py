@@ -209,13 +209,14 @@ def grid(rows: list[Row], settings: Lengths | None = None) -> str:
     found = {row.case: row for row in rows if row.benchmark == NAME}
     cached = max(settings.cached)
     wide = [length for length in settings.lengths if length >= 2048]
+    peers = {f"{PEER}, {length} tokens" for length in wide}
 
     def cell(case: str, form: Callable[[Row], str]) -> str:
         return form(found[case]) if case in found else ""
 
     def speed(row: Row) -> str:
         """Against the peer; tokens/s where that is not measured."""
-        if row.case.startswith(f"{PEER}, "):
+        if row.case in peers:
             return "1"
         return f"{row.ratio:.2f}x" if row.ratio else f"{row.value:,.0f} tokens/s"
 

@@ -1,5 +1,7 @@
 """The benchmarks run, and time equal work: on shapes so small that the figures mean nothing."""
 
+import functools
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from tests.benchmarks import (
     bench_training,
 )
 from tests.benchmarks.shapes import Shape
-from tests.benchmarks.timing import fastest, rate_row, table, take_turns
+from tests.benchmarks.timing import Row, fastest, rate_row, table, take_turns
 
 TINY = Shape(layers=1, width=32, heads=2, kv_heads=2, feedforward=48, vocabulary=64, context=32)
 
@@ -87,6 +89,17 @@ def test_attention_is_measured_over_the_length():
         assert f"{name}, exponent of memory" in rows
         assert mechanism.bidirectional or rows[f"{name}, decoding after 300 tokens"].value > 0
     assert "| window 256 | " in bench_attention.grid(list(rows.values()), lengths)
+
+
+def test_in_the_grid_the_peer_alone_stands_for_one():
+    row = functools.partial(Row, bench_attention.NAME, value=9.0, low=9.0, high=9.0, unit="tokens/s")
+    rows = [row("full, 2048 tokens"), row("full, tiled in PyTorch, 2048 tokens", ratio=0.46)]
+    rows.append(row("window 256, 2048 tokens"))
+    lines = bench_attention.grid(rows, bench_attention.Lengths((2048,))).splitlines()
+    shown = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in lines if "---" not in line}
+    assert shown["full"] == "1"
+    assert shown["full, tiled in PyTorch"] == "0.46x"
+    assert shown["window 256"] == "9 tokens/s"
 
 
 def test_each_mechanism_meets_its_peer():

@@ -1,23 +1,20 @@
 """Attention whose addend is trained, tile by tile, against the plain way."""
 
-import math
-
 import pytest
 import torch
 
 from models.attention import learned
-from models.attention.learned import attend_causal
+from models.attention.learned import attend_causal, causal_attention
 from models.attention.selective import running_sum
 from models.attention.standard import Scoring, Visible, reference_attention
 
 
 def drawn(queries: int, keys: int, groups: int, bias_heads: int, dtype: torch.dtype = torch.float64):
-    """q (2, 4, T, 8), k and v (2, groups, S, 8), and a causal bias (2, bias_heads, T, S)."""
+    """q (2, 4, T, 8), k and v (2, groups, S, 8), and what is added to the scores, (2, bias_heads, T, S)."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, n, 8, dtype=dtype) for h, n in ((4, queries), (groups, keys), (groups, keys)))
     bias = torch.randn(2, bias_heads, queries, keys, dtype=torch.promote_types(dtype, torch.float32))
-    unseen = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
-    return [x.requires_grad_() for x in (q, k, v)], bias.masked_fill_(unseen, -math.inf).requires_grad_()
+    return [x.requires_grad_() for x in (q, k, v)], bias.requires_grad_()
 
 
 @pytest.mark.parametrize("bias_heads", [1, 4])
@@ -26,9 +23,9 @@ def drawn(queries: int, keys: int, groups: int, bias_heads: int, dtype: torch.dt
 def test_tiles_equal_all_at_once_in_outputs_and_gradients(monkeypatch, queries, keys, groups, bias_heads):
     monkeypatch.setattr(learned, "TILE", 4)
     inputs, bias = drawn(queries, keys, groups, bias_heads)
-    everything = Visible(torch.ones(queries, keys, dtype=torch.bool), causal=False)
-    mine = attend_causal(*inputs, bias, 0.3)
-    theirs = reference_attention(*inputs, everything, Scoring(0.3, bias))
+    visible = Visible(torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), causal=False)
+    scoring = Scoring(0.3, bias)
+    mine, theirs = (attend(*inputs, visible, scoring) for attend in (attend_causal, reference_attention))
     torch.testing.assert_close(mine, theirs)
     upstream = torch.randn_like(mine)
     both = [torch.autograd.grad(y, (*inputs, bias), upstream) for y in (mine, theirs)]
@@ -39,21 +36,36 @@ def test_tiles_equal_all_at_once_in_outputs_and_gradients(monkeypatch, queries, 
 def test_gradients_are_those_of_finite_differences(monkeypatch):
     monkeypatch.setattr(learned, "TILE", 2)
     inputs, bias = drawn(5, 5, 2, 1)
-    hidden = bias.detach() == -math.inf
 
-    def run(q, k, v, seen):
-        return attend_causal(q, k, v, seen.masked_fill(hidden, -math.inf))
+    def run(q, k, v, position):
+        return attend_causal(q, k, v, Visible(None, causal=True), Scoring(None, position))
 
-    assert torch.autograd.gradcheck(run, (*inputs, bias.detach().masked_fill(hidden, 0.0).requires_grad_()))
+    assert torch.autograd.gradcheck(run, (*inputs, bias))
+
+
+def test_the_operators_are_what_torch_compile_takes_them_for():
+    (q, k, v), bias = drawn(5, 5, 2, 1, torch.float32)
+    torch.library.opcheck(causal_attention, (q, k, v, bias, 0.3))
+
+
+def test_autocast_changes_nothing():
+    inputs, bias = drawn(9, 9, 2, 1, torch.float32)
+
+    def gradients():
+        y = attend_causal(*inputs, Visible(None, causal=True), Scoring(None, bias))
+        return torch.autograd.grad(y.square().sum(), (*inputs, bias))
+
+    plain = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(plain, gradients(), strict=True))
 
 
 def test_bf16_is_as_near_to_exact_as_the_plain_way(monkeypatch):
     monkeypatch.setattr(learned, "TILE", 16)
     inputs, bias = drawn(40, 40, 2, 1, torch.bfloat16)
-    everything = Visible(torch.ones(40, 40, dtype=torch.bool), causal=False)
-    exact = reference_attention(*(x.double() for x in inputs), everything, Scoring(None, bias.double()))
-    mine = attend_causal(*inputs, bias)
-    theirs = reference_attention(*inputs, everything, Scoring(None, bias))
+    visible = Visible(None, causal=True)
+    exact = reference_attention(*(x.double() for x in inputs), visible, Scoring(None, bias.double()))
+    mine, theirs = (attend(*inputs, visible, Scoring(None, bias)) for attend in (attend_causal, reference_attention))
     assert mine.dtype == torch.bfloat16
     assert (mine - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
 

@@ -35,7 +35,7 @@ def documents_of(tokens):
     return torch.stack([torch.arange(tokens) // 6, torch.arange(tokens) // 5 - 1])  # the second row begins with padding
 
 
-def samegroup_of(buckets, documents):
+def same_group(buckets, documents):
     same = buckets[..., :, None] == buckets[..., None, :]  # (B, H, R, T, T)
     if documents is None:
         return same
@@ -44,7 +44,7 @@ def samegroup_of(buckets, documents):
 
 def of_bucket(buckets, documents, chunk):
     """Whom a decoder's query sees, one pair at a time."""
-    same, seen = samegroup_of(buckets, documents), torch.zeros(*buckets.shape, buckets.shape[-1], dtype=torch.bool)
+    same, seen = same_group(buckets, documents), torch.zeros(*buckets.shape, buckets.shape[-1], dtype=torch.bool)
     for index in torch.cartesian_prod(*(torch.arange(size) for size in buckets.shape)).tolist():
         members = same[tuple(index)].nonzero().flatten().tolist()
         seen[tuple(index)][[j for j in members if j <= index[-1]][-1 - chunk :]] = True
