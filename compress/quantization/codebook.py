@@ -169,9 +169,13 @@ def _offsets(format: ProductFormat, count: int, entries: int, device: torch.devi
 def _pick(book: Tensor, index: Tensor) -> Tensor:
     """Codewords (n, B, v) of a book (C, v): copied as one element each where there is one of their size."""
     size = WORDS.get(book.shape[1] * book.element_size())
-    if size is None or book.requires_grad or book.device.type != "cpu":
+    compiling = torch.compiler.is_compiling()
+    if size is None or book.requires_grad or book.device.type != "cpu" or (compiling and size.itemsize > 8):
         return F.embedding(index, book)
-    picked = book.contiguous().view(size).flatten().index_select(0, index.flatten())
+    book = book.contiguous()
+    if not compiling and book.data_ptr() % size.itemsize:
+        book = book.clone()  # in a file tensors begin anywhere, where loads of 16 bytes would end the process
+    picked = book.view(size).flatten().index_select(0, index.flatten())
     return picked.view(book.dtype).view(*index.shape, book.shape[1])
 
 

@@ -1,6 +1,8 @@
 """Product quantization: its parts against their definitions, its layers against the weights, its switches at work."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -102,6 +104,24 @@ def test_which_way_it_multiplies_is_said(monkeypatch):
         assert used == [1]
         packed(torch.randn(2, 128))
     assert used == [1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 8])
+def test_codebooks_may_begin_anywhere_in_memory(length):
+    """As they do in a file that is mapped: a load of 16 bytes from such a place ended the process."""
+    code = f"""
+import torch
+from compress.quantization.codebook import _pick
+book = torch.randn(256, {length}).bfloat16()
+moved = torch.frombuffer(bytearray(book.nbytes + 64), dtype=torch.uint8)
+start = 2 - moved.data_ptr() % 16 + 16
+held = torch.frombuffer(moved.numpy().data, dtype=torch.bfloat16, offset=start, count=book.numel()).view_as(book)
+held.copy_(book)
+index = torch.randint(256, (40, 7), dtype=torch.int32)
+assert held.data_ptr() % 16 == 2
+assert torch.equal(_pick(held, index), torch.nn.functional.embedding(index, book))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_gradients_reach_the_input():
