@@ -193,13 +193,16 @@ def _reformer(settings: Peers) -> tuple[nn.Module, Run]:
 
 
 def _retention(settings: Peers) -> tuple[nn.Module, Run]:
-    for name, offered in (("fairscale", ()), ("fairscale.nn", ("checkpoint_wrapper", "wrap")), ("timm", ()),
-                          ("timm.models", ()), ("timm.models.layers", ("drop_path",))):  # fmt: skip
-        stub = sys.modules.setdefault(name, ModuleType(name))  # imported by torchscale, not used by its retention
-        for attribute in offered:
-            setattr(stub, attribute, getattr(stub, attribute, None))
+    stubs = {"fairscale": (), "fairscale.nn": ("checkpoint_wrapper", "wrap"), "timm": (), "timm.models": (),
+             "timm.models.layers": ("drop_path",)}  # fmt: skip
+    missing = {name: ModuleType(name) for name in stubs if name not in sys.modules}
+    for name, stub in missing.items():  # imported by torchscale, not used by its retention
+        vars(stub).update(dict.fromkeys(stubs[name]))
+    sys.modules.update(missing)
     from torchscale.architecture import retnet
 
+    for name in missing:  # other packages ask whether there is one
+        del sys.modules[name]
     arguments = SimpleNamespace(
         multiway=False, layernorm_eps=1e-6, decoder_embed_dim=settings.width,
         decoder_retention_heads=settings.heads, recurrent_chunk_size=64,
