@@ -163,10 +163,11 @@ class FullAttention(nn.Module):
             return tiled_attention(q, kept.keys, kept.values, causal=causal, scale=self.scale, documents=documents)
         biases = context.positional[self.positional].biases
         scoring = self.scoring(q, kept.keys, token_distance(q, kept, context) if biases else None, context)
-        if self.kernel != "reference" and not self.bidirectional and not self.drop() and learns(q, scoring):
+        if self.kernel == "reference":
+            return reference_attention(q, kept.keys, kept.values, context.visible, scoring, self.drop())
+        if learns(q, scoring) and not self.bidirectional and not self.drop():
             return attend_causal(q, kept.keys, kept.values, context.visible, scoring)
-        kernel = reference_attention if self.kernel == "reference" else attend
-        return kernel(q, kept.keys, kept.values, context.visible, scoring, self.drop())
+        return attend(q, kept.keys, kept.values, context.visible, scoring, self.drop())
 
     def scoring(self, q: Tensor, k: Tensor, distance: Tensor | None, context: Context) -> Scoring:
         """What is done to the scores of q (B, H, T, d), `distance` (T, S) tokens behind their keys k (B, G, S, d).

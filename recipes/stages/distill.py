@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from app.callbacks import Checkpoints, ExpertLoad, FiniteGuard, Metrics, RandomState, RunProgress, newest_checkpoint
 from app.data.module import TextData
 from app.loading import Loaded, Source, load_model
-from app.memory import keep_freed_memory
+from app.memory import ANY_SIZE
 from app.optim import AdamW, Cosine
 from app.strategies import WholeCheckpoints
 from app.tasks.architecture import read_architecture
@@ -42,6 +42,7 @@ class Distill(Stage[options.Distill]):
     """Distillation into a folder's model, an architecture, or the teacher cut down to fewer layers."""
 
     verb = "distill"
+    largest_kept = ANY_SIZE  # as in all training
     packed = False  # whether the student is quantized
 
     def title(self) -> str:
@@ -103,7 +104,6 @@ class Distill(Stage[options.Distill]):
     def compress(
         self, parents: dict[str, Loaded], text: Text, state: Path, bars: Bars
     ) -> tuple[Transformer, Sequence[LayerRecord]]:
-        keep_freed_memory()
         chosen, config = self.options, parents["model"].model.config
         stored = next(parents["model"].model.parameters()).dtype  # packed weights are buffers
         parents.clear()  # the task loads its own

@@ -48,6 +48,7 @@ class Stage(ABC, Generic[Options]):
     """
 
     verb: str
+    largest_kept = MATRICES_APART  # bytes, of what is freed, that stay with the process (app/memory.py)
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -105,7 +106,7 @@ class Stage(ABC, Generic[Options]):
             return read_json(self.out / "report.json")
         sources = {role: loaded.source for role, loaded in parents.items()}
         with partial.resumable(self.out, fingerprint, say) as state:
-            keep_freed_memory(MATRICES_APART)
+            keep_freed_memory(self.largest_kept)
             started = time.perf_counter()
             with Bars() as bars:
                 model, records = self.compress(parents, text, state, bars)

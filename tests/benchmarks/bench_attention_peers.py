@@ -192,17 +192,23 @@ def _reformer(settings: Peers) -> tuple[nn.Module, Run]:
     return module, lambda x: module(x)
 
 
-def _retention(settings: Peers) -> tuple[nn.Module, Run]:
+def import_retnet() -> ModuleType:
+    """torchscale's modules of RetNet; two packages that they import and that nothing here uses are left out."""
     stubs = {"fairscale": (), "fairscale.nn": ("checkpoint_wrapper", "wrap"), "timm": (), "timm.models": (),
              "timm.models.layers": ("drop_path",)}  # fmt: skip
     missing = {name: ModuleType(name) for name in stubs if name not in sys.modules}
-    for name, stub in missing.items():  # imported by torchscale, not used by its retention
+    for name, stub in missing.items():
         vars(stub).update(dict.fromkeys(stubs[name]))
     sys.modules.update(missing)
     from torchscale.architecture import retnet
 
     for name in missing:  # other packages ask whether there is one
         del sys.modules[name]
+    return retnet
+
+
+def _retention(settings: Peers) -> tuple[nn.Module, Run]:
+    retnet = import_retnet()
     arguments = SimpleNamespace(
         multiway=False, layernorm_eps=1e-6, decoder_embed_dim=settings.width,
         decoder_retention_heads=settings.heads, recurrent_chunk_size=64,

@@ -1,7 +1,6 @@
 """Retention: its three forms, the authors' code, its decays and its memory."""
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from models.config import ModelConfig
 from models.errors import UserError
 from models.positions import Positional
 from models.transformer import Transformer
+from tests.benchmarks.bench_attention_peers import import_retnet
 
 
 def build(position="rope", depth=2, **attention):
@@ -76,23 +76,10 @@ def test_decays_are_those_of_the_paper():
     torch.testing.assert_close(kept, 1 - torch.linspace(*ends, 8, dtype=torch.float64).exp())
 
 
-def import_retnet(monkeypatch):
-    """torchscale's modules; two packages that they import and that nothing here uses are left out."""
-    pytest.importorskip("torchscale", reason="pip install --no-deps torchscale==0.3.0")
-    for name, offers in {"fairscale": (), "fairscale.nn": ("checkpoint_wrapper", "wrap"), "timm": (),
-                         "timm.models": (), "timm.models.layers": ("drop_path",)}.items():  # fmt: skip
-        stub = ModuleType(name)
-        for offered in offers:
-            setattr(stub, offered, None)
-        monkeypatch.setitem(sys.modules, name, stub)
-    import torchscale.architecture.retnet as retnet
-
-    return retnet
-
-
 @pytest.mark.parametrize("form", ["parallel", "chunkwise", "recurrent"])
-def test_it_is_the_retention_of_torchscale(monkeypatch, form):
-    retnet = import_retnet(monkeypatch)
+def test_it_is_the_retention_of_torchscale(form):
+    pytest.importorskip("torchscale", reason="pip install --no-deps torchscale==0.3.0")
+    retnet = import_retnet()
     width, count, tokens, chunk, tiny = 32, 4, 24, 8, 1e-30
     torch.manual_seed(0)
     arguments = SimpleNamespace(multiway=False, layernorm_eps=tiny, decoder_embed_dim=width,
