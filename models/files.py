@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from models.errors import UserError
+from models.parsing import Malformed, parse_json, read_plain
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -178,10 +179,10 @@ def inside(folder: Path, name: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises UserError if the file is missing, unreadable or holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_plain(path, parse_json)
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, Malformed) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from app.tasks.architecture import read_architecture
 from models.errors import UserError, did_you_mean
+from models.parsing import Malformed, parse_yaml
 from recipes.stages.parser import read_recipe
 
 ARCHITECTURE = "model.architecture"
@@ -161,8 +160,8 @@ def _found(values: Mapping[str, Any], dotted: str) -> Any:
 
 def _plain(value: str | None) -> Any:
     try:
-        return yaml.safe_load(value or "")
-    except yaml.YAMLError:
+        return parse_yaml(value or "")
+    except Malformed:
         return value
 
 

@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from app.data.cache import build_once
 from models.errors import UserError
+from models.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
@@ -170,12 +171,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception, whatever is wrong with the file
         raise UserError(f"tokenizer '{file}' cannot be read by the tokenizers library: {error}") from error
     config_file = file.parent / "tokenizer_config.json"
-    config: dict[str, Any] = {}
-    if config_file.is_file():
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"tokenizer '{config_file}' is not valid JSON: {error}") from error
+    config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
     end = _named(config, "eos_token")
     if end is None:
         end = next((name for name in _KNOWN_ENDS if tokenizer.token_to_id(name) is not None), None)

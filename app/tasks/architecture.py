@@ -1,14 +1,12 @@
 """An architecture as a recipe writes it (mapping, preset name or file) made whole."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from models.config import ModelConfig
 from models.errors import UserError
+from models.parsing import Malformed, parse_json, parse_yaml, read_plain
 from models.presets import PRESETS, preset
 
 
@@ -35,10 +33,9 @@ def read_architecture(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
 def read_architecture_file(path: Path) -> dict[str, Any]:
     """Return the architecture in a YAML or JSON file. Raises UserError when there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML or JSON: {' '.join(str(error).split())}") from None
+        content = read_plain(path, parse_json if path.suffix == ".json" else parse_yaml)
+    except (OSError, Malformed) as error:
+        raise UserError(f"{path} cannot be read as YAML or JSON: {error}") from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if isinstance(content, dict) and isinstance(content.get("architecture"), dict | str):

@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import jsonargparse
-import yaml
 
 from models.errors import UserError, did_you_mean
+from models.parsing import Malformed, parse_yaml, read_plain
 
 Options = TypeVar("Options")
 _RECIPES = Path(__file__).parents[1]
+
+
+def _value(text: str) -> Any:
+    """The value of YAML on the command line or in a recipe; `Once:` and `{a, b}`, without any values, stay text."""
+    value = parse_yaml(text)
+    return text if isinstance(value, dict) and value and all(v is None for v in value.values()) else value
+
+
+jsonargparse.set_loader("yaml", _value, (Malformed,))  # for every parser, that of `fit` too
 
 
 def build_parser(verb: str, options: type, *, partial: bool = False) -> jsonargparse.ArgumentParser:
@@ -91,11 +100,11 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_plain(path, parse_yaml)
     except FileNotFoundError:
         raise UserError(f"there is no recipe {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {_one_line(error)}") from None
+    except (OSError, Malformed) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
