@@ -70,7 +70,8 @@ class ModelFolder(Callback):
                 f"{trainer.global_step} steps of {type(module.optimizer).__name__}",
                 recipe=self.recipe,
                 seed=self.seed,
-                data={"source": getattr(data, "source", None), "fingerprint": getattr(data, "fingerprint", None)},
+                data={"source": getattr(data, "source", None), "fingerprint": getattr(data, "fingerprint", None)}
+                | ({"left_out": left_out} if (left_out := getattr(data, "left_out", None)) else {}),
                 weights=hash_weights(folder),
                 seconds=time.perf_counter() - self._began,
             )

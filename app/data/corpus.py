@@ -39,8 +39,8 @@ class Document(NamedTuple):
 class Corpus(Protocol):
     """Documents in the splits `train`, `validation` and `test`.
 
-    `sha256` covers every document's split and text in order, `sizes` is the UTF-8 bytes of each split, and `name` is
-    what a person reads in messages and reports.
+    `sha256` covers every document's split and text in order, `sizes` is the UTF-8 bytes of each split, `name` is what a
+    person reads in messages and reports, and `left_out` says in sentences what of the source is not in the corpus.
     """
 
     name: str
@@ -50,6 +50,9 @@ class Corpus(Protocol):
 
     @property
     def sizes(self) -> dict[str, int]: ...
+
+    @property
+    def left_out(self) -> list[str]: ...
 
     def documents(self, split: str) -> Iterator[Document]: ...
 
@@ -89,6 +92,11 @@ class MemoryCorpus:
 
     name: str
     texts: list[Document]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Nothing: what makes such a corpus says itself what it holds."""
+        return []
 
     @cached_property
     def splits(self) -> list[str]:

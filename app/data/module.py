@@ -1,5 +1,6 @@
 """Text for the Trainer: a LightningDataModule whose state is one number, the samples consumed so far."""
 
+import sys
 from functools import cached_property
 
 from lightning.pytorch import LightningDataModule
@@ -111,6 +112,11 @@ class TextData(LightningDataModule):
         return fingerprint_of(self.corpus, self.tokenizer)
 
     @property
+    def left_out(self) -> str:
+        """What of the source is not read, in words."""
+        return "; ".join(self.corpus.left_out)
+
+    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes a predicted token in the validation split, which turns its loss into bits per byte."""
         return self.blocks("validation").bytes_per_token
@@ -147,6 +153,8 @@ class TextData(LightningDataModule):
             self._check_size()
         for split in SPLITS:
             self.blocks(split)
+        for sentence in self.corpus.left_out:
+            print(sentence, file=sys.stderr, flush=True)
 
     def setup(self, stage: str) -> None:
         """Open the token files; a new trainer begins at position 0, one that fits again goes on where it stands.

@@ -1,74 +1,78 @@
-"""Readers behind `open_source`: tables and plain text, through `datasets` and its cache.
+"""Readers behind `open_source`: rows of tables, and plain text that is cut into documents.
 
-A row of JSON lines, Parquet, CSV or a data set is a document. Of 32 or more text files each is a document; fewer are
-cut by `cut_text`, so that one file gives three splits that work.
+A row of JSON lines, Parquet, CSV, TSV or a data set is a document. Of 32 or more text files each is a document; fewer
+are cut by `cut_text`, so that one file gives three splits that work. Documents without text come out as empty strings:
+whoever counts them knows how many there were.
 """
 
-import codecs
-import glob
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.data.survey import Part
+from app.data.tables import ARROW_ERRORS, NUMERIC, TABLES, string_type
+from app.data.unpacked import check_text, open_text
 from models.errors import UserError
+from models.files import inside, read_json
 
 if TYPE_CHECKING:
     import datasets
 
-PACKED = {".gz", ".bz2", ".xz", ".zst"}  # endings that `datasets` unpacks
 TEXT_COLUMNS = ("text", "content", "document")  # the columns that are taken without asking
 MANY_FILES = 32  # this many text files are documents themselves
-LARGEST_FILE = 2**30  # a larger text file is cut all the same: it would not fit into one Arrow string
+LARGEST_FILE = 2**30  # a larger text file is cut all the same: it would be held in memory as one string
 LARGE = 50_000_000  # bytes from which on `datasets` shows its progress
 OWN_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("valid", "validation", "val", "dev"), "validation"
 )
 _TITLE = re.compile(r" ?= (?!=)[^\n]*[^=\s] = ?\n?")  # WikiText's title of an article; ` = = Section = = ` is none
-_STRINGS = ("string", "large_string")
 
 Groups = dict[str | None, list[Path]]  # files under the split that their names give
 
 
-def _load(kind: str, files: list[Path], cache: Path, **options: Any) -> "datasets.Dataset":
-    datasets = _datasets(sum(file.stat().st_size for file in files))
-    try:
-        names = [glob.escape(str(file.resolve())) for file in files]
-        return datasets.load_dataset(
-            kind, data_files={"train": names}, split="train", cache_dir=str(cache / "datasets"), **options
-        )
-    except Exception as error:  # `datasets` wraps whatever went wrong in its readers
-        reason = str(error.__cause__ or error).splitlines()[0]
-        shown = str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-        raise UserError(f"source '{shown}' cannot be read as {kind}: {reason}") from error
+def table_parts(kind: str, groups: Groups, names: dict[Path, str], source: str, column: str | None) -> list[Part]:
+    """Open the files of one kind of TABLES: a row is a document, and all files have the text in the same column.
+
+    Raises:
+        UserError: a file cannot be read, or lacks the column that the first one with rows has.
+    """
+    table = TABLES[kind]
+    found = {}
+    for file in names:
+        if columns := table.columns(file):
+            column = choose_column(columns, column, str(file) if found else source)
+            found[file] = partial(table.texts, file, column)
+    return [
+        Part(split, partial(_numbered, names[file], found[file]))
+        for split, files in groups.items()
+        for file in files
+        if file in found
+    ]
+
+
+def _numbered(name: str, texts: Callable[[], Iterator[str]]) -> Iterator[tuple[str, str]]:
+    return ((f"{name}:{row}", text) for row, text in enumerate(texts()))
 
 
 def _datasets(size: int) -> Any:
     """Return the library, with progress bars when there are many bytes to read."""
-    import datasets  # a second of imports that the default corpus does without
+    import datasets  # a second of imports that the other sources do without
 
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it raises as well
     (datasets.enable_progress_bars if size >= LARGE else datasets.disable_progress_bars)()
     return datasets
 
 
-def table_parts(
-    kind: str, groups: Groups, names: dict[Path, str], source: str, column: str | None, cache: Path
-) -> list[Part]:
-    """Open JSON-lines, Parquet or CSV files (`kind` is the name of a reader of `datasets`): a row is a document."""
-    parts = []
-    for split, files in groups.items():
-        options = {"delimiter": "\t"} if kind == "csv" and ".tsv" in files[0].suffixes else {}
-        table = _load(kind, files, cache, **options)
-        name = names[files[0]] if len(files) == 1 else source + (f":{split}" if split else "")
-        parts.append(_rows(table, split, name, choose_column(table.features, column, source)))
-    return parts
-
-
 def saved_parts(path: Path, source: str, column: str | None) -> list[Part]:
-    """Open a folder that `datasets.save_to_disk` wrote."""
+    """Open a folder that `datasets.save_to_disk` wrote.
+
+    Raises:
+        UserError: it is damaged, or names files outside itself.
+    """
+    _check_saved(path)
     datasets = _datasets(0)
     try:
         loaded = datasets.load_from_disk(str(path))
@@ -76,6 +80,23 @@ def saved_parts(path: Path, source: str, column: str | None) -> list[Part]:
         raise UserError(f"source '{source}' cannot be read as a datasets folder: {error}") from error
     splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
     return split_parts(splits, source, column)
+
+
+def _check_saved(path: Path) -> None:
+    """Raise `UserError` if a folder of `datasets` is damaged in its JSON or names anything outside itself."""
+    if (path / "dataset_dict.json").is_file():
+        splits = read_json(inside(path, "dataset_dict.json")).get("splits")
+        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+            raise UserError(f"{path / 'dataset_dict.json'} has no list of splits")
+        for split in splits:
+            _check_saved(inside(path, split))
+        return
+    inside(path, "dataset_info.json")
+    files = read_json(inside(path, "state.json")).get("_data_files")
+    if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+        raise UserError(f"{path / 'state.json'} has no list of _data_files")
+    for file in files:
+        inside(path, str(file.get("filename")))
 
 
 def from_hub(source: str, cache: Path) -> "dict[str, datasets.Dataset]":
@@ -95,50 +116,54 @@ def split_parts(loaded: "dict[str, datasets.Dataset]", source: str, column: str 
     parts = []
     for name, table in loaded.items():
         label = f"{source}:{name}" if name else source
-        parts.append(_rows(table, OWN_SPLITS.get(name), label, choose_column(table.features, column, source)))
+        parts.append(_rows(table, OWN_SPLITS.get(name), label, column, source))
     known = [part for part in parts if part.split is not None]
     return known if any(part.split == "train" for part in known) else [part._replace(split=None) for part in parts]
 
 
-def choose_column(features: "datasets.Features", column: str | None, source: str) -> str:
+def choose_column(columns: dict[str, str], column: str | None, source: str) -> str:
     """Return the column that holds the text: `column` if given, else a usual name, else the only text column.
+
+    Args:
+        columns: name -> type of every column; `string` is text, NUMERIC too where the column is named.
 
     Raises:
         UserError: no such column, or it holds no text, or there is more than one to choose from.
     """
-    strings = [name for name, feature in features.items() if getattr(feature, "dtype", None) in _STRINGS]
-    found = f"its columns are {', '.join(f'{name} ({_type(feature)})' for name, feature in features.items())}"
+    texts = [name for name, kind in columns.items() if kind in ("string", NUMERIC)]
+    strings = [name for name in texts if columns[name] == "string"]
+    found = f"its columns are {', '.join(f'{name} ({kind})' for name, kind in columns.items())}"
     if column is not None:
-        if column not in features:
+        if column not in columns:
             raise UserError(f"source '{source}' has no column '{column}'; {found}")
-        if column not in strings:
+        if column not in texts:
             raise UserError(f"source '{source}': column '{column}' holds no text; {found}")
         return column
     for name in TEXT_COLUMNS:
-        if name in strings:
+        if name in texts:
             return name
     if len(strings) != 1:
         raise UserError(f"source '{source}': which column is the text? Name it with column; {found}")
     return strings[0]
 
 
-def _type(feature: Any) -> str:
-    return getattr(feature, "dtype", None) or type(feature).__name__.lower()
+def _rows(table: "datasets.Dataset", split: str | None, name: str, column: str | None, source: str) -> Part:
+    types = {field.name: string_type(field.type) for field in table.features.arrow_schema}
+    chosen = choose_column(types, column, source)
+
+    def texts() -> Iterator[str]:
+        for batch in table.select_columns([chosen]).with_format("arrow").iter(batch_size=1000):
+            try:
+                batch.validate(full=True)  # the files are mapped as they are
+                rows = batch[chosen].to_pylist()
+            except ARROW_ERRORS as error:
+                raise UserError(f"source '{source}' is damaged: {error}") from error
+            yield from (text or "" for text in rows)
+
+    return Part(split, partial(_numbered, name, texts))
 
 
-def _rows(table: "datasets.Dataset", split: str | None, name: str, column: str) -> Part:
-    def documents() -> Iterator[tuple[str, str]]:
-        row = 0
-        for batch in table.select_columns([column]).iter(batch_size=1000):
-            for text in batch[column]:
-                if text:
-                    yield f"{name}:{row}", text
-                row += 1
-
-    return Part(split, documents)
-
-
-def text_parts(groups: Groups, names: dict[Path, str], source: str, column: str | None, cache: Path) -> list[Part]:
+def text_parts(groups: Groups, names: dict[Path, str], source: str, column: str | None) -> list[Part]:
     """Open UTF-8 text files: 32 or more are documents, fewer are cut into documents."""
     if column is not None:
         raise UserError(f"source '{source}' is plain text and has no column '{column}'; leave column out")
@@ -149,32 +174,22 @@ def text_parts(groups: Groups, names: dict[Path, str], source: str, column: str 
     parts = []
     for split, files in groups.items():
         if len(names) >= MANY_FILES and max(sizes.values()) < LARGEST_FILE:
-            parts.append(_whole_files(files, split, [names[file] for file in files], cache))
+            parts.append(Part(split, partial(_whole_files, {file: names[file] for file in files})))
         else:
-            parts += [_cut_file(file, split, names[file], length, cache) for file in files if sizes[file]]
+            parts += [Part(split, partial(_cut_file, file, names[file], length)) for file in files]
     return parts
 
 
-def _whole_files(files: list[Path], split: str | None, names: list[str], cache: Path) -> Part:
-    table = _load("text", files, cache, sample_by="document")
-
-    def documents() -> Iterator[tuple[str, str]]:
-        for name, row in zip(names, table, strict=True):
-            if row["text"]:
-                yield name, row["text"]
-
-    return Part(split, documents)
+def _whole_files(names: dict[Path, str]) -> Iterator[tuple[str, str]]:
+    for file, name in names.items():
+        with open_text(file) as stream:
+            yield name, stream.read()
 
 
-def _cut_file(file: Path, split: str | None, name: str, length: int, cache: Path) -> Part:
-    table = _load("text", [file], cache, keep_linebreaks=True)
-
-    def documents() -> Iterator[tuple[str, str]]:
-        lines = (line for batch in table.iter(batch_size=1000) for line in batch["text"])
+def _cut_file(file: Path, name: str, length: int) -> Iterator[tuple[str, str]]:
+    with open_text(file) as lines:
         for number, text in enumerate(cut_text(lines, length)):
             yield f"{name}:{number}", text
-
-    return Part(split, documents)
 
 
 def cut_text(lines: Iterable[str], length: int) -> Iterator[str]:
@@ -209,24 +224,3 @@ def cut_text(lines: Iterable[str], length: int) -> Iterator[str]:
             held, size = [], 0
     if size:
         yield "".join(held)
-
-
-def check_text(file: Path) -> None:
-    """Raise `UserError` if `file` is no UTF-8 text: a NUL byte or bytes that do not decode. Packed files are let by."""
-    if file.suffix.lower() in PACKED:
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    read = 0
-    with file.open("rb") as stream:
-        while True:
-            chunk = stream.read(1 << 20)
-            if (nul := chunk.find(b"\0")) >= 0:
-                raise UserError(f"source '{file}' is binary, not text: byte {read + nul} is NUL")
-            try:
-                decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                where = read - len(decoder.getstate()[0]) + error.start
-                raise UserError(f"source '{file}' is not UTF-8 text: byte {where} cannot be decoded") from error
-            if not chunk:
-                return
-            read += len(chunk)

@@ -1,19 +1,22 @@
-"""SOURCE: what a person may name as text, read through `datasets` and its cache.
+"""SOURCE: what a person may name as text.
 
-`python` (the default corpus), `synthetic`, a file, a folder or a glob of files (text, JSON lines, Parquet, CSV), a
-folder written by `datasets.save_to_disk`, or the name of a data set on the hub (`owner/name`, `owner/name:config`).
+`python` (the default corpus), `synthetic`, a file, a folder or a glob of files of one kind (text, JSON lines, Parquet,
+CSV, TSV), a folder written by `datasets.save_to_disk`, or the name of a data set on the hub (`owner/name`,
+`owner/name:config`). What of a source is not read is said: see `Corpus.left_out`.
 
 Splits: where the source names its own (a hub or `datasets` split, or files called train.*, valid*.*, test*.*, alone in
 a name like wiki.train.tokens) they are kept, and a held-out split that is missing is cut from the training split.
 Otherwise every document goes to a split by a hash of its text: 90 % train, 5 % validation, 5 % test.
 
-Documents: a row of JSON lines, Parquet, CSV or a data set is a document. Of 32 or more text files each is a document;
+Documents: a row of JSON lines, Parquet, CSV, TSV or a data set is a document. Of 32 or more text files each is one;
 fewer are cut by `cut_text`, so that one file gives three splits that work.
 """
 
 import glob
 import hashlib
+import os
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,13 @@ from app.data import readers
 from app.data.cache import cache_root
 from app.data.corpus import Corpus, python_corpus, synthetic
 from app.data.survey import SourceCorpus
+from app.data.unpacked import suffix
 from models.errors import UserError, did_you_mean
 
-KINDS = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+KINDS = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
 TEXT = {".txt", ".text", ".tokens", ".raw", ".md", ".rst"}
+READING = 2  # part of the identity: a change of how files are read makes what was worked out before worthless
+_ABOUT = ("readme", "license", "licence", "changelog", "citation")  # texts beside tables that are no data
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -38,70 +44,105 @@ def open_source(source: str, column: str | None = None, cache_dir: str | Path | 
         cache_dir: cache folder; `cache_root` says what the default is.
 
     Raises:
-        UserError: nothing there (with the nearest name), an unreadable or binary file, no such column, no text.
+        UserError: nothing there (with the nearest name), files of several kinds, an unreadable or binary file, no such
+            column, no text.
     """
     if source == "python":
         return python_corpus()
     if source == "synthetic":
         return synthetic()
-    cache = cache_root(cache_dir)
-    path = Path(source).expanduser()
+    try:
+        return _open(source, column, cache_root(cache_dir))
+    except OSError as error:
+        raise UserError(f"source '{source}' cannot be read: {error.strerror or error}") from error
+
+
+def _open(source: str, column: str | None, cache: Path) -> SourceCorpus:
+    path = _path(source)
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         files = sorted(file for file in path.rglob("*") if file.is_file())
         load = partial(readers.saved_parts, path, source, column)
         return SourceCorpus(source, _identity(files, column), _size(files), load, cache)
     if path.exists() or glob.has_magic(source):
-        files = find_files(source)
+        files, unread = find_files(source)
         kind = _kind(files, source)
         names = {file: _label(file, path if path.is_dir() else file.parent) for file in files}
         read = readers.text_parts if kind == "text" else partial(readers.table_parts, kind)
-        load = partial(read, _groups(files), names, source, column, cache)
-        return SourceCorpus(source, _identity(files, kind, column), _size(files), load, cache)
+        load = partial(read, _groups(files), names, source, column)
+        return SourceCorpus(source, _identity(files, kind, column), _size(files), load, cache, unread)
     if _HUB_NAME.fullmatch(source) and not path.parent.is_dir() and not _known(path):
         tables = readers.from_hub(source, cache)
-        identity = _digest(source, column, *(table._fingerprint for table in tables.values()))
+        identity = _digest(READING, source, column, *(table._fingerprint for table in tables.values()))
         size = sum(table.dataset_size or 0 for table in tables.values())
         return SourceCorpus(source, identity, size, partial(readers.split_parts, tables, source, column), cache)
     raise UserError(f"source '{source}': no such file or folder{_nearest(path)}")
 
 
-def find_files(source: str) -> list[Path]:
-    """Return the files of a path or glob, sorted: of a folder, everything below it that has a known ending.
+def _path(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"source '{source}': {error}") from error
+
+
+def find_files(source: str) -> tuple[list[Path], str]:
+    """Return the files of a path or glob, sorted, and what is left out, in words.
+
+    Of a folder these are the files below it that have a known ending. Left out are hidden files (not mentioned), other
+    endings, linked folders, and READMEs and the like beside tables.
 
     Raises:
-        UserError: no file matches.
+        UserError: no file matches, or one is a pipe, a device or a broken link.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
+    path = _path(source)
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and _known(file) and not _hidden(file, path)]
-        tables = [file for file in found if _suffix(file) in KINDS]
-        found = tables or found
+        found, others = _walk(path)
         if not found:
             known = ", ".join(sorted({*KINDS, *TEXT}))
             raise UserError(f"source '{source}': no file below this folder ends in {known}; give a glob such as '*.py'")
-        return sorted(found)
-    found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-    if not found:
-        raise UserError(f"source '{source}': the pattern matches no file")
-    return sorted(found)
+    else:
+        matches = [path] if path.exists() else [Path(name) for name in glob.glob(str(path), recursive=True)]
+        found = [match for match in matches if not match.is_dir()]
+        others = Counter({"folder": len(matches) - len(found)} if len(matches) > len(found) else {})
+        if not found:
+            raise UserError(f"source '{source}': the pattern matches no file")
+    for file in found:
+        if not file.is_file():
+            what = "a pipe or a device" if file.exists() else "a broken link"
+            raise UserError(f"source '{file}' is {what}; a text is read more than once, so it must be a file")
+    shown = ", ".join(f"{number} {name}" for name, number in sorted(others.items()))
+    return sorted(found), f"not read: {shown}" if shown else ""
 
 
-def _suffix(file: Path) -> str:
-    return Path(file.stem).suffix.lower() if file.suffix.lower() in readers.PACKED else file.suffix.lower()
+def _walk(path: Path) -> tuple[list[Path], Counter[str]]:
+    """The files below a folder that count as text, and how many of what else is there."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    others: Counter[str] = Counter()
+    for root, folders, names in os.walk(path, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others["linked folder"] += sum(Path(root, name).is_symlink() for name in folders)
+        for file in (Path(root, name) for name in names if not name.startswith(".")):
+            if _known(file):
+                found.append(file)
+            else:
+                others[f"*{file.suffix}" if file.suffix else file.name] += 1
+    if any(suffix(file) in KINDS for file in found):
+        about = [file for file in found if suffix(file) in TEXT and file.stem.lower() in _ABOUT]
+        found = [file for file in found if file not in about]
+        others.update(file.name for file in about)
+    return found, +others
 
 
 def _known(file: Path) -> bool:
-    return _suffix(file) in KINDS or _suffix(file) in TEXT
-
-
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+    return suffix(file) in KINDS or suffix(file) in TEXT
 
 
 def _kind(files: list[Path], source: str) -> str:
-    kinds = {KINDS.get(_suffix(file), "text") for file in files}
+    kinds = {KINDS.get(suffix(file), "text") for file in files}
     if len(kinds) > 1:
         raise UserError(f"source '{source}' mixes {', '.join(sorted(kinds))} files; give a glob that matches one kind")
     if not _size(files):
@@ -115,7 +156,7 @@ def _digest(*parts: Any) -> str:
 
 def _identity(files: list[Path], *options: Any) -> str:
     stats = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    return _digest(stats, *options)
+    return _digest(READING, stats, *options)
 
 
 def _size(files: list[Path]) -> int:

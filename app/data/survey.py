@@ -1,5 +1,6 @@
 """A corpus read from files or a data set: its documents in order, and what one pass over all of them finds out."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,14 @@ from app.data.corpus import SPLITS, Digest, Document, assign_splits, check_split
 from models.errors import UserError
 from models.files import read_json, write_json
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
 
 class Part(NamedTuple):
-    """Some documents of a source in order: the split that they bring with them (or None), their names and texts."""
+    """Some documents of a source in order: the split that they bring with them (or None), their names and texts.
+
+    Texts may be empty: a corpus leaves those out and says how many they were.
+    """
 
     split: str | None
     documents: Callable[[], Iterator[tuple[str, str]]]
@@ -31,6 +37,7 @@ class SourceCorpus:
         size: bytes to read, for the progress bar.
         load: opens the parts.
         cache: cache folder.
+        unread: what of the source is no text and is not read, in words; empty where all of it is read.
     """
 
     name: str
@@ -38,6 +45,7 @@ class SourceCorpus:
     size: int
     load: Callable[[], list[Part]]
     cache: Path
+    unread: str = ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "parts"}  # opened again when needed
@@ -55,8 +63,16 @@ class SourceCorpus:
     def _survey(self, folder: Path) -> None:
         own: list[str | None] = []
         places: list[float] = []
-        rows = ((part.split, text) for part in self.parts for _, text in part.documents())
-        for split, text in track(rows, f"Reading {self.name}", self.size, lambda row: len(row[1])):
+        empty = 0
+        rows = ((part.split, name, text) for part in self.parts for name, text in part.documents())
+        for split, name, text in track(rows, f"Reading {self.name}", self.size, lambda row: len(row[2])):
+            if not text:
+                empty += 1
+                continue
+            if not text.isascii() and _SURROGATES.search(text):
+                raise UserError(
+                    f"source '{self.name}': document {name} holds half of a surrogate pair, which is no text"
+                )
             own.append(split)
             places.append(place_of(text))
         if not own:
@@ -68,11 +84,11 @@ class SourceCorpus:
         for split, (_, text) in zip(splits, texts, strict=True):
             sizes[split] += digest.add(split, text)
         np.save(folder / "splits.npy", np.array([SPLITS.index(split) for split in splits], dtype=np.int8))
-        write_json(folder / "survey.json", {"sha256": digest.hexdigest(), "sizes": sizes})
+        write_json(folder / "survey.json", {"sha256": digest.hexdigest(), "sizes": sizes, "empty": empty})
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         for part in self.parts:
-            yield from part.documents()
+            yield from (document for document in part.documents() if document[1])
 
     @cached_property
     def sha256(self) -> str:
@@ -83,6 +99,14 @@ class SourceCorpus:
     def sizes(self) -> dict[str, int]:
         """UTF-8 bytes of each split."""
         return read_json(self.survey / "survey.json")["sizes"]
+
+    @property
+    def left_out(self) -> list[str]:
+        """What of the source is not part of the corpus, one sentence each."""
+        empty = read_json(self.survey / "survey.json")["empty"]
+        documents = empty + len(np.load(self.survey / "splits.npy"))
+        rows = f"source '{self.name}': {empty} of {documents} documents are empty and left out"
+        return ([f"source '{self.name}': {self.unread}"] if self.unread else []) + ([rows] if empty else [])
 
     def documents(self, split: str) -> Iterator[Document]:
         """Yield the documents of `split` (`all` yields every one) in the order of their numbers."""

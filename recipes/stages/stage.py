@@ -169,7 +169,7 @@ class Stage(ABC, Generic[Options]):
                 self.title(),
                 recipe=self.recipe(),
                 seed=self.options.seed,
-                data=text.describe(),
+                data=text.describe() | text.used,
                 parents={role: source.weights_sha256 for role, source in sources.items()},
                 weights=folder.hash_weights(target),
                 seconds=seconds,
@@ -182,11 +182,11 @@ class Stage(ABC, Generic[Options]):
                 stage=self.verb,
                 recipe=self.recipe(),
                 history=[{key: past.get(key) for key in ("stage", "title", "time", "seed")} for past in entries],
-                data=text.describe(),
+                data=text.describe() | text.used,
                 seed=self.options.seed,
                 seconds=seconds,
                 device=str(self.device),
-                notes=self.notes,
+                notes=[*text.notes, *self.notes],
             )
             report = write_report(target, figures, records, about)
             self.keep(state, target)

@@ -11,6 +11,7 @@ from app.evaluation.speed import SpeedProtocol
 from app.loading import Loaded
 from models.errors import UserError
 from recipes.stages.options import Measure
+from recipes.stages.terminal import say
 
 LONGEST = 1024  # tokens of a block where neither the person nor a shorter context says otherwise
 CALIBRATION_TOKENS = 4096  # of one calibration batch
@@ -34,6 +35,8 @@ class Text:
         config = loaded.model.config
         self.chosen = chosen
         self.tokenizer = loaded.text_tokenizer()
+        self.used: dict[str, int] = {}  # what of the text went into the stage, for the report
+        self.notes: list[str] = []  # what of the text did not, in sentences for the report
         self.length = chosen.sequence_length or min(config.context, LONGEST)
         if self.length < 2:
             raise UserError(f"sequence_length {self.length} is too short: a prediction needs a token before it")
@@ -45,7 +48,18 @@ class Text:
     @cached_property
     def corpus(self) -> Corpus:
         """What `--data` names."""
-        return open_source(self.chosen.data, self.chosen.column)
+        return self._opened(self.chosen.data)
+
+    def _opened(self, source: str) -> Corpus:
+        corpus = open_source(source, self.chosen.column)
+        for sentence in corpus.left_out:
+            self._note(sentence)
+        return corpus
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+            say(sentence)
 
     @cached_property
     def held_out(self) -> TokenBlocks:
@@ -56,7 +70,7 @@ class Text:
         if self.chosen.evaluation_data is None:
             blocks = token_blocks(self.corpus, self.tokenizer, "test", self.length)
         else:
-            corpus = open_source(self.chosen.evaluation_data, self.chosen.column)
+            corpus = self._opened(self.chosen.evaluation_data)
             blocks = token_blocks(corpus, self.tokenizer, "all", self.length)
         count = self.chosen.evaluation_blocks
         if count is None:
@@ -71,8 +85,14 @@ class Text:
         return token_blocks(self.corpus, self.tokenizer, "train", self.length)
 
     def calibration(self, samples: int, device: torch.device, split: str = "train") -> list[Batch]:
-        """Return `samples` blocks of a split, drawn with the seed, as batches on the device."""
+        """Return `samples` blocks of a split, drawn with the seed, as batches on the device, or all that it holds."""
         blocks = token_blocks(self.corpus, self.tokenizer, split, self.length, samples=samples, seed=self.chosen.seed)
+        self.used[f"{split}_blocks"] = len(blocks)
+        if len(blocks) < samples:
+            self._note(
+                f"{len(blocks)} blocks of {self.length} tokens were used where {samples} were asked for: "
+                f"the {split} split of '{self.corpus.name}' holds no more"
+            )
         rows = max(1, CALIBRATION_TOKENS // self.length)
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in blocks.batches(rows)]
 
@@ -84,6 +104,8 @@ class Text:
             "held_out": held_out or "its test split",
             "fingerprint": self.held_out.fingerprint,
         }
+        if left_out := self.corpus.left_out:
+            described["left_out"] = "; ".join(left_out)
         if held_out is not None:
             described["training_fingerprint"] = fingerprint_of(self.corpus, self.tokenizer)
         return described

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from app.data.blocks import IGNORED
+from app.data.corpus import synthetic
 from app.data.module import TextData
 from app.data.tokenizer import train_tokenizer
 from models.errors import UserError
@@ -85,3 +86,11 @@ def test_the_command_line_shows_every_option():
     data = parser.instantiate_classes(parsed).data
     assert isinstance(parsed.data, jsonargparse.Namespace)
     assert (data.source, data.workers) == ("synthetic", 2)
+
+
+def test_what_is_not_read_is_said(tmp_path, capsys):
+    rows = ["null", "NA", "", *(document.text.strip().replace("\n", " ") for document in synthetic(documents=60).texts)]
+    (tmp_path / "a.csv").write_text("text,id\n" + "".join(f"{text},{number}\n" for number, text in enumerate(rows)))
+    data = text_data(str(tmp_path / "cache"), source=str(tmp_path / "a.csv"))
+    assert "1 of 63 documents are empty and left out" in capsys.readouterr().err
+    assert "1 of 63" in data.left_out

@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from app.data import readers
+from app.data import tables, unpacked
 from app.data.corpus import SPLITS, synthetic
 from app.data.readers import cut_text
 from app.data.sources import open_source
@@ -75,7 +75,8 @@ def test_a_second_use_reads_nothing_again(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(readers, "_load", fail)
+    monkeypatch.setattr(unpacked, "open_text", fail)
+    monkeypatch.setattr(tables, "open_text", fail)
     assert open_source(str(path), cache_dir=tmp_path / "cache").sha256 == first
 
 
@@ -206,7 +207,7 @@ def test_columns_are_chosen_or_named_in_the_error(tmp_path):
     cache = {"cache_dir": tmp_path / "cache"}
     one = write_jsonl(tmp_path / "one.jsonl", field="body")
     assert texts_of(open_source(str(one), **cache)) == TEXTS  # the only column of text
-    refused(one, r"no column 'txt'; its columns are id \(int64\), body \(string\)", column="txt", **cache)
+    refused(one, r"no column 'txt'; its columns are id \(number\), body \(string\)", column="txt", **cache)
     refused(one, "column 'id' holds no text", column="id", **cache)
     two = tmp_path / "two.jsonl"
     two.write_text("".join(json.dumps({"title": "t", "body": text}) + "\n" for text in TEXTS))
