@@ -1,7 +1,7 @@
 """The command `espalier`: a table of verbs, and what becomes of an error.
 
 Nothing heavy is imported before a verb runs, so that help answers at once. Exit status: 0 done, 2 the input is wrong
-(one sentence on stderr), 1 a fault of ours, 130 interrupted.
+(one sentence on stderr), 1 a fault of ours, 130 interrupted, 143 terminated.
 """
 
 import errno
@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from models.errors import UserError, did_you_mean
 from recipes.stages import options
 from recipes.stages.parser import build_parser, parse_arguments
+from recipes.termination import Terminated, terminable
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,23 @@ class Verb:
     target: str
     options: type | None  # None: the function takes (verb, argv) and parses for itself
     help: str
+    again: str = "the same command starts anew"  # after this one was ended before it was done
 
 
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 LIGHTNING = "recipes.fit:main"
+LAST = "the same command with --ckpt_path last goes on from the newest checkpoint"
+ON = "the same command goes on from what is finished"
 VERBS = {
-    "fit": Verb(LIGHTNING, None, "pretrain a model: espalier fit -c recipes/pretrain/NAME.yaml"),
+    "fit": Verb(LIGHTNING, None, "pretrain a model: espalier fit -c recipes/pretrain/NAME.yaml", LAST),
     "validate": Verb(LIGHTNING, None, "run Lightning's validation loop of a pretraining recipe"),
     "test": Verb(LIGHTNING, None, "run Lightning's test loop of a pretraining recipe"),
     "predict": Verb(LIGHTNING, None, "run Lightning's prediction loop of a pretraining recipe"),
-    "quantize": Verb("recipes.stages.quantize:main", options.Quantize, "store the weights in fewer bits"),
-    "prune": Verb("recipes.stages.prune:main", options.Prune, "take weights, neurons or heads away"),
-    "distill": Verb("recipes.stages.distill:main", options.Distill, "train a student on what a teacher predicts"),
-    "run": Verb("recipes.stages.run:main", options.Run, "run the stages of a pipeline in a row"),
-    "sweep": Verb("recipes.stages.sweep:main", options.Sweep, "train variants of one recipe, and compare them"),
+    "quantize": Verb("recipes.stages.quantize:main", options.Quantize, "store the weights in fewer bits", ON),
+    "prune": Verb("recipes.stages.prune:main", options.Prune, "take weights, neurons or heads away", ON),
+    "distill": Verb("recipes.stages.distill:main", options.Distill, "train a student on what a teacher predicts", ON),
+    "run": Verb("recipes.stages.run:main", options.Run, "run the stages of a pipeline in a row", ON),
+    "sweep": Verb("recipes.stages.sweep:main", options.Sweep, "train variants of one recipe, and compare them", ON),
     "evaluate": Verb("recipes.stages.evaluate:main", options.Evaluate, "measure models on the same held-out text"),
     "compare": Verb("recipes.stages.compare:main", options.Compare, "set two models side by side"),
     "generate": Verb("recipes.stages.generate:main", options.Generate, "continue a text"),
@@ -63,20 +67,30 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; `argv` is without the program's name."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = _take(argv, "--debug") or os.environ.get("ESPALIER_DEBUG", "") not in ("", "0")
+    verb = VERBS.get(argv[0]) if argv else None
     try:
-        return _run(argv)
+        with terminable():
+            return _run(argv)
     except UserError as error:
         return _complain(str(error), 2)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
-    except SystemExit as leave:  # argparse's --help, and Lightning's end of an interrupted run
-        if isinstance(leave.__context__, KeyboardInterrupt):
-            return _complain("interrupted", 130)
-        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
-    except Exception as error:
+    except BaseException as error:
+        if (how := _ended(error)) is not None:
+            return _complain(how[0] if verb is None else f"{how[0]}; {verb.again}", how[1])
+        if isinstance(error, SystemExit) and isinstance(error.code, int):  # argparse's --help
+            return error.code
         if debug:
             traceback.print_exc()
         return _complain(*_fault(error, debug))
+
+
+def _ended(error: BaseException | None) -> tuple[str, int] | None:
+    """Return the word and the exit status for what a person or the system has ended, also where it was wrapped."""
+    while error is not None:
+        for kind, word, status in ((Terminated, "terminated", 143), (KeyboardInterrupt, "interrupted", 130)):
+            if isinstance(error, kind):
+                return word, status
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _run(argv: list[str]) -> int:
@@ -121,7 +135,7 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-def _fault(error: Exception, debug: bool) -> tuple[str, int]:
+def _fault(error: BaseException, debug: bool) -> tuple[str, int]:
     """Return the sentence and the exit status for an exception that nobody expected."""
     place = full_device(error)
     if place is not None:

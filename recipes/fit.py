@@ -15,7 +15,7 @@ import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
@@ -26,6 +26,7 @@ from app.callbacks import (
     Checkpoints,
     ExpertLoad,
     FiniteGuard,
+    KeepTermination,
     Metrics,
     ModelFolder,
     NonFiniteLoss,
@@ -190,7 +191,7 @@ class FitCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, config: dict[str, Any]) -> list[Any]:
-        callbacks: list[Any] = [RandomState(), FiniteGuard()]
+        callbacks: list[Any] = [KeepTermination(), RandomState(), FiniteGuard()]
         shown = config.get("enable_progress_bar") is not False
         if shown and not any(isinstance(callback, ProgressBar) for callback in _listed(config.get("callbacks"))):
             callbacks.append(RunProgress())
@@ -203,11 +204,17 @@ class FitCLI(LightningCLI):
         return callbacks
 
     def after_fit(self) -> None:
+        steps, planned = self.trainer.global_step, self.trainer.estimated_stepping_batches
         for callback in self.trainer.callbacks:
             if isinstance(callback, StopEarly) and callback.stops:
                 say(
-                    f"stopped early after {self.trainer.global_step} steps: {callback.monitor} has not improved for "
+                    f"stopped early after {steps} steps: {callback.monitor} has not improved for "
                     f"{callback.waited} validations in a row; with more --early_stopping.patience it goes on"
+                )
+            elif isinstance(callback, Timer) and (callback.time_remaining() or 1) < 0 and steps < planned:
+                say(
+                    f"stopped after {steps} of {planned} steps: trainer.max_time is over; with a longer one and "
+                    "--ckpt_path last it goes on"
                 )
         say(f"the trained model is in {self.config[self.subcommand].out}")
 

@@ -10,11 +10,13 @@ from app.callbacks.progress import RunProgress
 from app.callbacks.randomness import RandomState
 from app.callbacks.record import RunRecord
 from app.callbacks.samples import Samples
+from app.callbacks.termination import KeepTermination
 
 __all__ = [
     "Checkpoints",
     "ExpertLoad",
     "FiniteGuard",
+    "KeepTermination",
     "Metrics",
     "ModelFolder",
     "NonFiniteLoss",

@@ -38,6 +38,9 @@ class ModelFolder(Callback):
         self._began = time.perf_counter()
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write the folder. Raises UserError when nothing was trained."""
+        if trainer.global_step == 0:
+            raise UserError("the run was over before its first step; give it more of trainer.max_steps or max_time")
         state = self._state(trainer, module)  # on every rank: gathering shards needs all of them
         if trainer.is_global_zero:
             self._write(trainer, module, state)

@@ -13,7 +13,16 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from app.callbacks import Checkpoints, ExpertLoad, FiniteGuard, Metrics, RandomState, RunProgress, newest_checkpoint
+from app.callbacks import (
+    Checkpoints,
+    ExpertLoad,
+    FiniteGuard,
+    KeepTermination,
+    Metrics,
+    RandomState,
+    RunProgress,
+    newest_checkpoint,
+)
 from app.data.module import TextData
 from app.loading import Loaded, Source, load_model
 from app.memory import ANY_SIZE
@@ -167,6 +176,7 @@ class Distill(Stage[options.Distill]):
             default_root_dir=state,
             logger=TensorBoardLogger(str(state), name="", version=LOGS),
             callbacks=[
+                KeepTermination(),
                 RandomState(),
                 FiniteGuard(),
                 Metrics(),

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,13 +237,13 @@ def train(plan: Sweep, missing: list[Training], parallel: int) -> dict[str, str]
     failed: dict[str, str] = {}
     with Bars() as bars:
         for start in range(0, len(missing), RUNS * parallel):
-            with pool_of(parallel) as pool:
+            with pool_of(parallel) as pool, at_once(pool):
                 begun = {}
                 for one in missing[start : start + RUNS * parallel]:
                     lengths = plan.lengths if one.axis in ("", *plan.extrapolate) else plan.lengths[:1]
                     begun[pool.submit(train_one, one, lengths, plan.tokens, threads)] = one
                 for done, future in enumerate(concurrent.futures.as_completed(begun), start=start + 1):
-                    if sentence := future.result():
+                    if sentence := why_failed(future):
                         failed[begun[future].folder.name] = sentence
                     bars("training", done, len(missing), begun[future].folder.name)
     return failed
@@ -252,6 +253,27 @@ def pool_of(parallel: int) -> concurrent.futures.ProcessPoolExecutor:
     """So many processes for the runs."""
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(parallel, context, end_with_parent)
+
+
+@contextlib.contextmanager
+def at_once(pool: concurrent.futures.ProcessPoolExecutor) -> Iterator[None]:
+    """End the pool's processes when the block is left early; the pool itself would wait until all is trained."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        raise
+
+
+def why_failed(future: concurrent.futures.Future) -> str | None:
+    """The sentence of a training that failed, or None."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return "its process, or one beside it, was killed (out of memory?); the same command trains it again"
 
 
 def end_with_parent() -> None:
