@@ -38,7 +38,7 @@ class Samples(Callback):
         if tokenizer is None or not config.position.bounded:
             return
         for text in self.prompts:
-            tokens = 1 + len(tokenizer.encode(text))
+            tokens = len(tokenizer.prompt(text))
             if tokens >= config.context:
                 raise UserError(
                     f"samples.prompts: {text[:40]!r} is {tokens} tokens long, and {config.position.kind} positions end "
@@ -55,7 +55,7 @@ class Samples(Callback):
         log_text(trainer, "samples", "\n\n".join(self._continue(module, tokenizer)))
 
     def _continue(self, module: LightningModule, tokenizer) -> list[str]:
-        prompts = [[tokenizer.begin, *tokenizer.encode(text)] for text in self.prompts]
+        prompts = [tokenizer.prompt(text) for text in self.prompts]
         config, new_tokens = module.model.config, self.max_new_tokens
         if config.position.bounded:
             new_tokens = min(new_tokens, config.context - max(map(len, prompts)))
@@ -67,11 +67,12 @@ class Samples(Callback):
                 prompts,
                 max_new_tokens=new_tokens,
                 temperature=self.temperature,
-                stop_tokens=[tokenizer.eot],
+                stop_tokens=tokenizer.stops,
                 seed=self.seed,
             )
         self._say(f"samples: {warning.message}" for warning in found)
-        texts = [prompt + tokenizer.decode(ids) for prompt, ids in zip(self.prompts, written, strict=True)]
+        continued = map(tokenizer.continuation, prompts, written)
+        texts = [prompt + text for prompt, text in zip(self.prompts, continued, strict=True)]
         return ["```\n" + text.replace("```", "'''") + "\n```" for text in texts]
 
     @rank_zero_only

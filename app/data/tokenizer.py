@@ -8,16 +8,16 @@ Text never turns into them by accident: the characters `<|endoftext|>` inside a 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from app.data.cache import build_once
 from models.errors import UserError
-from models.files import read_json
+from models.files import inside, read_json
+from models.sidecars import TOKENIZER, TOKENIZER_CONFIG, named_tokens, read_sidecars, stop_tokens, write_sidecars
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
@@ -30,13 +30,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` and the files that `transformers` wants beside it.
+    """A `tokenizers.Tokenizer` and the files that came with it.
 
     Args:
         tokenizer: the tokenizer itself; truncation and padding are switched off.
-        config: content of tokenizer_config.json, kept as it was given.
+        files: path in a folder -> content of it and the files beside it, saved as they are given (models/sidecars.py).
         end_of_text: the token between documents.
         begin_of_text: the token that a model reads first in a document; `end_of_text` when None.
+        stops: ids of further tokens that end a text.
 
     Raises:
         UserError: one of the two is not in the vocabulary.
@@ -45,12 +46,13 @@ class Tokenizer:
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
-        config: dict[str, Any],
+        files: Mapping[str, bytes],
         end_of_text: str = END_OF_TEXT,
         begin_of_text: str | None = None,
+        stops: Iterable[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
-        self.config = config
+        self.files = dict(files)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # special tokens that occur in a text are text
@@ -58,6 +60,7 @@ class Tokenizer:
         self.begin_of_text = begin_of_text or end_of_text
         self.eot = self._id(end_of_text, "to put between documents")
         self.begin = self._id(self.begin_of_text, "to begin documents with")
+        self.stops = frozenset((self.eot, *stops))  # tokens after which nothing is generated
         # Given tokenizers may number their tokens with gaps: what an embedding needs is the largest number plus one.
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -71,6 +74,22 @@ class Tokenizer:
         """Return the token ids of `text`, without any token that marks a beginning or an end."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def prompt(self, text: str, special_tokens: bool = False) -> list[int]:
+        """Return the ids of a text to continue: it begins as every document did in training.
+
+        With `special_tokens` the names of special tokens in it stand for these, and one that begins a document is not
+        doubled.
+        """
+        self.tokenizer.encode_special_tokens = not special_tokens
+        ids = self.encode(text)
+        self.tokenizer.encode_special_tokens = True
+        return ids if special_tokens and ids[:1] == [self.begin] else [self.begin, *ids]
+
+    def special_tokens_in(self, text: str) -> list[str]:
+        """Return the names of special tokens that `text` contains."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special and token.content in text]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of every text; the texts are encoded in parallel."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -79,6 +98,13 @@ class Tokenizer:
         """Return the text of `ids`; bytes that are no UTF-8 (a cut character) become U+FFFD."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+        """Return the text that the ids `new` add to that of `prompt`.
+
+        Both are decoded together: a decoder of SentencePiece's kind strips the space before the first word it sees.
+        """
+        return self.decode([*prompt, *new])[len(self.decode(prompt)) :]
+
     @property
     def sha256(self) -> str:
         """SHA-256 of its own JSON, the end-of-text token and a begin token of its own: equal ones give equal ids."""
@@ -86,11 +112,8 @@ class Tokenizer:
         return hashlib.sha256(f"{begin}{self.end_of_text}\n{self.tokenizer.to_str()}".encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json into the existing `folder`."""
-        folder = Path(folder)
-        (folder / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-        text = json.dumps(self.config, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        """Write its files into the existing `folder`."""
+        write_sidecars(self.files, Path(folder))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -122,7 +145,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(counted, trainer=trainer)
     if not counted.characters:
         raise UserError("the training split holds no text to train a tokenizer on")
-    return Tokenizer(tokenizer, _config(END_OF_TEXT, END_OF_TEXT))
+    content = (tokenizer.to_str(pretty=True) + "\n").encode()
+    return Tokenizer(tokenizer, {TOKENIZER: content, TOKENIZER_CONFIG: _config(END_OF_TEXT, END_OF_TEXT)})
 
 
 class _Counted:
@@ -138,8 +162,9 @@ class _Counted:
             yield text
 
 
-def _config(end_of_text: str, begin_of_text: str) -> dict[str, Any]:
-    return {
+def _config(end_of_text: str, begin_of_text: str) -> bytes:
+    """A tokenizer_config.json with which `transformers.AutoTokenizer` loads a tokenizer."""
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": begin_of_text,
         "eos_token": end_of_text,
@@ -148,44 +173,45 @@ def _config(end_of_text: str, begin_of_text: str) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000_000,
     }
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a folder with tokenizer.json (a model folder, a Hugging Face folder) or from that file.
 
-    The token between documents is the `eos_token` of tokenizer_config.json; without one, a token of a known name. A
-    document begins with the token that the post-processor puts before a text, or else with the `bos_token` where
-    tokenizer_config.json says `add_bos_token`, or else with the token between documents.
+    The token between documents is the `eos_token` of tokenizer_config.json (or special_tokens_map.json); without one, a
+    token of a known name. A document begins with the token that the post-processor puts before a text, or else with the
+    `bos_token` where tokenizer_config.json says `add_bos_token`, or else with the token between documents. Every token
+    that generation_config.json names as an end ends a text.
 
     Raises:
         UserError: nothing there, not a tokenizer, or no token that could stand between documents.
     """
     path = Path(path).expanduser()
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = path / TOKENIZER if path.is_dir() else path
     if not file.is_file():
         raise UserError(
             f"tokenizer '{path}': no tokenizer.json there; give a folder that holds one, or the file itself"
         )
+    folder = file.parent
+    files = (
+        read_sidecars(folder) if file == folder / TOKENIZER else read_sidecars(folder) | {TOKENIZER: file.read_bytes()}
+    )
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
     except Exception as error:  # the library raises bare Exception, whatever is wrong with the file
         raise UserError(f"tokenizer '{file}' cannot be read by the tokenizers library: {error}") from error
-    config_file = file.parent / "tokenizer_config.json"
-    config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
-    end = _named(config, "eos_token")
-    if end is None:
-        end = next((name for name in _KNOWN_ENDS if tokenizer.token_to_id(name) is not None), None)
+    named = named_tokens(folder)
+    end = named.get("eos_token") or next(
+        (name for name in _KNOWN_ENDS if tokenizer.token_to_id(name) is not None), None
+    )
     if end is None:
         known = ", ".join(_KNOWN_ENDS)
         raise UserError(f"tokenizer '{path}' names no eos_token and has none of {known} to put between documents")
-    begin = _first_token(tokenizer) or (_named(config, "bos_token") if config.get("add_bos_token") else None) or end
-    return Tokenizer(tokenizer, config or _config(end, begin), end, begin)
-
-
-def _named(config: dict[str, Any], role: str) -> str | None:
-    """The text of a special token in tokenizer_config.json, where it stands as it is or as an object."""
-    token = config.get(role)
-    return token.get("content") if isinstance(token, dict) else token
+    adds_begin = TOKENIZER_CONFIG in files and read_json(inside(folder, TOKENIZER_CONFIG)).get("add_bos_token")
+    begin = _first_token(tokenizer) or (named.get("bos_token") if adds_begin else None) or end
+    files.setdefault(TOKENIZER_CONFIG, _config(end, begin))
+    return Tokenizer(tokenizer, files, end, begin, stop_tokens(folder))
 
 
 def _first_token(tokenizer: tokenizers.Tokenizer) -> str | None:

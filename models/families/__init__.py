@@ -19,13 +19,13 @@ from models.families.llama import Llama
 from models.families.mixtral import Mixtral
 from models.families.protocol import Family
 from models.families.qwen3_moe import Qwen3Moe
-from models.families.tokenizer import copy_tokenizer, special_tokens
 from models.files import SHARD_BYTES, TensorFiles, inside, read_json, write_json, write_tensors, writing
 from models.folder import CONFIG, fill, skeleton
 from models.forms import described
+from models.sidecars import GENERATION, read_sidecars, special_tokens, write_sidecars
 from models.transformer import Transformer
 
-__all__ = ["FAMILIES", "Family", "copy_tokenizer", "export_folder", "import_folder", "is_family_folder", "write_folder"]
+__all__ = ["FAMILIES", "Family", "export_folder", "import_folder", "is_family_folder", "write_folder"]
 
 FAMILIES: dict[str, Family] = {
     "llama": Llama("llama"),
@@ -47,7 +47,7 @@ def import_folder(
     """Load a Hugging Face folder of a supported family as a model, in evaluation mode; no code of the folder is run.
 
     Args:
-        folder: holds `config.json` and safetensors, sharded or not. `copy_tokenizer` brings its tokenizer along.
+        folder: holds `config.json` and safetensors, sharded or not. models/sidecars.py brings its tokenizer along.
         device: where the model goes.
         dtype: of the weights; by default each as stored.
 
@@ -102,7 +102,8 @@ def export_folder(
     Args:
         model: of an architecture that a supported family can hold.
         out: the folder to write; it appears whole or not at all.
-        source: the folder whose tokenizer files go along, and whose special tokens are named in the configs.
+        source: the folder whose files beside the weights (models/sidecars.py) go along, and whose special tokens are
+            named in the configs.
         overwrite: whether `out` may be replaced.
 
     Raises:
@@ -173,16 +174,16 @@ def write_folder(
     source: str | Path | None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write configs, tensors and the tokenizer files of `source` into an existing `directory`.
+    """Write configs, tensors and the files beside the weights of `source` into an existing `directory`.
 
     `values` is the family's `config.json`, to which the dtype and the special tokens are added.
     """
     tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if source is not None:
-        copy_tokenizer(source, directory)
+        write_sidecars(read_sidecars(source), directory)
         tokens |= special_tokens(source)
     write_json(directory / CONFIG, values | tokens | {"dtype": str(dtype).removeprefix("torch.")})
-    generation = directory / "generation_config.json"
+    generation = directory / GENERATION
     if not generation.exists():
         write_json(generation, {name: token for name, token in tokens.items() if token is not None})
     write_tensors(directory, tensors, shard_bytes)

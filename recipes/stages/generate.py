@@ -4,7 +4,9 @@ import sys
 import warnings
 from collections import Counter
 
+from app.data.tokenizer import Tokenizer
 from app.loading import load_model, resolve_device, resolve_dtype
+from models.errors import UserError
 from models.generation import Sampling, stream
 from recipes.stages import options
 
@@ -15,7 +17,7 @@ def main(chosen: options.Generate) -> None:
     sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
     loaded = load_model(chosen.model, resolve_device(chosen.device), resolve_dtype(chosen.dtype))
     tokenizer = loaded.text_tokenizer()
-    prompt = [tokenizer.begin, *tokenizer.encode(chosen.prompt)]  # a text begins as every document did in training
+    prompt = encoded(tokenizer, chosen.prompt, chosen.special_tokens)
     new: list[int] = []
     used: list[int] = []
     shown = ""
@@ -26,7 +28,7 @@ def main(chosen: options.Generate) -> None:
             [prompt],
             max_new_tokens=chosen.max_new_tokens,
             sampling=sampling,
-            stop_tokens=[tokenizer.eot],
+            stop_tokens=tokenizer.stops,
             seed=chosen.seed,
             exit_confidence=chosen.exit_confidence,
             layers_used=used,
@@ -37,14 +39,31 @@ def main(chosen: options.Generate) -> None:
     sys.stdout.write(chosen.prompt)
     for step in steps:
         new += [token for token in step[:1] if token is not None]
-        text = tokenizer.decode(new)
+        text = tokenizer.continuation(prompt, new)
         if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
             sys.stdout.write(text[len(shown) :])
             sys.stdout.flush()
             shown = text
-    sys.stdout.write(tokenizer.decode(new)[len(shown) :] + "\n")
+    sys.stdout.write(tokenizer.continuation(prompt, new)[len(shown) :] + "\n")
     if chosen.exit_confidence is not None and used:
         print(layers_per_token(used, len(loaded.model.blocks)), file=sys.stderr)
+
+
+def encoded(tokenizer: Tokenizer, prompt: str, special_tokens: bool) -> list[int]:
+    """Return the ids of the prompt, and say on stderr which special tokens it names without meaning them.
+
+    Raises:
+        UserError: the prompt is no text.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python holds bytes that it cannot decode
+        raise UserError("the prompt holds bytes that are no text in the encoding of this terminal; give it in UTF-8")
+    if not special_tokens and (named := tokenizer.special_tokens_in(prompt)):
+        print(
+            f"{', '.join(named)} in the prompt: read as characters, not as special tokens; "
+            "--special_tokens true reads them as such",
+            file=sys.stderr,
+        )
+    return tokenizer.prompt(prompt, special_tokens)
 
 
 def layers_per_token(used: list[int], depth: int) -> str:

@@ -7,6 +7,7 @@ from app.history import history_entry, write_card, write_history
 from app.loading import resolve_dtype
 from models import families, folder
 from models.files import writing
+from models.sidecars import read_sidecars, write_sidecars
 from recipes.stages import options, partial
 from recipes.stages.terminal import say
 
@@ -18,7 +19,7 @@ def main(chosen: options.Import) -> None:
     model = families.import_folder(source, dtype=resolve_dtype(chosen.dtype))
     with writing(out, overwrite=chosen.overwrite) as target:
         folder.save_model(model, target)
-        families.copy_tokenizer(source, target)
+        write_sidecars(read_sidecars(source), target)
         entry = history_entry(
             "import",
             f"from a Hugging Face folder, {source.name}",

@@ -274,7 +274,11 @@ class Generate(Compute):
     """Continue a text."""
 
     model: str = positional(MODEL, "MODEL")
-    prompt: str = option("the text to continue")
+    prompt: str = option(
+        "the text to continue; names of special tokens in it (<|im_start|>) are read as characters, unless "
+        "--special_tokens says otherwise"
+    )
+    special_tokens: bool = option("read names of special tokens in the prompt as these tokens", False)
     max_new_tokens: int = option("the most tokens to add", 100)
     temperature: float = option("0 takes the likeliest token, 1 samples from the model's distribution", 0.8)
     top_k: int | None = option("sample from the K likeliest tokens only", None)

@@ -100,7 +100,7 @@ def test_loading_keeps_the_tokenizer(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         loaded = load_tokenizer(path)
-        assert (loaded.sha256, loaded.eot, loaded.config) == (tokenizer.sha256, tokenizer.eot, tokenizer.config)
+        assert (loaded.sha256, loaded.eot, loaded.files) == (tokenizer.sha256, tokenizer.eot, tokenizer.files)
         assert tokenizer.eot not in loaded.encode(END_OF_TEXT)
 
 
@@ -111,7 +111,7 @@ def test_a_given_tokenizer_says_what_ends_a_document(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert load_tokenizer(tmp_path).end_of_text == "</s>"  # a known name
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "extra": 1}))
-    assert load_tokenizer(tmp_path).config["extra"] == 1
+    assert json.loads(load_tokenizer(tmp_path).files["tokenizer_config.json"])["extra"] == 1
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<nope>"}))
     with pytest.raises(UserError, match="no token '<nope>'"):
         load_tokenizer(tmp_path)

@@ -111,7 +111,9 @@ def test_tensorboard_holds_everything_that_is_promised(tmp_path, cache):
 def test_samples_begin_with_the_token_that_documents_begin_with(monkeypatch):
     seen = []
     monkeypatch.setattr("app.callbacks.samples.generate", lambda model, prompts, **_: seen.extend(prompts) or [[]])
-    tokenizer = SimpleNamespace(eot=0, begin=1, encode=lambda text: [len(text)], decode=lambda ids: "")
+    tokenizer = SimpleNamespace(
+        stops={0}, prompt=lambda text: [1, len(text)], continuation=lambda prompt, new: ""
+    )  # what a Tokenizer gives
     model = SimpleNamespace(config=SimpleNamespace(position=SimpleNamespace(bounded=False), context=32))
     Samples(["the "])._continue(SimpleNamespace(compiling=None, model=model), tokenizer)
     assert seen == [[1, 4]]
