@@ -5,6 +5,7 @@ A tokenizer here is a `tokenizers.Tokenizer` with a token that ends every docume
 Text never turns into them by accident: the characters `<|endoftext|>` inside a text are encoded as characters.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -72,7 +73,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without any token that marks a beginning or an end."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _library("the tokenizer cannot encode the text"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompt(self, text: str, special_tokens: bool = False) -> list[int]:
         """Return the ids of a text to continue: it begins as every document did in training.
@@ -92,11 +94,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of every text; the texts are encoded in parallel."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _library("the tokenizer cannot encode the text"):
+            encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 (a cut character) become U+FFFD."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _library("the tokenizer cannot decode its tokens"):
+            return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
         """Return the text that the ids `new` add to that of `prompt`.
@@ -197,10 +202,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     files = (
         read_sidecars(folder) if file == folder / TOKENIZER else read_sidecars(folder) | {TOKENIZER: file.read_bytes()}
     )
-    try:
+    with _library(f"tokenizer '{file}' cannot be read by the tokenizers library"):
         tokenizer = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
-    except Exception as error:  # the library raises bare Exception, whatever is wrong with the file
-        raise UserError(f"tokenizer '{file}' cannot be read by the tokenizers library: {error}") from error
+        first = _first_token(tokenizer)
     named = named_tokens(folder)
     end = named.get("eos_token") or next(
         (name for name in _KNOWN_ENDS if tokenizer.token_to_id(name) is not None), None
@@ -209,9 +213,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         known = ", ".join(_KNOWN_ENDS)
         raise UserError(f"tokenizer '{path}' names no eos_token and has none of {known} to put between documents")
     adds_begin = TOKENIZER_CONFIG in files and read_json(inside(folder, TOKENIZER_CONFIG)).get("add_bos_token")
-    begin = _first_token(tokenizer) or (named.get("bos_token") if adds_begin else None) or end
+    begin = first or (named.get("bos_token") if adds_begin else None) or end
     files.setdefault(TOKENIZER_CONFIG, _config(end, begin))
     return Tokenizer(tokenizer, files, end, begin, stop_tokens(folder))
+
+
+@contextlib.contextmanager
+def _library(wrong: str) -> Iterator[None]:
+    """Raise `UserError` for what the library raises: bare Exception, and Rust's panics, which are no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise UserError(f"{wrong}: {' '.join(str(error).split())}") from error
 
 
 def _first_token(tokenizer: tokenizers.Tokenizer) -> str | None:
