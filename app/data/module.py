@@ -25,6 +25,7 @@ class TextData(LightningDataModule):
     The order belongs to the samples, not to the processes: the same options on one rank or on eight, with any number of
     workers, read the same samples in the same global batches, and a checkpoint of one continues on the other. To keep
     that order when more ranks should do more at once, raise `batch_size` and lower `accumulate_grad_batches` alike.
+    An epoch is as many whole optimizer steps as read every block once.
     Validation and test batches have one shape too; their last rows, and the end of the last block, are padding, and
     with several ranks a whole batch may be, so sums of losses must be divided by sums of counts.
 
@@ -160,10 +161,11 @@ class TextData(LightningDataModule):
         """Open the token files; a new trainer begins at position 0, one that fits again goes on where it stands.
 
         Raises:
-            UserError: the training split is smaller than one batch.
+            UserError: the training split is smaller than one batch, or its epochs do not fit the trainer's options.
         """
         if stage == "fit":
             self._check_size()
+            self._check_epoch()
             if not self._batches_processed():
                 self._consumed, self._processed = 0, None
 
@@ -172,9 +174,9 @@ class TextData(LightningDataModule):
         self._consumed, self._processed = self.position, self._batches_processed()
         blocks = self.blocks("train")
         order = Order(len(blocks), self.seed)
-        length = len(blocks) // self.batch_size
         rank, ranks = self._ranks()
-        return Loader(blocks, TrainingBatches(order, self._start, length, self.batch_size, rank, ranks), self.workers)
+        batches = TrainingBatches(order, self._start, self._epoch(), self.batch_size, rank, ranks)
+        return Loader(blocks, batches, self.workers)
 
     def val_dataloader(self) -> Loader:
         """Return the whole validation split in order."""
@@ -230,6 +232,36 @@ class TextData(LightningDataModule):
                 f"source '{self.source}' holds {blocks.tokens} tokens in its training split, and one batch of "
                 f"{self.batch_size} x {self.sequence_length} needs {needed}; give more text, or a smaller batch_size "
                 "or sequence_length"
+            )
+
+    def _epoch(self) -> int:
+        """Batches in an epoch: as many optimizer steps as read every block once.
+
+        The Trainer steps on the last batch of an epoch, however few have accumulated by then. So an epoch ends with a
+        whole step, whose last batches may be the first of the next permutation.
+        """
+        window = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return -(-(len(self.blocks("train")) // self.batch_size) // window) * window
+
+    def _check_epoch(self) -> None:
+        """Refuse a `limit_train_batches` that ends an epoch inside a step, and a validation after its end."""
+        trainer, epoch = self.trainer, self._epoch()
+        if trainer is None or trainer.fast_dev_run:
+            return
+        limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+        window = trainer.accumulate_grad_batches
+        batches = min(limit, epoch) if isinstance(limit, int) else int(limit * epoch)
+        if batches % window:
+            right = max(1, batches // window) * window
+            raise UserError(
+                f"trainer.limit_train_batches (or overfit_batches) {limit} leaves {batches} batches in an epoch, and a "
+                f"step takes {window} (accumulate_grad_batches); give a multiple of {window}, such as {right}"
+            )
+        validates = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
+        if isinstance(interval, int) and interval > batches and validates:
+            raise UserError(
+                f"trainer.val_check_interval is {interval}, and an epoch has {batches} batches; give at most {batches}, "
+                "or check_val_every_n_epoch: null, which counts batches over the whole run"
             )
 
     def _batches_processed(self) -> int:

@@ -120,6 +120,42 @@ def test_resume_between_accumulated_batches(source, tmp_path):
     assert torch.equal(weights(tmp_path / "rest", 9), weights(tmp_path / "whole", 9))
 
 
+@pytest.mark.parametrize("more", [1, 5])
+def test_every_step_has_all_its_batches_also_across_the_end_of_an_epoch(source, whole, tmp_path, more):
+    """More batches in a step than in an epoch, and a number that does not divide an epoch."""
+    _, batches, epoch = whole
+    accumulate, steps = (epoch + 1, 2) if more == 1 else (5, 4)
+    assert epoch % accumulate
+    found = fit(source, tmp_path / "whole", steps, accumulate=accumulate)
+    assert len(found) == steps * accumulate
+    assert_equal(found[: len(batches)], batches[: len(found)])
+    rest = fit(source, tmp_path / "rest", steps, accumulate=accumulate, resume=tmp_path / "whole" / "step=1.ckpt")
+    assert_equal(rest, found[accumulate:])
+    assert torch.equal(weights(tmp_path / "rest", steps), weights(tmp_path / "whole", steps))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"limit_train_batches": 5},
+            r"limit_train_batches .* 5 leaves 5 batches in an epoch, .* multiple of 2, such as 4",
+        ),
+        ({"limit_train_batches": 1, "max_epochs": 1}, "such as 2"),
+        ({"overfit_batches": 3}, r"overfit_batches\) 3 leaves 3 batches"),
+        ({"val_check_interval": 1000}, r"val_check_interval is 1000, and an epoch has \d+ batches"),
+    ],
+)
+def test_epochs_that_do_not_fit_the_trainer_are_refused_before_any_work(source, tmp_path, options, sentence):
+    data = text_data(source)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        accumulate_grad_batches=2, **{"max_steps": 2} | options,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=sentence):
+        trainer.fit(Recorder(data.vocab_size, tmp_path), data)
+
+
 def test_one_rank_resumes_on_two(source, whole, tmp_path):
     folder, batches, epoch = whole
     stop = epoch // 2
