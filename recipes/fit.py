@@ -170,9 +170,11 @@ class FitCLI(LightningCLI):
         super().instantiate_classes()
         if self.resume is None:
             return
-        recipe, architecture = describe_checkpoint(self.resume)
-        self.model.expect(architecture, self.resume)
-        changes = differences(recipe, self.recipe)
+        trained = describe_checkpoint(self.resume)
+        if self.subcommand == "fit":
+            trained.check(self.recipe, self.resume)
+        self.model.expect(trained.architecture, self.resume)
+        changes = differences(trained.recipe, self.recipe)
         say(f"continuing from {self.resume}" if self.subcommand == "fit" else f"reading {self.resume}")
         if changes:
             say(f"differs from the checkpoint, and wins: {describe(changes)}")

@@ -43,6 +43,43 @@ class Plan:
     done: str | None = None
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint says about the run that wrote it.
+
+    Attributes:
+        recipe: resolved, plain values.
+        architecture: of the model, or None.
+        batches: of the current epoch, that the run had read.
+    """
+
+    recipe: dict[str, Any]
+    architecture: dict[str, Any] | None
+    batches: int
+
+    def check(self, recipe: Mapping[str, Any], path: Path) -> None:
+        """Raise UserError where a fit of `recipe` cannot go on from this checkpoint, which is at `path`."""
+        before, now = (_optimizer(given) for given in (self.recipe, recipe))
+        if before != now:
+            raise UserError(
+                f"{path} holds the state of the optimizer {before}, and model.optimizer is {now}; set it back, or "
+                "train anew (--overwrite, or another --out)"
+            )
+        window = recipe["trainer"]["accumulate_grad_batches"]
+        if self.batches % window:
+            right = max(number for number in range(1, window) if self.batches % number == 0)
+            raise UserError(
+                f"{path} was written after {self.batches} batches of an epoch, which is inside a step of "
+                f"{window} (trainer.accumulate_grad_batches); with {right} it can go on"
+            )
+
+
+def _optimizer(recipe: Mapping[str, Any]) -> str:
+    """The name of a recipe's optimizer."""
+    chosen = recipe.get("model", {}).get("optimizer") or {"class_path": "AdamW"}
+    return chosen["class_path"].rpartition(".")[2]
+
+
 def run_folder(out: Path) -> Path:
     """Where the run whose model goes to `out` keeps its checkpoints and logs."""
     return out.with_name(f"{out.name}.run")
@@ -168,8 +205,8 @@ def find_checkpoint(ckpt_path: str | None, run: Path | None) -> Path | None:
     return path
 
 
-def describe_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the recipe and the architecture that a checkpoint was trained with, without reading its tensors.
+def describe_checkpoint(path: Path) -> Trained:
+    """Return what a checkpoint says about its run, without reading its tensors.
 
     Raises:
         UserError: corrupt, truncated, or of another version.
@@ -181,7 +218,12 @@ def describe_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any] | No
         raise UserError(
             f"{path} is a checkpoint of version {version!r}; this installation continues version {FORMAT_VERSION}"
         )
-    return record.get("recipe", {}), content.get("hyper_parameters", {}).get("architecture")
+    architecture = content.get("hyper_parameters", {}).get("architecture")
+    try:
+        batches = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} does not say how far its run had come, and cannot be continued") from None
+    return Trained(record.get("recipe", {}), architecture, batches)
 
 
 def differences(

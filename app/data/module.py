@@ -260,8 +260,8 @@ class TextData(LightningDataModule):
         validates = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
         if isinstance(interval, int) and interval > batches and validates:
             raise UserError(
-                f"trainer.val_check_interval is {interval}, and an epoch has {batches} batches; give at most {batches}, "
-                "or check_val_every_n_epoch: null, which counts batches over the whole run"
+                f"trainer.val_check_interval is {interval}, and an epoch has {batches} batches; give no more, or "
+                "check_val_every_n_epoch: null, which counts batches over the whole run"
             )
 
     def _batches_processed(self) -> int:

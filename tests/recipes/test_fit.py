@@ -272,6 +272,15 @@ def test_another_width_than_the_checkpoints_is_refused(finished, refused, tmp_pa
     )  # fmt: skip
 
 
+def test_what_cannot_go_on_from_a_checkpoint_is_refused(finished, refused, tmp_path):
+    path, out = finished
+    checkpoint = next((out.parent / "model.run" / "checkpoints").glob("step-*.ckpt"))
+    fit = ["fit", "-c", path, "--out", tmp_path / "model", "--ckpt_path", checkpoint]
+    refused(*fit, "--model.optimizer", "AdamW", words=[str(checkpoint), "Muon, and model.optimizer is AdamW"])
+    refused(*fit, "--trainer.accumulate_grad_batches", 4, words=["after 6 batches", "with 3 it can go on"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_loss_that_is_no_number_is_a_fault(recipe, espalier, tmp_path):
     status, output = espalier(
         "fit", "-c", recipe, "--out", tmp_path / "model", "--model.optimizer.lr", "1e30", "--model.optimizer.adamw_lr",

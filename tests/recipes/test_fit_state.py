@@ -8,7 +8,7 @@ from app.callbacks.folder import COMPLETE
 from app.callbacks.record import RECIPE
 from app.history import write_history
 from models.errors import UserError
-from recipes.fit_state import differences, find_checkpoint, plan_fit, run_folder
+from recipes.fit_state import Trained, differences, find_checkpoint, plan_fit, run_folder
 
 RECIPE_VALUES = {"out": "x", "model": {"lr": 0.1}, "trainer": {"max_steps": 10, "devices": 1}}
 
@@ -166,3 +166,28 @@ def test_checkpoints_that_are_not_there(out, tmp_path):
 def test_differences_name_keys_that_one_side_lacks():
     assert differences({"a": {"b": 1}}, {"a": {"b": 2, "c": 3}}) == {"a.b": (1, 2), "a.c": (None, 3)}
     assert differences({"out": "x", "ckpt_path": None}, {"out": "y", "ckpt_path": "last"}) == {}
+
+
+def trained(batches, optimizer=None):
+    return Trained({"model": {"optimizer": optimizer}}, None, batches)
+
+
+def continued(optimizer=None, window=1):
+    return {"model": {"optimizer": optimizer}, "trainer": {"accumulate_grad_batches": window}}
+
+
+def test_another_optimizer_cannot_go_on(tmp_path):
+    """Where its parameter groups look alike, the state of one would be taken for the other's without a word."""
+    muon, adamw = {"class_path": "app.optim.Muon", "init_args": {}}, {"class_path": "app.optim.AdamW"}
+    trained(3).check(continued(), tmp_path)
+    trained(3, adamw).check(continued(), tmp_path)  # what is left out is AdamW
+    for before, now, names in ((muon, None, "Muon.* AdamW"), (None, muon, "AdamW.* Muon")):
+        with pytest.raises(UserError, match=f"the optimizer {names}; set it back"):
+            trained(3, before).check(continued(now), tmp_path)
+
+
+def test_a_step_is_not_begun_in_its_middle(tmp_path):
+    """The Trainer counts the batches of a step from the beginning of the epoch: the first step would have fewer."""
+    trained(6).check(continued(window=3), tmp_path)
+    with pytest.raises(UserError, match="after 6 batches of an epoch.* a step of 4 .* with 3 it can go on"):
+        trained(6).check(continued(window=4), tmp_path)
