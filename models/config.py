@@ -31,6 +31,7 @@ from models.reversible import RESIDUALS
 HEADS = ("tied", "untied")
 DIRECTIONS = ("causal", "bidirectional")
 SQRT_WIDTH = "sqrt_width"  # of an embedding_scale
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,10 @@ class ModelConfig:
         if not isinstance(values, Mapping):
             raise UserError(f"architecture: expected keys and values, got {values!r}")
         values = dict(values)
-        if "compression" in values and not isinstance(values["compression"], Mapping):
+        compression = values.pop("compression", {})
+        forms = compression.values() if isinstance(compression, Mapping) else [None]
+        if not all(isinstance(form, Mapping) for form in forms):
             raise UserError("architecture.compression: expected module names with their stored forms")
-        compression = dict(values.pop("compression", {}))
         layers = _read_layers(values)
         known = {name: value for name, value in values.items() if name not in _SHORT_KEYS}
         for name in known:
@@ -218,7 +220,7 @@ class ModelConfig:
                 choices = [*_Plain.__dataclass_fields__, *_SHORT_KEYS]
                 raise UserError(f"architecture: unknown key {name!r}{did_you_mean(name, choices)}")
         plain = read_dataclass(_Plain, known, "architecture")
-        return ModelConfig(layers=layers, compression=compression, **plain.__dict__)
+        return ModelConfig(layers=layers, compression=dict(compression), **plain.__dict__)
 
 
 @dataclass(frozen=True)
@@ -249,12 +251,14 @@ def _read_layers(values: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
             if values.get(key) is not None:
                 raise UserError(f"architecture: {key!r} cannot stand beside a full list of layers; leave one out")
         return tuple(read_dataclass(LayerConfig, item, f"architecture.layers[{i}]") for i, item in enumerate(pattern))
+    if pattern is not None and not (isinstance(pattern, list | tuple) and pattern):
+        raise UserError(f"architecture.layers: expected a list such as [local/dense, global/dense], got {pattern!r}")
     attentions = _named_specs(values.get("attention"), ATTENTIONS, "architecture.attention")
     feedforwards = _named_specs(values.get("feedforward"), FEEDFORWARDS, "architecture.feedforward")
     pairs = [_pair(item, attentions, feedforwards) for item in (pattern or [_default_pair(attentions, feedforwards)])]
     depth = values.get("depth", len(pattern) if pattern else None)
-    if type(depth) is not int or depth < 1:
-        raise UserError(f"architecture: depth must be a whole number of layers, got {depth!r}")
+    if type(depth) is not int or not 1 <= depth <= MOST_LAYERS:
+        raise UserError(f"architecture: depth must be a whole number of layers, at most {MOST_LAYERS}, got {depth!r}")
     if depth % len(pairs):
         raise UserError(f"architecture: a pattern of {len(pairs)} layers does not tile a depth of {depth}")
     wired = _wire(str(values.get("order", "attention_first")), pairs * (depth // len(pairs)))
@@ -317,7 +321,9 @@ def _wire(order: str, pairs: list[tuple[Any, Any]]) -> tuple[LayerConfig, ...]:
     """Arrange the sub-layers: a named order, `sandwich(k)` (arXiv 1911.03864), or a string of s(elf-) and f(eed-)."""
     if order in ORDERS:
         return tuple(LayerConfig(attention, feedforward, order) for attention, feedforward in pairs)
-    sandwich = re.fullmatch(r"sandwich\((\d+)\)", order)
+    if len(order) > 2 * MOST_LAYERS:
+        raise UserError(f"architecture.order: {len(order)} sub-layers are too many; at most {2 * MOST_LAYERS}")
+    sandwich = re.fullmatch(r"sandwich\((\d{1,9})\)", order)
     if sandwich:
         k, n = int(sandwich[1]), len(pairs)
         if k > n:

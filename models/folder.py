@@ -7,8 +7,9 @@ The config says all that is needed to rebuild the model, and names no Python cla
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -19,13 +20,15 @@ from models.depth import EXACT
 from models.errors import UserError, did_you_mean
 from models.files import SHARD_BYTES, TensorFiles, inside, read_json, weight_files, write_json, write_tensors, writing
 from models.forms import described, install
-from models.transformer import Transformer
+from models.memory import check_memory
+from models.transformer import Transformer, outline
 
 __all__ = ["FORMAT_VERSION", "hash_weights", "load", "read_config", "save_model", "writing"]
 
 FORMAT = "espalier"
 FORMAT_VERSION = 1
 CONFIG = "config.json"
+DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what a weight that is not packed may be
 _KEYS = ("format", "format_version", "architecture")
 
 
@@ -105,15 +108,21 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
 
 def stored_dtype(files: Mapping[str, Tensor], config: ModelConfig) -> torch.dtype:
-    """The dtype of the first dense weight in `files`, which is what packed modules compute in."""
+    """The dtype that holds every dense weight in `files` without loss, which is what packed modules compute in."""
     dense = (files[name] for name in files if name.rpartition(".")[0] not in config.compression and not _is_exact(name))
-    return next((tensor.dtype for tensor in dense if tensor.is_floating_point()), torch.get_default_dtype())
+    return _widest(tensor.dtype for tensor in dense if tensor.dtype in DENSE) or torch.get_default_dtype()
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
+    found = list(set(dtypes))
+    return reduce(torch.promote_types, found) if found else None
 
 
 def skeleton(config: ModelConfig, dtype: torch.dtype | None = None) -> Transformer:
     """The model of `config` on the meta device: shapes without memory, and packed modules where it is compressed."""
+    model = outline(config)
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+        model = model.to(dtype)
         install(model, config.compression)
     return model
 
@@ -126,25 +135,30 @@ def fill(
 ) -> Transformer:
     """Give a meta-device model its weights without copying those that are already right, and set evaluation mode.
 
-    `tensors` must be the whole state dict in shapes that fit. Raises UserError for integers where fractions belong.
+    `tensors` must be the whole state dict in shapes that fit. Dense weights of several dtypes become the one that holds
+    them all. Raises UserError for a dtype that no dense weight has, or other than a packed one's.
     """
+    own = model.state_dict()
+    check_memory(buffer for name, buffer in model.named_buffers() if name not in own)
     for module in model.modules():  # what no file holds: buffers that are computed from the config
         if any(buffer.is_meta for name, buffer in module.named_buffers(recurse=False) if _computed(module, name)):
             module.to_empty(device=device, recurse=False)
             module.reset_parameters()
     packed = model.config.compression
-    own = model.state_dict()
     state = {}
     for name, tensor in tensors:
         if name.rpartition(".")[0] in packed:
             wanted = own[name].dtype
-            if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+            if tensor.dtype != wanted and not (tensor.dtype in DENSE and wanted in DENSE):
                 raise UserError(f"the tensor {name} is stored as {tensor.dtype}; its form calls for {wanted}")
             state[name] = tensor.to(device)
-        elif not tensor.is_floating_point():
+        elif tensor.dtype not in DENSE:
             raise UserError(f"the tensor {name} is stored as {tensor.dtype}, which is no dense weight")
         else:
             state[name] = tensor.to(device, None if _is_exact(name) else dtype)
+    dense = [name for name in state if name.rpartition(".")[0] not in packed and not _is_exact(name)]
+    widest = _widest(state[name].dtype for name in dense)
+    state |= {name: state[name].to(widest) for name in dense}
     model.load_state_dict(state, assign=True)
     return model.eval()
 

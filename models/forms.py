@@ -64,8 +64,12 @@ def install(model: nn.Module, compression: dict[str, dict[str, Any]]) -> None:
     for name, spec in compression.items():
         if not isinstance(modules.get(name), nn.Linear | nn.Embedding):
             raise UserError(f"compression: {name!r} is no linear layer or embedding of this architecture")
-        if not isinstance(spec, dict) or spec.get("form") not in points:
+        if not isinstance(spec, dict) or str(spec.get("form")) not in points:
             form = spec.get("form") if isinstance(spec, dict) else spec
             raise UserError(f"compression.{name}: unknown stored form {form!r}{did_you_mean(str(form), points)}")
         numbers = {key: value for key, value in spec.items() if key != "form"}
-        model.set_submodule(name, points[spec["form"]].load().empty(modules[name], numbers), strict=True)
+        try:
+            packed = points[spec["form"]].load().empty(modules[name], numbers)
+        except UserError as error:
+            raise UserError(f"compression.{name}: {error}") from None
+        model.set_submodule(name, packed, strict=True)

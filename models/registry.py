@@ -12,6 +12,9 @@ from typing import Any
 
 from models.errors import UserError, did_you_mean
 
+LARGEST = 2**32  # of a whole number: a seed has 32 bits, and nothing is counted in more
+LARGEST_FLOAT = 3.4028234663852886e38  # of float32, which is what models compute in
+
 
 class Registry:
     """The mechanisms of one axis, by the name that a config uses for them.
@@ -61,8 +64,8 @@ class Registry:
             article = "an" if self.axis[0] in "aeiou" else "a"
             raise UserError(f"{where}: expected {article} {self.axis} such as {self.example}, got {value!r}")
         kind = value["kind"]
-        if kind not in self._specs:
-            raise UserError(f"{where}: unknown {self.axis} {kind!r}{did_you_mean(str(kind), self._specs)}")
+        if not isinstance(kind, str) or kind not in self._specs:
+            raise UserError(f"{where}: unknown {self.axis} {kind!r}{did_you_mean(kind, self._specs)}")
         arguments = {key: argument for key, argument in value.items() if key != "kind"}
         return read_dataclass(self._specs[kind], arguments, where)
 
@@ -142,12 +145,14 @@ def dump_dataclass(spec: Any) -> dict[str, Any]:
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
-    """Return `value` as the annotated plain type (an int passes as a float); refuse any other."""
+    """Return `value` as the annotated plain type (an int passes as a float); refuse any other, NaN and what is huge."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     allowed = typing.get_args(hint) if union else (hint,)
-    if type(value) in allowed:
-        return value
-    if float in allowed and type(value) is int:
-        return float(value)
-    names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
-    raise UserError(f"{where}: expected {names}, got {value!r}")
+    if type(value) not in allowed and not (float in allowed and type(value) is int):
+        names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise UserError(f"{where}: expected {names}, got {value!r}")
+    whole = type(value) is int and int in allowed
+    if type(value) in (int, float) and not abs(value) <= (LARGEST if whole else LARGEST_FLOAT):
+        most = f"a whole number of at most {LARGEST}" if whole else "a finite number of at most 3.4e38"
+        raise UserError(f"{where}: expected {most}, got {value!r}")
+    return float(value) if type(value) is int and not whole else value

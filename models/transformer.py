@@ -3,6 +3,7 @@
 B batch, T new tokens, S visible tokens, D model width, V vocabulary.
 """
 
+import re
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from models.errors import UserError
 from models.exits import ExitNorms
 from models.linear import Embedding, Linear, itemsize
 from models.losses import IGNORED, SoftmaxError, linear_cross_entropy
+from models.memory import check_memory
 from models.norms import AFTER
 from models.reversible import merge, run_reversible, split
 
@@ -51,6 +53,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if torch.get_default_device().type != "meta":
+            check_memory(outline(config).state_dict().values())
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width, std=0.02)
         self.embedding_scale = config.width**0.5 if config.embedding_scale == SQRT_WIDTH else config.embedding_scale
@@ -360,3 +364,14 @@ class Transformer(nn.Module):
         attentions = [layer.attention for layer in self.config.layers if layer.attention is not None]
         singles = sum(a.cache_singles(tokens) for a in attentions if hasattr(a, "cache_singles"))
         return itemsize(dtype) * sum(a.cache_elements(tokens) for a in attentions) + singles * itemsize(torch.float32)
+
+
+def outline(config: ModelConfig) -> Transformer:
+    """The model on the meta device: shapes without memory. Raises UserError for sizes that overflow."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (RuntimeError, TypeError) as error:  # torch says that a size, or the bytes of a tensor, are no 64-bit number
+        if not re.search("overflow|unpack", str(error)):
+            raise
+        raise UserError("a model of these sizes takes more bytes than 64 bits can count; make it smaller") from None

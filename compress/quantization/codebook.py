@@ -32,6 +32,7 @@ from compress.quantization.packed import Packed, PackedEmbedding, PackedLinear
 from compress.quantization.storage import pack, packed_bytes, unpack
 from models.errors import UserError
 from models.products import linear
+from models.registry import read_dataclass
 
 INDEX_BITS = (2, 3, 4, 8)  # what `storage.pack` holds
 CODEWORD = torch.bfloat16
@@ -201,11 +202,7 @@ class Product(Packed):
 
     @staticmethod
     def read_format(spec: dict[str, Any]) -> ProductFormat:
-        try:
-            return ProductFormat(**spec)
-        except TypeError:
-            known = ProductFormat.__dataclass_fields__
-            raise UserError(f"codewords are described by {', '.join(known)}; got {', '.join(spec)}") from None
+        return read_dataclass(ProductFormat, spec, "codewords")
 
     def fill(self, words: Codewords) -> None:
         self.codes = pack(words.index.flatten(1), self.format.index_bits)

@@ -22,7 +22,7 @@ from compress.quantization.packed import PackedLinear
 from compress.quantization.rtn import bits_per_weight, checked_weight, relative_error
 from compress.records import LayerRecord
 from compress.statistics import Statistic, StatisticType
-from models.errors import UserError
+from models.registry import read_dataclass
 
 
 class Fp8Weights(NamedTuple):
@@ -44,10 +44,7 @@ class Fp8Linear(PackedLinear):
 
     @staticmethod
     def read_format(spec: dict[str, Any]) -> Fp8Format:
-        try:
-            return Fp8Format(**spec)
-        except TypeError:
-            raise UserError(f"fp8 weights are described by activations; got {', '.join(spec)}") from None
+        return read_dataclass(Fp8Format, spec, "fp8 weights")
 
     def fill(self, quantized: Fp8Weights) -> None:
         self.codes, self.scales = quantized.rows

@@ -24,7 +24,7 @@ from compress.quantization.packed import PackedLinear
 from compress.quantization.rtn import bits_per_weight, checked_weight, relative_error
 from compress.records import LayerRecord
 from compress.statistics import Statistic, StatisticType
-from models.errors import UserError
+from models.registry import read_dataclass
 
 
 class Int8Weights(NamedTuple):
@@ -46,9 +46,7 @@ class Int8Linear(PackedLinear):
 
     @staticmethod
     def read_format(spec: dict[str, Any]) -> Int8Format:
-        if set(spec) != {"activations"}:
-            raise UserError(f"8-bit weights are described by activations; got {', '.join(spec)}")
-        return Int8Format(ACTIVATIONS.parse(spec["activations"], "activations"))
+        return read_dataclass(Int8Format, spec, "8-bit weights")
 
     def fill(self, quantized: Int8Weights) -> None:
         self.codes, self.absmax = quantized.rows

@@ -4,7 +4,7 @@ A row of weights or of x is code * absmax / 127, rounded to the nearest code: `L
 `bitsandbytes` to the bit. B rows of x, N outputs, K inputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ class Int8Format:
         activations: how the rows of x are rounded.
     """
 
-    activations: Any = Outliers()
+    activations: Any = field(default=Outliers(), metadata={"registry": ACTIVATIONS})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -12,7 +12,7 @@ from compress.quantization.grid import IntFormat, Quantized, dequantize
 from compress.quantization.int_kernels import IntKernel
 from compress.quantization.packed import Packed, PackedEmbedding, PackedLinear
 from compress.quantization.storage import pack, packed_bytes, unpack
-from models.errors import UserError
+from models.registry import read_dataclass
 
 
 class PackedInt(Packed):
@@ -33,11 +33,7 @@ class PackedInt(Packed):
 
     @staticmethod
     def read_format(spec: dict[str, Any]) -> IntFormat:
-        try:
-            return IntFormat(**spec)
-        except TypeError:
-            known = IntFormat.__dataclass_fields__
-            raise UserError(f"packed integers are described by {', '.join(known)}; got {', '.join(spec)}") from None
+        return read_dataclass(IntFormat, spec, "packed integers")
 
     def fill(self, quantized: Quantized) -> None:
         self.as_stored()

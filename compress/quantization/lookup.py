@@ -30,6 +30,7 @@ from compress.quantization.kernels import Choice
 from compress.quantization.packed import Packed, PackedEmbedding, PackedLinear
 from compress.quantization.storage import pack, packed_bytes, unpack
 from models.errors import UserError, did_you_mean
+from models.registry import read_dataclass
 
 BITS = (2, 3, 4)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -193,11 +194,7 @@ class Lookup(Packed):
 
     @staticmethod
     def read_format(spec: dict[str, Any]) -> StoredLookup:
-        try:
-            return StoredLookup(**spec)
-        except TypeError:
-            known = StoredLookup.__dataclass_fields__
-            raise UserError(f"look-ups are described by {', '.join(known)}; got {', '.join(spec)}") from None
+        return read_dataclass(StoredLookup, spec, "look-ups")
 
     def fill(self, looked: Looked) -> None:
         self.codes = pack(looked.codes, self.format.bits)

@@ -21,7 +21,7 @@ from compress.quantization.packed import Packed, PackedEmbedding, PackedLinear
 from compress.quantization.rtn import bits_per_weight, checked_weight, relative_error
 from compress.records import LayerRecord
 from compress.statistics import Statistic, StatisticType
-from models.errors import UserError
+from models.registry import read_dataclass
 
 
 class Nf4Weights(NamedTuple):
@@ -50,11 +50,7 @@ class PackedNf4(Packed):
 
     @staticmethod
     def read_format(spec: dict[str, Any]) -> Nf4Format:
-        try:
-            return Nf4Format(**spec)
-        except TypeError:
-            known = Nf4Format.__dataclass_fields__
-            raise UserError(f"NF4 weights are described by {', '.join(known)}; got {', '.join(spec)}") from None
+        return read_dataclass(Nf4Format, spec, "NF4 weights")
 
     def fill(self, quantized: Nf4Weights) -> None:
         self.as_stored()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.quantization.kernels import Choice, choose
+from models.errors import UserError
 from models.products import linear
 
 SLICE = 256  # rows of weights; a multiple of the tiles of every kernel
@@ -162,6 +163,8 @@ class PackedLinear(Packed):
         """The layer that takes the place of `module`, its tensors yet to be loaded."""
         spec = dict(spec)
         bias = spec.pop("bias", False)
+        if not isinstance(bias, bool):
+            raise UserError(f"bias must be true or false, got {bias!r}")
         return cls(module.out_features, module.in_features, cls.read_format(spec), bias, module.weight.dtype)
 
     @classmethod

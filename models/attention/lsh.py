@@ -142,6 +142,8 @@ class LshAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the rotations: those of the seed and the layer, without touching any other random numbers."""
+        if self.rotations.is_meta:
+            return
         generator = torch.Generator().manual_seed(self.spec.seed * 65537 + self.place.layer)
         drawn = torch.randn(self.rotations.shape, generator=generator, device="cpu")
         self.rotations.copy_(drawn)

@@ -13,6 +13,8 @@ QK_NORMS = Registry("query and key norm")
 
 def head_width_of(head_width: int | None, heads: int, width: int) -> int:
     """Channels of a head: those that are given, or the share of each of the heads in the model's width."""
+    if head_width is not None and head_width < 1:
+        raise UserError(f"head_width must be at least 1, got {head_width}")
     if head_width is None and width % heads:
         raise UserError(f"width {width} is not a multiple of {heads} heads: give head_width")
     return width // heads if head_width is None else head_width

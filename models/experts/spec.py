@@ -16,6 +16,7 @@ from models.feedforward import FEEDFORWARDS
 from models.registry import Several, Single
 
 LAYOUTS = ("stacked", "separate")
+MOST_SEPARATE = 4096  # experts with a module each
 NETWORKS = ("swiglu", "mlp")  # what an expert can be
 
 
@@ -59,6 +60,8 @@ class Experts:
                 raise UserError(f"{key}: an expert is a {' or '.join(NETWORKS)}, not {network.kind}")
         if self.layout not in LAYOUTS:
             raise UserError(f"unknown layout {self.layout!r}{did_you_mean(self.layout, LAYOUTS)}")
+        if self.layout == "separate" and self.count > MOST_SEPARATE:
+            raise UserError(f"layout separate has a module an expert, at most {MOST_SEPARATE}, got {self.count}")
         self.router.check(self.count, self.top_k)
         self._check_balance()
 

@@ -20,6 +20,11 @@ def _above_one(factor: float) -> None:
         raise UserError(f"factor must be at least 1, got {factor}")
 
 
+def _check_context(tokens: int) -> None:
+    if tokens < 1:
+        raise UserError(f"original_context must be at least 1, got {tokens}")
+
+
 @ROPE_SCALINGS.register("linear")
 @dataclass(frozen=True)
 class LinearScaling:
@@ -28,6 +33,9 @@ class LinearScaling:
     factor: float
 
     amplitude = 1.0
+
+    def __post_init__(self) -> None:
+        _above_one(self.factor)
 
     def apply(self, frequencies: Tensor, base: float) -> Tensor:  # (R,) -> (R,)
         return frequencies / self.factor
@@ -69,6 +77,7 @@ class YarnScaling:
 
     def __post_init__(self) -> None:
         _above_one(self.factor)
+        _check_context(self.original_context)
         if not self.beta_fast > self.beta_slow > 0:
             raise UserError(f"beta_fast must be above beta_slow, got {self.beta_fast} and {self.beta_slow}")
 
@@ -107,6 +116,13 @@ class Llama3Scaling:
 
     amplitude = 1.0
 
+    def __post_init__(self) -> None:
+        _above_one(self.factor)
+        _check_context(self.original_context)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        if not high > low > 0:
+            raise UserError(f"high_frequency_factor must be above low_frequency_factor, got {high} and {low}")
+
     def apply(self, frequencies: Tensor, base: float) -> Tensor:  # (R,) -> (R,)
         wavelength = 2 * math.pi / frequencies
         low, high = self.low_frequency_factor, self.high_frequency_factor
@@ -143,6 +159,8 @@ class Rope(Encoding):
             raise UserError(f"unknown layout {self.layout!r}{did_you_mean(self.layout, LAYOUTS)}")
         if not 0 < self.fraction <= 1:
             raise UserError(f"fraction must be above 0 and at most 1, got {self.fraction}")
+        if not self.base > 1:
+            raise UserError(f"base must be above 1, got {self.base}")
 
     def check(self, *, width: int, head_width: int, bidirectional: bool) -> None:
         """Raise UserError if heads of this width cannot be rotated."""

@@ -148,7 +148,7 @@ def test_the_table_and_bad_input():
         Outliers(0.0)
     with pytest.raises(UserError, match="unknown rounding of activations 'static'"):
         Int8Linear.empty(nn.Linear(4, 4), {"activations": {"kind": "static"}})
-    with pytest.raises(UserError, match="described by activations"):
+    with pytest.raises(UserError, match="unknown key 'bits'"):
         Int8Linear.empty(nn.Linear(4, 4), {"bits": 8})
     module = nn.Linear(4, 4)
     module.weight.data[0] = torch.inf

@@ -242,7 +242,7 @@ def test_an_unknown_layout_of_the_processor_is_dequantized(monkeypatch):
 
 
 def test_a_spec_that_is_none_is_refused():
-    with pytest.raises(UserError, match="described by bits"):
+    with pytest.raises(UserError, match="packed integers: unknown key 'groups'"):
         PackedIntLinear.empty(nn.Linear(4, 4), {"bits": 4, "groups": 3})
     with pytest.raises(UserError, match="bits must be"):
         PackedIntEmbedding.empty(nn.Embedding(4, 4), {"bits": 7})

@@ -354,7 +354,7 @@ def test_a_pruned_model_keeps_its_zeros():
         (lambda: LookupFormat(8), "bits of a look-up must be one of 2, 3, 4, got 8"),
         (lambda: LookupFormat(3, "bf16"), "unknown dtype 'bf16'"),
         (lambda: LookupLinear.empty(nn.Linear(4, 4), {"bits": 3, "dtype": "bfloat16", "sparse": -1}), "sparse must be"),
-        (lambda: LookupLinear.empty(nn.Linear(4, 4), {"group_size": 3}), "described by bits, dtype, sparse"),
+        (lambda: LookupLinear.empty(nn.Linear(4, 4), {"group_size": 3}), "look-ups: unknown key 'group_size'"),
         (lambda: METHODS.parse({"kind": "squeezellm", "outlier": 0.1}, "method"), "did you mean 'outliers'"),
     ],
 )
