@@ -27,6 +27,7 @@ class Verb:
     again: str = "the same command starts anew"  # after this one was ended before it was done
 
 
+LONGEST = 900  # characters of a sentence: it may quote what a person gave, of any length
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 LIGHTNING = "recipes.fit:main"
 LAST = "the same command with --ckpt_path last goes on from the newest checkpoint"
@@ -131,8 +132,17 @@ def _take(argv: list[str], flag: str) -> bool:
 
 
 def _complain(message: str, status: int) -> int:
-    print("espalier: error:", " ".join(message.split()), file=sys.stderr)
+    print("espalier: error:", plain(message), file=sys.stderr)
     return status
+
+
+def plain(message: str) -> str:
+    """Return a message as one line that any terminal may get: control characters escaped, what is too long left out."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    if len(line) <= LONGEST:
+        return line
+    kept = LONGEST // 2 - 30  # of the beginning, which says where, and of the end, which says what would be right
+    return f"{line[:kept]} [... {len(line) - 2 * kept:,} characters ...] {line[-kept:]}"
 
 
 def _fault(error: BaseException, debug: bool) -> tuple[str, int]:

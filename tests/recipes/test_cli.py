@@ -178,3 +178,15 @@ def test_debug_shows_the_traceback(switch, monkeypatch, capsys):
         monkeypatch.setenv("ESPALIER_DEBUG", "1")
     assert cli.main(argv) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["inspect", "fit"])
+def test_a_sentence_is_one_line_of_bearable_length_for_any_terminal(verb, capsys):
+    """It quotes what a person or a file gave: `\\x1b[31m` would colour the terminal, U+202E turns the rest around."""
+    value = "\x1b[31mred\u202e" + "x" * 5000
+    assert cli.main({"inspect": ["inspect", value], "fit": ["fit", f"--{value}=3"]}[verb]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("espalier: error: ")
+    assert line.isprintable()
+    assert r"\x1b[31m" in line
+    assert len(line) < 1000
