@@ -62,6 +62,8 @@ def read_method(value: Any, where: str) -> Any:
 def with_grid(method: Any, values: Mapping[str, Any], where: str = "") -> Any:
     """The method with `values` of `bits`, `group_size` and `symmetric` in its format.
 
+    A group size of -1 is what other tools call `channel`.
+
     Raises:
         UserError: one that the method does not have, or bits that it cannot give; `where` says who asked, or nothing.
     """
@@ -77,6 +79,8 @@ def with_grid(method: Any, values: Mapping[str, Any], where: str = "") -> Any:
         raise UserError(f"{place}bits of method {method.kind} must be {_either(method.bits)}, not {bits!r}")
     if not values:
         return method
+    if values.get("group_size") == -1:
+        values = {**values, "group_size": "channel"}
     try:
         return dataclasses.replace(method, format=dataclasses.replace(method.format, **values))
     except UserError as error:

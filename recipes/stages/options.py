@@ -135,8 +135,8 @@ class Quantize(StageOptions):
         None,
     )
     group_size: int | Literal["channel", "tensor"] | None = option(
-        "weights of one row that share a scale; `channel`: the whole row, `tensor`: all of them; default: 64, where "
-        "the method has groups",
+        "weights of one row that share a scale; `channel` or -1: the whole row, `tensor`: all of them; default: 64, "
+        "where the method has groups",
         None,
     )
     symmetric: bool | None = option(

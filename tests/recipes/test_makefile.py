@@ -42,6 +42,22 @@ def test_every_target_sets_up_the_environment_first(target):
     assert done.stdout.index("pip install") < done.stdout.rindex("/nowhere/at/all/bin")
 
 
+def test_torch_without_cuda_comes_first_where_it_is_asked_for():
+    """What is installed after it finds torch there, of the version that was tested, and fetches no other build."""
+    own = [
+        line for line in make("-n", "setup", "VENV=/nowhere/at/all", "TORCH=cpu").stdout.splitlines() if "pip" in line
+    ]
+    assert own[0] == (
+        "/nowhere/at/all/bin/python -m pip install --no-deps -c constraints.txt "
+        "--index-url https://download.pytorch.org/whl/cpu torch"
+    )
+    assert own[1:] == [
+        line for line in make("-n", "setup", "VENV=/nowhere/at/all").stdout.splitlines() if "pip" in line
+    ]
+    done = make("setup", "VENV=/nowhere/at/all", "TORCH=gpu")
+    assert (done.returncode, "TORCH may be cpu, not gpu" in done.stderr) == (2, True)
+
+
 def test_variables_reach_the_command():
     done = make("-n", "quantize", "MODEL=m", "OUT=o", "RECIPE=r.yaml", "DATA=d.txt", "ARGS=--bits 3")
     assert "espalier quantize m -c r.yaml --out o --data d.txt --bits 3" in done.stdout

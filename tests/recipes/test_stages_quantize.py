@@ -5,7 +5,11 @@ import json
 import pytest
 
 import models.folder
+from models.errors import UserError
 from models.forms import described
+from recipes.stages import options
+from recipes.stages.parser import parse_arguments
+from recipes.stages.quantize import Quantize
 from tests.recipes.conftest import QUICK
 
 SMALL = [*QUICK, "--samples", "8", "--group_size", "16"]
@@ -103,3 +107,19 @@ def test_impossible_wishes(argv, words, teacher, refused, tmp_path, monkeypatch)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     refused("quantize", teacher, "--out", tmp_path / "quantized", *SMALL, *argv, words=words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_size_of_minus_one_is_the_whole_row_wherever_it_stands(tmp_path):
+    """As other tools write it: on the command line, in a recipe, and for single layers."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "group_size: -1\nlayers: {'*.down': {bits: 8, group_size: -1}, '*.up': {method: gptq, group_size: 16}}"
+    )
+    whole = ["quantize", options.Quantize, ["model", "--out", str(tmp_path / "out")]]
+    for arguments in (["--group_size", "-1"], ["--group_size=-1"], ["-c", str(recipe)]):
+        stage = Quantize(parse_arguments(*whole[:2], whole[2] + arguments))
+        assert stage.method.format.group_size == "channel"
+        assert "a scale a row" in stage.title()
+    assert [method.format.group_size for method in stage.overrides().values()] == ["channel", 16]
+    with pytest.raises(UserError, match="group_size must be at least 2, or channel"):
+        Quantize(parse_arguments(*whole[:2], [*whole[2], "--group_size", "-2"]))
