@@ -146,8 +146,9 @@ def _commands(config: ModelConfig) -> list[str]:
 
 def _stage(entry: Mapping[str, Any]) -> str:
     source = entry.get("data", {}).get("source")
-    on = f" on `{source}`" if source else ""
-    return f"**{entry['stage']}**{on}: {entry.get('title', '')} (weights `{str(entry.get('weights'))[:12]}`)"
+    on = f" on {wording.code(source)}" if source else ""
+    stage, title = (wording.markdown(entry.get(key, "")) for key in ("stage", "title"))
+    return f"**{stage}**{on}: {title} (weights {wording.code(str(entry.get('weights'))[:12])})"
 
 
 def _measured(figures: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,14 @@ class UserError(Exception):
     """A wrong input: the message says what is wrong, where, and what would be right. The command line exits with 2."""
 
 
+_SPACES = "\n\t\u00a0\u2009\u202f"
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may see it: what controls it, or turns the direction of letters, is written as escapes."""
+    return "".join(one if one.isprintable() or one in _SPACES else ascii(one)[1:-1] for one in text)
+
+
 def did_you_mean(word: object, choices: Iterable[object]) -> str:
     """Return `" (did you mean 'x'?)"` for the choice nearest to `word`, or the list of choices when none is near."""
     choices = sorted(map(str, choices))

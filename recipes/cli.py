@@ -11,7 +11,7 @@ import sys
 import traceback
 from dataclasses import dataclass, fields
 
-from models.errors import UserError, did_you_mean
+from models.errors import UserError, did_you_mean, printable
 from recipes.stages import options
 from recipes.stages.parser import build_parser, parse_arguments
 from recipes.termination import Terminated, terminable
@@ -138,7 +138,7 @@ def _complain(message: str, status: int) -> int:
 
 def plain(message: str) -> str:
     """Return a message as one line that any terminal may get: control characters escaped, what is too long left out."""
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    line = printable(" ".join(message.split()))
     if len(line) <= LONGEST:
         return line
     kept = LONGEST // 2 - 30  # of the beginning, which says where, and of the end, which says what would be right

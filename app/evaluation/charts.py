@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -31,6 +32,7 @@ WRITTEN = 16  # experts up to which their loads are written into a picture
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    "text.parse_math": False,  # a name may hold dollars
     "svg.fonttype": "none",
     "svg.hashsalt": "espalier",
     "axes.edgecolor": RULE,
@@ -117,7 +119,7 @@ class Chart:
         for name, colour in PALETTE.items():
             text = text.replace(colour, f"var(--{name})")
         size = re.compile(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', re.DOTALL)
-        return size.sub(rf'<svg \1 role="img" aria-label="{self.caption}">', text, count=1)
+        return size.sub(rf'<svg \1 role="img" aria-label="{escape(self.caption)}">', text, count=1)
 
 
 def plain_log_axis(axis) -> None:

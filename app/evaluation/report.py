@@ -110,10 +110,11 @@ def draw(drawings: Sequence[Chart], directory: Path) -> None:
 
 @cache
 def templates(html: bool) -> Environment:
-    """The template environment; names that a page lacks are an error, and HTML is escaped."""
+    """The template environment; names that a page lacks are an error, and what is filled in is escaped."""
     return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=html,
+        finalize=None if html else wording.markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -179,6 +180,7 @@ def stage_page(report: dict, drawings: Sequence[Chart]) -> dict:
         "facts": facts(report),
         "recipe": yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True) if report["recipe"] else "",
         "history": history_rows(report["history"]),
+        "fence": Markup("`" * max(3, 1 + wording.longest_run(str(report["recipe"])))),
     }
 
 

@@ -134,14 +134,15 @@ def table(outcomes: Sequence[Outcome], baseline: Outcome) -> str:
         "| axis | variant | parameters | FLOPs a token | tokens/s | perplexity (range over seeds) "
         "| difference in nats [95 %] |",
         "|---|---|---|---|---|---|---|",
-        f"| | **{baseline.name}** (baseline) | {_costs(baseline)} | {_ranged(baseline)} | |",
+        f"| | **{wording.markdown(baseline.name)}** (baseline) | {_costs(baseline)} | {_ranged(baseline)} | |",
     ]
     for one in outcomes:
         low, high = (wording.signed(f"{end:+.3f}") for end in (one.difference.low, one.difference.high))
         middle = wording.signed(f"{one.difference.value:+.3f}")
         verdict = "" if one.difference.beyond_noise else " (within noise)"
         lines.append(
-            f"| {one.axis} | {one.name} | {_costs(one)} | {_ranged(one)} | {middle} [{low}, {high}]{verdict} |"
+            f"| {wording.markdown(one.axis)} | {wording.markdown(one.name)} | {_costs(one)} | {_ranged(one)} "
+            f"| {middle} [{low}, {high}]{verdict} |"
         )
     return "\n".join(lines)
 
@@ -170,7 +171,7 @@ def extrapolation(outcomes: Sequence[Outcome]) -> str:
             else "ends before"
             for length in lengths
         ]
-        lines.append(f"| {one.name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {wording.markdown(one.name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

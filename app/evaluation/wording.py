@@ -1,10 +1,33 @@
 """Numbers as people read them. Units are decimal (1 MB = 10^6 bytes); a missing or non-finite figure is a dash."""
 
 import math
+import re
 from collections.abc import Sequence
+
+from markupsafe import Markup
 
 MISSING = "\u2013"
 MINUS = "\u2212"
+
+
+def markdown(text) -> str:
+    """Text as it stands in a line or a cell of Markdown: no HTML, link, emphasis, code or new line comes from it."""
+    if isinstance(text, Markup):  # what a template marks as Markdown already
+        return text
+    escaped = re.sub(r"([\\`*|])", r"\\\1", str(text)).replace("](", "]\\(")
+    return " ".join(escaped.replace("&", "&amp;").replace("<", "&lt;").split("\n"))
+
+
+def code(text) -> Markup:
+    """Text as a code span of Markdown."""
+    text = " ".join(str(text).split("\n")).replace("|", "\\|")
+    fence = "`" * (1 + longest_run(text))
+    return Markup(f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`")
+
+
+def longest_run(text: str) -> int:
+    """Backticks that stand side by side in the text, at most: what encloses it needs one more."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def known(value) -> bool:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from app.evaluation import wording
 from app.evaluation.baselines import baselines
-from app.evaluation.figures import Subject, evaluate_model
+from app.evaluation.figures import Subject, clean, evaluate_model
 from app.loading import load_model, resolve_device, resolve_dtype
 from models.errors import UserError
 from models.files import write_json
@@ -72,7 +72,7 @@ def checked_file(out: str | None, overwrite: bool) -> Path | None:
 
 
 def write_figures(path: Path, figures: dict[str, Any]) -> None:
-    """Write JSON to `path` whole or not at all, making the folders above it.
+    """Write JSON to `path` whole or not at all, making the folders above it; a figure that is not finite is null.
 
     Raises:
         UserError: it cannot be written, or the disk is full.
@@ -80,7 +80,7 @@ def write_figures(path: Path, figures: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(temporary, figures)
+        write_json(temporary, clean(figures))
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error

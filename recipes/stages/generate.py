@@ -6,7 +6,7 @@ from collections import Counter
 
 from app.data.tokenizer import Tokenizer
 from app.loading import load_model, resolve_device, resolve_dtype
-from models.errors import UserError
+from models.errors import UserError, printable
 from models.generation import Sampling, stream
 from recipes.stages import options
 
@@ -36,15 +36,16 @@ def main(chosen: options.Generate) -> None:
         )
     for warning in found:
         print(warning.message, file=sys.stderr, flush=True)  # the sentence, without the line of code that says it
-    sys.stdout.write(chosen.prompt)
+    shown_as = printable if sys.stdout.isatty() else str  # a file gets what the model wrote
+    sys.stdout.write(shown_as(chosen.prompt))
     for step in steps:
         new += [token for token in step[:1] if token is not None]
         text = tokenizer.continuation(prompt, new)
         if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            sys.stdout.write(text[len(shown) :])
+            sys.stdout.write(shown_as(text[len(shown) :]))
             sys.stdout.flush()
             shown = text
-    sys.stdout.write(tokenizer.continuation(prompt, new)[len(shown) :] + "\n")
+    sys.stdout.write(shown_as(tokenizer.continuation(prompt, new)[len(shown) :]) + "\n")
     if chosen.exit_confidence is not None and used:
         print(layers_per_token(used, len(loaded.model.blocks)), file=sys.stderr)
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from app.data.blocks import token_blocks
-from app.evaluation import sweep
+from app.evaluation import sweep, wording
 from app.evaluation.charts import Chart, load_picture
 from app.evaluation.environment import environment
 from app.evaluation.events import median_scalar
@@ -323,14 +323,15 @@ def write(plan: Sweep, trainings: list[Training], out: Path) -> None:
     for axis in plan.extrapolate:
         own = [baseline, *(one for one in outcomes if one.axis == axis)]
         tables.append(
-            f"Perplexity by length, blocks side by side / overlapping by half ({axis}):\n\n{sweep.extrapolation(own)}"
+            f"Perplexity by length, blocks side by side / overlapping by half ({wording.markdown(axis)}):\n\n"
+            f"{sweep.extrapolation(own)}"
         )
     everyone = {("", plan.baseline): base} | whole
     loads = {f"{axis}: {name}" if axis else name: found[0]["experts"] for (axis, name), found in everyone.items()}
     caption = f"Load of every layer's experts on held-out text, of the runs with seed {plan.seeds[0]}"
     charts = [sweep.differences(outcomes, baseline), load_picture(loads, caption)]
     shown = draw([chart for chart in charts if chart is not None], out / "plots")
-    text = "\n\n".join([f"# Sweep against {plan.baseline}", shown[0], *tables, *shown[1:]])
+    text = "\n\n".join([f"# Sweep against {wording.markdown(plan.baseline)}", shown[0], *tables, *shown[1:]])
     (out / "sweep.md").write_text(text + "\n", encoding="utf-8")
     figures = {"environment": environment(), "seeds": plan.seeds, "lengths": plan.lengths, "tokens": plan.tokens}
     figures["runs"] = {f"{axis}/{name}" if axis else name: found for (axis, name), found in runs.items()}

@@ -17,16 +17,28 @@ from torch import nn
 
 from app.evaluation import tables, wording
 from compress.calibration import Progress, parts_of
+from models.errors import printable
 
-console = Console(stderr=True, highlight=False)
+
+class PlainConsole(Console):
+    """Prints text as it is: names are no markup, and their control characters are written as escapes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(printable(text), **how)
+
+
+console = PlainConsole(stderr=True)
 LINE_EVERY = 10.0  # seconds between two lines of a log
 LOG_WIDTH = 120  # columns of a table in a log
 
 
 def out_console() -> Console:
     """The console of the command's own output, as wide as a table needs where that is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    console = PlainConsole()
+    return console if console.is_terminal else PlainConsole(width=160)
 
 
 def say(message: str) -> None:
@@ -66,7 +78,7 @@ class Bars:
     """Progress of named phases, one at a time: `with Bars() as bars: bars("rounding", done, total)`."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), RateColumn())
+        columns = (TextColumn("{task.description:32}", markup=False), BarColumn(), MofNCompleteColumn(), RateColumn())
         self._progress = RichProgress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console)
         self._tasks: dict[str, int] = {}
         self._started: dict[str, float] = {}

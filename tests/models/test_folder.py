@@ -197,7 +197,7 @@ def put(*path, value):
             put("architecture", "compression", value={"blocks.0.attention.q": {"form": "os:system"}}),
             "unknown stored form 'os:system'",
         ),
-        (put("architecture", "compression", value={"blocks.0.attention.q": 3}), "expected module names with their stored forms"),
+        (put("architecture", "compression", value={"blocks.0.attention.q": 3}), "names with their stored forms"),
     ],
 )
 def test_a_wrong_config_is_refused(tmp_path, change, message):
