@@ -59,7 +59,7 @@ Train Transformers with PyTorch Lightning, then make the checkpoint smaller.
 {verbs}
 
 espalier VERB --help explains the options of a verb.
---trust allows a recipe to name classes other than those of Espalier, torch and Lightning.
+--trust allows a recipe to name any class; without it, those that recipes/trust.py lists.
 --debug shows the traceback of a fault.
 """
 

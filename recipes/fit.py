@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -47,8 +46,8 @@ from models.errors import UserError, did_you_mean
 from recipes.fit_arguments import prepare, trusting
 from recipes.fit_errors import explained
 from recipes.fit_state import Plan, describe, describe_checkpoint, differences, find_checkpoint, plan_fit, run_folder
+from recipes.trust import check_recipe, local_files_only, place_below, restrict_imports
 
-TRUSTED = ["models", "compress", "app", "recipes", "torch", "lightning"]
 DEFAULTS = {  # of the trainer, where a recipe says nothing
     "use_distributed_sampler": False,  # the data module shards by itself, in an order that can be resumed
     "num_sanity_val_steps": 0,
@@ -67,8 +66,9 @@ def main(verb: str, argv: list[str]) -> int:
     """
     quieten()
     keep_freed_memory()
+    local_files_only()
     if not trusting(argv):
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=TRUSTED)
+        restrict_imports()
     try:
         with explained(verb):
             FitCLI(args=[verb, *argv])
@@ -132,6 +132,8 @@ class FitCLI(LightningCLI):
         keys = {action.dest.removesuffix(".help") for action in self._subcommand_parsers[verb]._actions}
         leaves = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
         self.config = parser.parse_args([verb, *prepare(verb, argv, leaves)])
+        if not trusting(argv):
+            check_recipe(self.config[verb].as_dict())
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's values win here, silently."""
@@ -145,6 +147,7 @@ class FitCLI(LightningCLI):
         self.recipe = self._plain_recipe()
         out = None if config.out is None else Path(config.out).expanduser()
         self.root = run_folder(out) if out is not None else None
+        place_below(config.trainer, self.root)
         if self.subcommand == "fit":
             if out is None:
                 raise UserError(

@@ -1,15 +1,17 @@
 """What jsonargparse and Lightning say about wrong input, as one sentence each."""
 
-import importlib
 import inspect
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from models.errors import UserError, did_you_mean
+from recipes.trust import refusal
 
 KINDS = {
     "int": "a whole number",
@@ -57,12 +59,13 @@ def sentence(message: str) -> str:
 
 
 def _denied(key: str, message: str, name: str) -> str:
-    return f"{key} names {name}; only Espalier's, torch's and Lightning's own classes may be named without --trust"
+    return refusal(key, name)
 
 
 def _option(key: str, message: str, class_path: str, option: str) -> str:
     module, _, name = class_path.rpartition(".")
-    options = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    kind = _known(module, name)
+    options = list(inspect.signature(kind).parameters) if inspect.isclass(kind) else []
     return f"{key}: {name} has no option '{option}'{did_you_mean(option, options)}"
 
 
@@ -90,9 +93,14 @@ def _choices(message: str) -> list[str]:
     names = set()
     for path in re.findall(r"<class '([\w.]+\.[\w.]+)'>|list\[([\w.]+)\]", message):
         module, _, name = (path[0] or path[1]).rpartition(".")
-        base = getattr(importlib.import_module(module), name, None)
+        base = _known(module, name)
         names |= {kind.__name__ for kind in _below(base)} if inspect.isclass(base) else set()
     return sorted(names)
+
+
+def _known(module: str, name: str) -> Any:
+    """What a module has under a name; nothing is imported, since a message shows what a recipe says."""
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _below(base: type) -> set[type]:

@@ -20,33 +20,27 @@ class Checkpoints(Checkpoint):
     A new checkpoint has its final name only when it is complete, and older ones go only after that: whenever the run is
     killed, the newest `step-N.ckpt` is whole. This holds for files and for the folders of sharded checkpoints.
 
-    Where a validation falls on the same step, the checkpoint comes after it.
+    Where a validation falls on the same step, the checkpoint comes after it. They go to `checkpoints` in the run's
+    folder.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
         keep: how many of the newest `step-N.ckpt` stay.
         monitor: the logged figure that decides about the best; smaller is better. None keeps no best.
-        folder: where they go; by default `checkpoints` in the run's folder.
     """
 
-    def __init__(
-        self,
-        every_n_steps: int = 500,
-        keep: int = 1,
-        monitor: str | None = "validation/loss",
-        folder: str | None = None,
-    ) -> None:
+    folder: Path
+
+    def __init__(self, every_n_steps: int = 500, keep: int = 1, monitor: str | None = "validation/loss") -> None:
         for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
             if value < 1:
                 raise UserError(f"checkpoint.{name} must be at least 1, not {value}")
         self.every_n_steps, self.keep, self.monitor = every_n_steps, keep, monitor
-        self.folder = Path(folder) if folder is not None else None
         self.best_score: float | None = None
         self._saved_step = 0
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if self.folder is None:
-            self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # a resumed run has its checkpoint already

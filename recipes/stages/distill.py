@@ -182,7 +182,7 @@ class Distill(Stage[options.Distill]):
                 Metrics(),
                 ExpertLoad(),
                 RunProgress(),
-                Checkpoints(chosen.checkpoint_every, monitor=None, folder=str(state / CHECKPOINTS)),
+                Checkpoints(chosen.checkpoint_every, monitor=None),
             ],
             plugins=[WholeCheckpoints()],
         )

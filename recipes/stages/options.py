@@ -339,7 +339,7 @@ class Run(Written):
         "where to run; default: what the pipeline says under common, or else the GPU when there is one", None
     )
     trust: bool = option(
-        "allow a pretraining recipe to name classes other than those of Espalier, torch, Lightning", False
+        "allow a pretraining recipe to name any class, not only those that recipes/trust.py lists", False
     )
 
 

@@ -126,10 +126,23 @@ def find_recipe(name: str, file: Path, where: str | os.PathLike[str]) -> Path:
 
 
 def check_keys(values: dict[str, Any], allowed: set[str], where: str | os.PathLike[str]) -> None:
-    """Raise UserError for the first key that is not allowed, with the nearest one that is."""
+    """Raise UserError for the first key that is not allowed, with the nearest one that is, and for a class anywhere.
+
+    The parser would import a class that stands where any value may.
+    """
     for key in values:
         if key not in allowed:
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), allowed)}")
+        if (named := _class_in(values[key])) is not None:
+            raise UserError(f"{where}: {key} names the class {named}; nothing here takes a class")
+
+
+def _class_in(value: Any) -> str | None:
+    """The first `class_path` in a value of YAML, however deep; None: there is none."""
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"])
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((named for one in inner if (named := _class_in(one)) is not None), None)
 
 
 def _split_recipes(verb: str, argv: list[str]) -> tuple[list[str], list[str]]:

@@ -58,7 +58,7 @@ def read_pipeline(path: Path, out: Path, model: Path | None, device: str | None,
         out: the folder that the stages' folders go into.
         model: what the first stage starts from, unless it pretrains.
         device: for stages that name none; None: the one under `common`, or else auto.
-        trust: whether a pretraining recipe may name classes other than those of Espalier, torch and Lightning.
+        trust: whether a pretraining recipe may name any class.
 
     Raises:
         UserError: an unknown key or stage, a stage without a model, a name that is used twice or not known.
