@@ -3,7 +3,8 @@
     {"format_version": 1, "stages": [{"stage": "pretrain", "title": "...", "time": "...", "recipe": {...}, "seed": 0,
       "versions": {...},
       "data": {"source": "python", "fingerprint": "..."}, "parents": {"model": "<sha256 of its weights>"},
-      "weights": "<sha256 of the weights written>", "seconds": 12.3}, ...]}
+      "weights": "<sha256 of the weights written>", "seconds": 12.3}, ...],
+     "files": {"model.safetensors": "<sha256>"}}
 
 An entry holds what is needed to do the stage again: its resolved recipe, seed, versions, data and inputs.
 """
@@ -18,11 +19,13 @@ from app.evaluation.environment import environment
 from models.config import ModelConfig
 from models.errors import UserError
 from models.families import family_of
-from models.files import read_json, write_json
+from models.files import read_json, weight_files, write_json
+from models.folder import hash_files, hash_weights
 from models.transformer import Transformer
 
 HISTORY = "history.json"
 FORMAT_VERSION = 1
+_TYPES = {"stage": str, "title": str, "time": str, "recipe": dict, "data": dict, "parents": dict, "weights": str}
 
 
 def history_entry(
@@ -72,12 +75,41 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     content = read_json(path)
     if content.get("format_version") != FORMAT_VERSION or not isinstance(content.get("stages"), list):
         raise UserError(f"{path} is no history of format version {FORMAT_VERSION}")
+    for number, entry in enumerate(content["stages"], start=1):
+        if not isinstance(entry, dict) or "stage" not in entry:
+            raise UserError(f"{path}: stage {number} must be an object with the key `stage`")
+        for key, kind in _TYPES.items():
+            if not isinstance(entry.get(key, kind()), kind):
+                raise UserError(f"{path}: {key} of stage {number} must be of type {kind.__name__}, got {entry[key]!r}")
     return content["stages"]
 
 
 def write_history(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Write history.json into an existing folder."""
-    write_json(folder / HISTORY, {"format_version": FORMAT_VERSION, "stages": list(entries)})
+    """Write history.json into an existing folder, with a checksum of each file of its weights."""
+    files = hash_files(folder) if any(folder.glob("*.safetensors")) else {}
+    write_json(folder / HISTORY, {"format_version": FORMAT_VERSION, "stages": list(entries), "files": files})
+
+
+def verify(folder: Path) -> list[str]:
+    """Compare the files of a model folder's weights with the checksums in its history.json; returns their names.
+
+    Raises:
+        UserError: a file is another one than was written, or nothing says what was written.
+    """
+    entries = read_history(folder)
+    recorded = read_json(folder / HISTORY).get("files") if entries else None
+    if not isinstance(recorded, dict):  # of a time before each file had its own
+        weights = entries[-1].get("weights") if entries else None
+        if weights is None:
+            raise UserError(f"{folder} has no {HISTORY} with checksums of its weights, so nothing can be compared")
+        if hash_weights(folder) != weights:
+            raise UserError(f"the weights in {folder} are not those that were written: their SHA-256 differs")
+        return [path.name for path in weight_files(folder)]
+    found = hash_files(folder)
+    wrong = [name for name in sorted(recorded.keys() | found) if recorded.get(name) != found.get(name)]
+    if wrong:
+        raise UserError(f"{folder / wrong[0]} is not the file that was written: its SHA-256 differs, or it is missing")
+    return sorted(found)
 
 
 def write_card(

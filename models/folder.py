@@ -181,3 +181,12 @@ def hash_weights(folder: str | Path) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def hash_files(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each file of the weights, by its name, as `sha256sum` gives it."""
+    found = {}
+    for path in weight_files(Path(folder).expanduser()):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

@@ -1,9 +1,12 @@
 """`espalier inspect`: a model layer by layer."""
 
+from pathlib import Path
+
 from rich.table import Table
 
 from app.evaluation import wording
 from app.evaluation.size import layer_sizes, size_figures
+from app.history import verify
 from app.loading import load_model
 from recipes.stages import options
 from recipes.stages.evaluate import checked_file, write_figures
@@ -13,6 +16,9 @@ from recipes.stages.terminal import out_console, say
 def main(chosen: options.Inspect) -> None:
     """Run `espalier inspect`: print the table, and write `{"layers": [...], "size": {...}}` to --out."""
     out = checked_file(chosen.out, chosen.overwrite)
+    if chosen.verify:
+        for name in verify(Path(chosen.model).expanduser()):
+            say(f"{name}: the SHA-256 is that of the file that was written")
     loaded = load_model(chosen.model)
     layers, size = layer_sizes(loaded.model), size_figures(loaded.model, loaded.source.folder)
     table = Table(title=str(loaded.source.path), title_justify="left")

@@ -298,6 +298,7 @@ class Inspect:
 
     model: str = positional(MODEL, "MODEL")
     out: str | None = option("also write the table as JSON to this file", None)
+    verify: bool = option("first compare the SHA-256 of each file of the weights with the one in history.json", False)
     overwrite: bool = option("replace --out if it exists", False)
 
 
