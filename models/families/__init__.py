@@ -27,6 +27,8 @@ from models.transformer import Transformer
 
 __all__ = ["FAMILIES", "Family", "export_folder", "import_folder", "is_family_folder", "write_folder"]
 
+HEAD = "lm_head.weight"
+
 FAMILIES: dict[str, Family] = {
     "llama": Llama("llama"),
     "mistral": Llama("mistral"),
@@ -73,6 +75,8 @@ def import_folder(
     model = skeleton(config)
     names = FAMILIES[model_type].names(config)
     files = TensorFiles(folder)
+    if config.head == "tied" and HEAD in files and names["embedding.weight"] not in files:
+        names["embedding.weight"] = HEAD  # the file has the one matrix under its other name
     _drop_copies(files, config, names)
     files.check({names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     fill(model, ((name, files[names[name]]) for name in model.state_dict()), device, dtype)
@@ -84,14 +88,19 @@ def _drop_copies(files: TensorFiles, config: ModelConfig, names: dict[str, str])
     """Forget what some files hold beside the weights: rotary tables, and the head of a tied model."""
     for name in [name for name in files if name.endswith("rotary_emb.inv_freq")]:
         files.drop(name)
-    head, embedding = "lm_head.weight", names["embedding.weight"]
-    if config.head == "tied" and head in files and embedding in files:
-        if not torch.equal(files[head], files[embedding]):
+    embedding = names["embedding.weight"]
+    if config.head == "tied" and HEAD in files and embedding != HEAD:
+        if not torch.equal(files[HEAD], files[embedding]):
             raise UserError(
                 f"{files.folder} ties its head to the embedding (tie_word_embeddings), "
-                f"yet holds a {head} that differs from {embedding}"
+                f"yet holds a {HEAD} that differs from {embedding}"
             )
-        files.drop(head)
+        files.drop(HEAD)
+    if config.head == "untied" and HEAD not in files:
+        raise UserError(
+            f"{files.folder} has no {HEAD}, and its {CONFIG} says no tie_word_embeddings: true, which would take "
+            f"{embedding} for it"
+        )
 
 
 def export_folder(

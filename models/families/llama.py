@@ -19,6 +19,11 @@ from models.positions import Rope
 from models.positions.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+# what a key stands at that a file leaves out; null says otherwise: no window, as many key/value heads as heads
+DEFAULTS = {
+    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None, "sliding_window": None},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+}
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 
@@ -33,7 +38,8 @@ class Llama:
     model_type: str
 
     def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
-        context = integer(values, "max_position_embeddings", 2048 if self.model_type == "llama" else 131072)
+        values = DEFAULTS[self.model_type] | dict(values)
+        context = integer(values, "max_position_embeddings")
         window = integer(values, "sliding_window", context) if self.model_type == "mistral" else context
         width, heads = integer(values, "hidden_size"), integer(values, "num_attention_heads")
         attention_bias, mlp_bias = flag(values, "attention_bias"), flag(values, "mlp_bias")
@@ -134,11 +140,13 @@ class Llama:
 
 def read_rope(values: Mapping[str, Any], context: int) -> Rope:
     """RoPE from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (before it)."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope_parameters must be keys and values, got {rope!r}")
-    base = number(rope, "rope_theta", number(values, "rope_theta", 10000.0))
+    base = number({"rope_theta": values.get("rope_theta", 10000.0)} | rope, "rope_theta")
     share = number(rope, "partial_rotary_factor", number(values, "partial_rotary_factor", 1.0))
+    own = integer(rope, "original_max_position_embeddings", context)
+    original = integer(values, "original_max_position_embeddings", own)
     if share != 1.0:
         raise UserError(f"partial_rotary_factor {share} is not part of the Llama format")
     kind = word(rope, "rope_type", word(rope, "type", "default"))
@@ -151,22 +159,22 @@ def read_rope(values: Mapping[str, Any], context: int) -> Rope:
             factor=number(rope, "factor"),
             low_frequency_factor=number(rope, "low_freq_factor"),
             high_frequency_factor=number(rope, "high_freq_factor"),
-            original_context=integer(rope, "original_max_position_embeddings", context),
+            original_context=original,
         )
         return Rope(base=base, scaling=scaling)
     if kind == "yarn":
-        return Rope(base=base, scaling=_read_yarn(rope))
+        return Rope(base=base, scaling=_read_yarn(rope, original))
     raise UserError(f"rope_type {kind!r} is not supported (one of: default, linear, llama3, yarn)")
 
 
-def _read_yarn(rope: Mapping[str, Any]) -> YarnScaling:
+def _read_yarn(rope: Mapping[str, Any], original: int) -> YarnScaling:
     """YaRN as the paper has it; what others changed about it is refused."""
     for key, papers in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
-        if rope.get(key, papers) not in (None, papers):
+        if rope.get(key, papers) is not papers:
             raise UserError(f"rope_parameters: {key} {rope[key]!r} of yarn is not supported")
     scaling = YarnScaling(
         factor=number(rope, "factor"),
-        original_context=integer(rope, "original_max_position_embeddings"),
+        original_context=original,
         beta_fast=number(rope, "beta_fast", 32.0),
         beta_slow=number(rope, "beta_slow", 1.0),
     )

@@ -13,8 +13,8 @@ from models.experts import Experts
 from models.families import moe
 from models.families.uniform import common, integer, number
 
-# what a key stands at that a file leaves out or has as null
-DEFAULTS = {"num_key_value_heads": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+# what a key stands at that a file leaves out
+DEFAULTS = {"num_key_value_heads": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 MAPS = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
@@ -24,7 +24,7 @@ class Mixtral:
     model_type = "mixtral"
 
     def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
-        values = DEFAULTS | {key: value for key, value in values.items() if value is not None}
+        values = DEFAULTS | dict(values)
         context = integer(values, "max_position_embeddings", 131072)
         window = integer(values, "sliding_window", context)
         attention = moe.read_attention(values, window if window < context else None, bias=False, normalised=False)

@@ -29,7 +29,7 @@ def read_attention(values: Mapping[str, Any], window: int | None, bias: bool, no
     width, heads = integer(values, "hidden_size"), integer(values, "num_attention_heads")
     return (Full if window is None else partial(Window, window=window))(
         heads=heads,
-        kv_heads=integer(values, "num_key_value_heads"),
+        kv_heads=integer(values, "num_key_value_heads", heads),
         head_width=integer(values, "head_dim", width // heads),
         bias=bias,
         out_bias=bias,

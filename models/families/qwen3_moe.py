@@ -16,7 +16,7 @@ from models.families.uniform import common, flag, integer
 from models.feedforward import Swiglu
 
 MAPS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-# what a key stands at that a file leaves out or has as null
+# what a key stands at that a file leaves out
 DEFAULTS = {"num_key_value_heads": 4, "num_experts_per_tok": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096}
 
 
@@ -26,17 +26,18 @@ class Qwen3Moe:
     model_type = "qwen3_moe"
 
     def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
-        values = DEFAULTS | {key: value for key, value in values.items() if value is not None}
+        values = DEFAULTS | dict(values)
         context = integer(values, "max_position_embeddings", 32768)
-        window = integer(values, "sliding_window") if flag(values, "use_sliding_window") else context
+        window = integer(values, "sliding_window", context) if flag(values, "use_sliding_window") else context
         attention = moe.read_attention(
             values, window if window < context else None, bias=flag(values, "attention_bias"), normalised=True
         )
-        count = integer(values, "num_local_experts" if "num_local_experts" in values else "num_experts", 128)
+        count = integer(values, "num_local_experts", integer(values, "num_experts", 128))
         weights = "renormalised" if flag(values, "norm_topk_prob") else "probability"
         experts = moe.read_experts(values, count, "moe_intermediate_size", weights)
         depth = integer(values, "num_hidden_layers")
-        mixed = _mixed(depth, integer(values, "decoder_sparse_step", 1), values.get("mlp_only_layers", []))
+        dense = values.get("mlp_only_layers")
+        mixed = _mixed(depth, integer(values, "decoder_sparse_step", 1), [] if dense is None else dense)
         mlp = moe.read_swiglu(values, "intermediate_size") if len(mixed) < depth else None
         layers = tuple(LayerConfig(attention, experts if i in mixed else mlp) for i in range(depth))
         return moe.read_model(values, context, layers)
