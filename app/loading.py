@@ -14,6 +14,7 @@ from app.history import read_history
 from models import families, folder
 from models.config import ModelConfig
 from models.errors import UserError
+from models.finite import check_finite
 from models.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,16 +54,21 @@ class Loaded:
         """The tokenizer.
 
         Raises:
-            UserError: none came with the model, or it knows more tokens than the model has embeddings for.
+            UserError: none came with the model, or the tokens that begin and end its texts have no embedding. Other
+                tokens above the embedding's rows (a `<pad>`) are refused where a text holds one.
         """
         if self.tokenizer is None:
             raise UserError(f"{self.source.path} has no tokenizer.json, and text cannot be read without one")
         rows = self.model.config.vocab_size
-        if self.tokenizer.vocab_size > rows:
-            raise UserError(
-                f"the tokenizer in {self.source.path} numbers {self.tokenizer.vocab_size} tokens, "
-                f"but the model has embeddings for {rows}"
-            )
+        for name, number in (
+            (self.tokenizer.begin_of_text, self.tokenizer.begin),
+            (self.tokenizer.end_of_text, self.tokenizer.eot),
+        ):
+            if number >= rows:
+                raise UserError(
+                    f"the tokenizer in {self.source.path} begins or ends texts with {name!r}, its token {number}, "
+                    f"but the model has embeddings for {rows} tokens"
+                )
         return self.tokenizer
 
 
@@ -96,9 +102,16 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
         dtype: of the dense floating-point weights; by default each as stored.
 
     Raises:
-        UserError: nothing there, neither of the three, another version, corrupt or truncated files.
+        UserError: nothing there, neither of the three, another version, corrupt or truncated files, weights that are
+            not finite.
     """
     path = Path(path).expanduser()
+    loaded = _load(path, device, dtype)
+    check_finite(loaded.model.state_dict().items(), f"of {path}")
+    return loaded
+
+
+def _load(path: Path, device: str | torch.device, dtype: torch.dtype | None) -> Loaded:
     if not path.exists():
         raise UserError(f"there is no model at {path}")
     if path.is_file() or (path / SHARDED).exists():

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from models.errors import UserError
+from models.finite import check_finite
 from models.parsing import Malformed, parse_json, read_plain
 
 WEIGHTS = "model.safetensors"
@@ -166,14 +167,24 @@ def _swap(temporary: Path, target: Path, overwrite: bool) -> None:
 def inside(folder: Path, name: str) -> Path:
     """The file `name` of `folder`. Raises UserError if the name, or the link it is, leads out of the folder.
 
-    A snapshot in the hub cache is allowed its links to `../../blobs`.
+    A folder that came from elsewhere must not decide which other files of this machine are read. Who keeps weights on
+    another disk can link the whole folder; a snapshot in the hub cache is allowed its links to `../../blobs`.
     """
     path, home = folder / name, folder.resolve()
     plain = PurePosixPath(name)
     homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
     if plain.is_absolute() or ".." in plain.parts or not any(path.resolve().is_relative_to(h) for h in homes):
-        raise UserError(f"{folder} names the file {name!r}, which lies outside the folder")
+        raise UserError(f"{folder} names the file {name!r}, which lies outside the folder{_way_out(path)}")
     return path
+
+
+def _way_out(path: Path) -> str:
+    if not path.is_symlink():
+        return ""
+    return (
+        f": it is a link to {path.resolve()}, and links out of a folder are not followed; put the file itself in its "
+        "place (cp -L), or move the whole folder there and link that"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -200,13 +211,14 @@ def write_tensors(
     """Write (name, tensor) pairs to `model.safetensors`, or to shards with an index, and return the files.
 
     A shard holds at most `shard_bytes`, but one tensor at least. `tensors` may be a generator that converts as it
-    goes: no more than one shard is held at a time.
+    goes: no more than one shard is held at a time. Raises UserError for a tensor that holds NaN or infinity.
     """
     files: list[Path] = []
     weight_map: dict[str, int] = {}
     shard: dict[str, torch.Tensor] = {}
     held, total = 0, 0
     for name, tensor in tensors:
+        check_finite([(name, tensor)], "to be written")
         if shard and held + tensor.nbytes > shard_bytes:
             files.append(_save(directory / f"shard-{len(files)}", shard))
             shard, held = {}, 0

@@ -19,6 +19,7 @@ from models.config import ModelConfig
 from models.depth import EXACT
 from models.errors import UserError, did_you_mean
 from models.files import SHARD_BYTES, TensorFiles, inside, read_json, weight_files, write_json, write_tensors, writing
+from models.finite import converted
 from models.forms import described, install
 from models.memory import check_memory
 from models.transformer import Transformer, outline
@@ -58,7 +59,7 @@ def _converted(model: nn.Module, packed: dict, dtype: torch.dtype | None) -> Ite
             raise ValueError(f"{name} shares its memory with an earlier tensor, so a reload would separate them")
         seen.add(tensor.data_ptr())
         dense = tensor.is_floating_point() and not _is_exact(name) and name.rpartition(".")[0] not in packed
-        yield name, tensor.to(dtype) if dense and dtype is not None else tensor
+        yield name, converted(name, tensor, dtype if dense else None)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -136,7 +137,8 @@ def fill(
     """Give a meta-device model its weights without copying those that are already right, and set evaluation mode.
 
     `tensors` must be the whole state dict in shapes that fit. Dense weights of several dtypes become the one that holds
-    them all. Raises UserError for a dtype that no dense weight has, or other than a packed one's.
+    them all. Raises UserError for a dtype that no dense weight has, or other than a packed one's, and for numbers that
+    `dtype` cannot hold.
     """
     own = model.state_dict()
     check_memory(buffer for name, buffer in model.named_buffers() if name not in own)
@@ -155,7 +157,7 @@ def fill(
         elif tensor.dtype not in DENSE:
             raise UserError(f"the tensor {name} is stored as {tensor.dtype}, which is no dense weight")
         else:
-            state[name] = tensor.to(device, None if _is_exact(name) else dtype)
+            state[name] = converted(name, tensor.to(device), None if _is_exact(name) else dtype)
     dense = [name for name in state if name.rpartition(".")[0] not in packed and not _is_exact(name)]
     widest = _widest(state[name].dtype for name in dense)
     state |= {name: state[name].to(widest) for name in dense}

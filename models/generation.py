@@ -14,9 +14,11 @@ from torch import Tensor
 from models.cache import ModelCache
 from models.errors import UserError
 from models.exits import EarlyExit, check_confidence
+from models.finite import not_finite
 from models.transformer import Transformer
 
 PAD = -1  # the document of padding, which nothing attends to
+BROKEN = -1  # drawn where the logits are not finite
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,19 @@ class Sampling:
             uniform: (B,) fp64 in [0, 1); unused when greedy.
 
         Returns:
-            (B,) int64.
+            (B,) int64; `BROKEN` where the logits are not finite.
         """
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        logits, tokens = logits.float() / self.temperature, None
+        tokens = self._sample(logits.float(), uniform) if self.temperature else logits.argmax(dim=-1)
+        return tokens.where(logits.amax(dim=-1).isfinite(), BROKEN)  # the largest is NaN where any is
+
+    def _sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        tokens = None
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits, tokens = logits.topk(self.top_k, dim=-1)  # (B, K), likeliest first
         elif self.top_p is not None:
             logits, tokens = logits.sort(dim=-1, descending=True)
-        probabilities = logits.double().softmax(dim=-1)
+        logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # the largest stays 0 at any temperature
+        probabilities = (logits / self.temperature).softmax(dim=-1)
         cumulative = probabilities.cumsum(dim=-1)
         if self.top_p is not None:  # a token stays while those before it have not reached p
             probabilities = probabilities.where(cumulative - probabilities < self.top_p, 0.0)
@@ -67,6 +72,7 @@ class Sampling:
         total = cumulative[:, -1:]
         target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))  # below the total
         index = torch.searchsorted(cumulative, target, right=True)  # (B, 1), the first whose cumulative exceeds it
+        index = index.clamp(max=cumulative.shape[-1] - 1)  # NaN is above all
         return (index if tokens is None else tokens.gather(1, index)).squeeze(1)
 
 
@@ -137,8 +143,8 @@ def stream(
 
     Raises:
         UserError: an empty prompt, an id outside the vocabulary, more tokens than learned positions reach, or a
-            confidence for a model without early exits. Positions that are computed (RoPE) can go beyond the context
-            that the model was trained with; then there is a warning.
+            confidence for a model without early exits; while it runs, logits that are not finite. Positions that are
+            computed (RoPE) can go beyond the context that the model was trained with; then there is a warning.
     """
     _check(model, prompts, max_new_tokens)
     if exit_confidence is not None:
@@ -215,10 +221,20 @@ def _steps(
         layers_used.append(len(model.blocks) if early is None else early.layers_used[-1])
         documents = None
         drawn = tokens[:, 0].tolist()
+        for prompt, living, token in zip(prompts, alive, drawn, strict=True):
+            if living and token == BROKEN:
+                raise _broken(model, prompt)
+        tokens = tokens.clamp(min=0)  # of prompts that have ended
         alive = [living and token not in stop_tokens for living, token in zip(alive, drawn, strict=True)]
         if not any(alive):
             return
         yield [token if living else None for living, token in zip(alive, drawn, strict=True)]
+
+
+@torch.no_grad()
+def _broken(model: Transformer, prompt: Sequence[int]) -> UserError:
+    with _evaluating(model):
+        return not_finite(model, torch.tensor([list(prompt)], device=next(model.parameters()).device))
 
 
 def _next_logits(model: Transformer, tokens: Tensor, documents: Tensor | None, cache) -> Tensor:

@@ -24,6 +24,7 @@ from app.evaluation.experts import Loads
 from app.evaluation.intervals import Interval, cluster_mean
 from app.evaluation.size import device_of
 from models.errors import UserError
+from models.finite import not_finite
 
 IGNORED = -100
 LOGITS_AT_ONCE = 2**25  # fp32 values of one model's logits held at a time: 128 MiB
@@ -252,7 +253,7 @@ def evaluate_qualities(
         progress: called with (blocks done, blocks in all).
 
     Returns the Quality of each model and, where there are two, the Divergence of the second from the first.
-    Raises UserError when the split holds no token to predict or the vocabularies differ.
+    Raises UserError when the split holds no token to predict, the vocabularies differ, or a prediction is not finite.
     """
     if not len(blocks):
         raise UserError("the evaluation split is empty: there is no token to predict")
@@ -281,7 +282,10 @@ def evaluate_qualities(
             logs = [log_probabilities(model, h[row, column]) for model, h in zip(models, hidden, strict=True)]  # (N, V)
             where, target = segment[row, column], batch["targets"][row, column]
             for index, log in enumerate(logs):
-                ledger.add(index, where, -log.gather(1, target[:, None].to(log.device)).squeeze(1))
+                nll = -log.gather(1, target[:, None].to(log.device)).squeeze(1).cpu()  # (N,)
+                if not nll.isfinite().all():
+                    raise broken(models[index], batch, int(row[~nll.isfinite()][0]))
+                ledger.add(index, where, nll)
             if count == 2:
                 before, after = logs[0], logs[1].to(logs[0].device)
                 ledger.add(count, where, (before.exp() * (before - after)).sum(1))
@@ -292,6 +296,14 @@ def evaluate_qualities(
         model.train(was_training)
     qualities, divergence = settle(ledger, count, getattr(blocks, "bytes_per_token", None))
     return [replace(one, experts=load.figures()) for one, load in zip(qualities, loads, strict=True)], divergence
+
+
+def broken(model: nn.Module, batch: dict[str, Tensor], row: int) -> UserError:
+    """The error that names the layer where the predictions of a row cease to be finite."""
+    device, documents = device_of(model), batch.get("documents")
+    real = slice(int((batch["targets"][row] != IGNORED).nonzero().max()) + 1)  # padding attends to nothing
+    row_of_documents = None if documents is None else documents[None, row, real]
+    return not_finite(model, batch["tokens"][None, row, real].to(device), on(row_of_documents, device))
 
 
 def on(tensor: Tensor | None, device: torch.device) -> Tensor | None:

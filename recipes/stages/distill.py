@@ -117,6 +117,7 @@ class Distill(Stage[options.Distill]):
         stored = next(parents["model"].model.parameters()).dtype  # packed weights are buffers
         parents.clear()  # the task loads its own
         seed_everything(chosen.seed, verbose=False)
+        text.check_training()
         text.tokenizer.save(state)
         module = self.task(config, stored)
         data = TextData(

@@ -37,6 +37,7 @@ class Text:
         self.tokenizer = loaded.text_tokenizer()
         self.used: dict[str, int] = {}  # what of the text went into the stage, for the report
         self.notes: list[str] = []  # what of the text did not, in sentences for the report
+        self.rows = config.vocab_size
         self.length = chosen.sequence_length or min(config.context, LONGEST)
         if self.length < 2:
             raise UserError(f"sequence_length {self.length} is too short: a prediction needs a token before it")
@@ -68,10 +69,10 @@ class Text:
         With `--evaluation_blocks N` these are the first N blocks.
         """
         if self.chosen.evaluation_data is None:
-            blocks = token_blocks(self.corpus, self.tokenizer, "test", self.length)
+            blocks = self._blocks(self.corpus, "test")
         else:
             corpus = self._opened(self.chosen.evaluation_data)
-            blocks = token_blocks(corpus, self.tokenizer, "all", self.length)
+            blocks = self._blocks(corpus, "all")
         count = self.chosen.evaluation_blocks
         if count is None:
             return blocks
@@ -82,11 +83,25 @@ class Text:
     @cached_property
     def training(self) -> TokenBlocks:
         """The whole training split."""
-        return token_blocks(self.corpus, self.tokenizer, "train", self.length)
+        return self._blocks(self.corpus, "train")
+
+    def check_training(self) -> None:
+        """Raise UserError where the training split holds a token that the model has no embedding for."""
+        self._blocks(self.corpus, "train")
+
+    def _blocks(self, corpus: Corpus, split: str, samples: int | None = None) -> TokenBlocks:
+        """The blocks of a split (`token_blocks`). Raises UserError for a token that the model has no embedding for."""
+        blocks = token_blocks(corpus, self.tokenizer, split, self.length, samples=samples, seed=self.chosen.seed)
+        if self.tokenizer.vocab_size > self.rows and (highest := int(blocks.stream.max())) >= self.rows:
+            raise UserError(
+                f"'{corpus.name}' holds {self.tokenizer.tokenizer.id_to_token(highest)!r}, token {highest} of the "
+                f"tokenizer, but the model has embeddings for {self.rows} tokens; give another text or model"
+            )
+        return blocks
 
     def calibration(self, samples: int, device: torch.device, split: str = "train") -> list[Batch]:
         """Return `samples` blocks of a split, drawn with the seed, as batches on the device, or all that it holds."""
-        blocks = token_blocks(self.corpus, self.tokenizer, split, self.length, samples=samples, seed=self.chosen.seed)
+        blocks = self._blocks(self.corpus, split, samples)
         self.used[f"{split}_blocks"] = len(blocks)
         if len(blocks) < samples:
             self._note(

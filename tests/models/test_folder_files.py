@@ -267,6 +267,17 @@ def test_a_snapshot_of_the_hub_cache_may_link_to_its_blobs(tmp_path):
     assert inside(snapshot, "a").read_text() == "x"
 
 
+def test_weights_that_are_a_link_to_another_disk_are_refused_with_a_way_out(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").mkdir()
+    write_tensors(tmp_path / "disk", [("a", torch.zeros(1))])
+    (tmp_path / "model" / WEIGHTS).symlink_to(tmp_path / "disk" / WEIGHTS)
+    with pytest.raises(UserError, match=r"is a link to .*/disk/model\.safetensors, .* move the whole folder"):
+        TensorFiles(tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")  # the way out
+    assert list(TensorFiles(tmp_path / "link")) == ["a"]
+
+
 def test_check_names_what_differs(tmp_path):
     write_tensors(tmp_path, [("a", torch.zeros(2, 3)), ("b", torch.zeros(1))])
     read = TensorFiles(tmp_path)

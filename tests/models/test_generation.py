@@ -182,3 +182,29 @@ def test_learned_positions_end_with_the_context():
     assert len(generate(model, [[1] * 60], max_new_tokens=4)[0]) == 4
     with pytest.raises(UserError, match="exceed the model's context of 64, where its learned positions end"):
         generate(model, [[1] * 60], max_new_tokens=5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_not_finite_end_in_a_sentence_that_names_the_layer(temperature):
+    model = build()
+    with torch.no_grad():
+        model.blocks[1].attention.o.weight[0, 0] = float("nan")
+    for prompts in ([[5, 6]], PROMPTS):
+        with pytest.raises(UserError, match=r"the output of blocks\.1\.attention\.o \(float32\) is not finite"):
+            generate(model, prompts, max_new_tokens=2, temperature=temperature)
+
+
+def test_a_draw_says_which_logits_are_not_finite():
+    logits = torch.tensor([[1.0, float("nan")], [0.0, 9.0], [float("inf"), 0.0], [-float("inf")] * 2])
+    uniform = torch.full((4,), 0.5, dtype=torch.float64)
+    for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.5)):
+        assert sampling.draw(logits, uniform).tolist() == [-1, 1, -1, -1]
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-40, 5e-324])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_smaller_the_temperature_the_greedier(temperature, dtype):
+    logits = torch.randn(16, VOCAB, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[:, 7] = logits.amax(dim=1) * 2 + 1  # one is the largest in either dtype
+    uniform = torch.linspace(0, 0.999, 16, dtype=torch.float64)
+    assert (Sampling(temperature).draw(logits, uniform) == 7).all()

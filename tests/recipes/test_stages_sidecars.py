@@ -244,3 +244,33 @@ def test_special_tokens_in_a_prompt_are_characters_unless_asked_for(words, espal
 
 def test_a_prompt_that_is_no_text_is_refused(words, refused):
     refused("generate", words, "--prompt", b"\xe9".decode("utf-8", "surrogateescape"), words=["UTF-8"])
+
+
+@pytest.fixture
+def above(llama):
+    """A folder whose tokenizer knows two tokens more than the model has embeddings for: <pad>, and the word "ugu"."""
+    raw = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    raw.no_truncation()
+    raw.add_special_tokens(["<pad>"])
+    raw.add_tokens(["ugu"])
+    raw.save(str(llama / "tokenizer.json"))
+    return llama
+
+
+def test_a_token_above_the_rows_is_refused_where_a_text_holds_it(above, espalier, refused, tmp_path):
+    plain, other = tmp_path / "plain.jsonl", tmp_path / "other.jsonl"
+    lines = [json.dumps({"text": f"ba bo be {number} <pad> " * 40}) for number in range(60)]
+    plain.write_text("\n".join(lines))
+    other.write_text("\n".join(line.replace("be", "ugu") for line in lines))
+    rest = ["--sequence_length", 16, "--speed_rounds", 0, "--device", "cpu"]
+    status, output = espalier("evaluate", above, "--data", plain, *rest)
+    assert status == 0, output.err
+    assert espalier("generate", above, "--prompt", "ba <pad>", "--max_new_tokens", 2)[0] == 0
+    refused("generate", above, "--prompt", "ugu", words=["token 321"])
+    words, out = ["'ugu', token 321", "embeddings for 320"], tmp_path / "out"
+    refused("evaluate", above, "--data", other, *rest, words=words)
+    given = ["--data", other, "--evaluation_data", plain, "--out", out, *rest]
+    refused("prune", above, "--method", "wanda", *given, words=words)
+    refused("distill", "--teacher", above, *given, words=words)
+    (above / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}')
+    refused("evaluate", above, "--data", plain, *rest, words=["'<pad>'", "embeddings for 320"])
