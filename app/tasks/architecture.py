@@ -6,6 +6,7 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.errors import UserError
+from models.experts import Experts
 from models.parsing import Malformed, parse_json, parse_yaml, read_plain
 from models.presets import PRESETS, preset
 
@@ -58,7 +59,8 @@ def resolve_architecture(
         context: tokens of a training sequence; an architecture may have more, never fewer.
 
     Raises:
-        UserError: as `ModelConfig.from_dict`, or an architecture that is too small for the data.
+        UserError: as `ModelConfig.from_dict`, an architecture that is too small for the data, or one with a router that
+            would learn nothing (which models from elsewhere may have).
     """
     values = read_architecture(architecture)
     for key, needed, why in (
@@ -72,4 +74,11 @@ def resolve_architecture(
             values[key] = needed
         elif isinstance(given, int) and given < needed:
             raise UserError(f"model.architecture.{key} is {given}, but {why.format(needed)}; leave it out or raise it")
-    return ModelConfig.from_dict(values)
+    config = ModelConfig.from_dict(values)
+    mixtures = [layer.feedforward for layer in config.layers if isinstance(layer.feedforward, Experts)]
+    if not all(mixture.router.learns(mixture.top_k) for mixture in mixtures):
+        raise UserError(
+            "model.architecture: the renormalised weight of a single expert is always 1, and the router would learn "
+            "nothing from it; give the router weights: probability, or a top_k of at least 2"
+        )
+    return config

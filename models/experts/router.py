@@ -63,6 +63,9 @@ class RouterSpec(Protocol):
     def check(self, count: int, top_k: int) -> None:
         """Raise UserError where the router cannot choose `top_k` of `count` experts."""
 
+    def learns(self, top_k: int) -> bool:
+        """Whether the loss of a model reaches the router that chooses `top_k` experts."""
+
     def build(self, width: int, count: int, top_k: int, *, biased: bool) -> "Router":
         """The module; `biased`: with a number for each expert that is added to its score when experts are chosen."""
 
@@ -78,11 +81,10 @@ class TopKSpec:
     estimates_load = False
 
     def check(self, count: int, top_k: int) -> None:
-        if top_k == 1 and getattr(self, "weights", None) == "renormalised":
-            raise UserError(
-                "the renormalised weight of a single expert is always 1, and the router would learn nothing from it; "
-                "give the router weights: probability, or a top_k of at least 2"
-            )
+        pass
+
+    def learns(self, top_k: int) -> bool:
+        return top_k > 1 or self.weights != "renormalised"
 
     def flops_per_token(self, width: int, count: int) -> int:
         return 2 * width * count

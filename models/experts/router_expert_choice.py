@@ -32,6 +32,9 @@ class ExpertChoice:
     def check(self, count: int, top_k: int) -> None:
         pass
 
+    def learns(self, top_k: int) -> bool:
+        return True
+
     def build(self, width: int, count: int, top_k: int, *, biased: bool) -> Router:
         return ExpertChoiceRouter(self, width, count, top_k, biased=biased)
 

@@ -43,7 +43,6 @@ class Sigmoid(TopKSpec):
             raise UserError(f"scale must be above 0, got {self.scale}")
 
     def check(self, count: int, top_k: int) -> None:
-        super().check(count, top_k)
         if count % self.groups or count // self.groups < 2:
             raise UserError(f"{count} experts do not divide into {self.groups} equal groups of at least 2")
         if top_k > count // self.groups * self.top_groups:

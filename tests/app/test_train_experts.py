@@ -15,9 +15,11 @@ from app.evaluation.size import layer_sizes, size_figures
 from app.optim import AdamW, Muon
 from app.optim.base import parameters_by_role
 from app.optim.muon import orthogonalized
+from app.tasks.architecture import resolve_architecture
 from compress.distillation.losses import Combine
 from compress.distillation.objective import Objective
 from models.config import ModelConfig
+from models.errors import UserError
 from models.experts import MixtureOfExperts
 from models.transformer import Transformer
 
@@ -294,3 +296,12 @@ def test_a_step_with_muon_is_the_same_in_both_layouts():
     apart = torch.stack([expert.up.weight for expert in separate])
     assert moved > 0
     assert (stacked.up - apart).norm() < 0.02 * moved
+
+
+def test_a_router_that_would_learn_nothing_is_not_trained_anew():
+    architecture = ARCHITECTURE | {"feedforward": {**ARCHITECTURE["feedforward"], "moe": EXPERTS | {"top_k": 1}}}
+    with pytest.raises(UserError, match="router would learn nothing"):
+        resolve_architecture(architecture, 50, 32)
+    probability = {"kind": "softmax", "weights": "probability"}
+    learning = architecture["feedforward"]["moe"] | {"router": probability}
+    resolve_architecture(architecture | {"feedforward": {**architecture["feedforward"], "moe": learning}}, 50, 32)

@@ -37,6 +37,12 @@ QWEN = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 3,
 CONFIGS = {
     "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4}),
     "mixtral of a window": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4, "sliding_window": 5}),
+    "mixtral of one expert a token": (
+        MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 1}
+    ),
+    "qwen3 of one expert a token": (
+        Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN | {"num_experts_per_tok": 1, "norm_topk_prob": True}
+    ),
     "mixtral, tied": (
         MixtralForCausalLM,
         MixtralConfig,
@@ -143,7 +149,6 @@ def test_the_coefficient_of_the_auxiliary_loss_becomes_a_balance(tmp_path):
     [
         ("mixtral", {"num_local_experts": 3}, "hold model.layers.0.block_sparse_moe"),
         ("mixtral", {"num_experts_per_tok": 5}, "top_k must be from 1 to the 4 experts"),
-        ("mixtral", {"num_experts_per_tok": 1}, "renormalised weight of a single expert is always 1"),
         ("mixtral", {"hidden_act": "tanh"}, "hidden_act 'tanh' is not supported"),
         ("qwen3", {"mlp_only_layers": [7]}, "mlp_only_layers must be a list of layers from 0 to 2"),
         ("qwen3", {"mlp_only_layers": [0, 1, 2]}, "leave none of 3 layers with experts"),
