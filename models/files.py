@@ -42,12 +42,12 @@ def writing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     replaced (the working directory, a home, a git repository), if it cannot be written, or if the disk is full.
     """
     target = Path(path).expanduser().resolve()
+    clean_leftovers(target)
     _check_target(target, overwrite)
     created = _missing_parents(target)
     temporary, lock = None, None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clean_leftovers(target)
         temporary, lock = _locked_sibling(target)
         yield temporary
         _flush(temporary)
@@ -105,28 +105,42 @@ def _umask() -> int:
     return mask
 
 
-def _clean_leftovers(target: Path) -> None:
-    for old in target.parent.glob(f".{_escape(target.name)}.replaced-*"):
+def clean_leftovers(target: Path) -> None:
+    """Remove what killed processes left beside `target`, and end the replacing that one of them had begun.
+
+    Only hidden siblings that `writing` names, and nobody holds a lock on, are touched. One that was killed between the
+    two renames of `_swap` had flushed its result: the result takes its place, as it would have.
+    """
+    for old in _siblings(target, "replaced"):
+        new = old.with_name(old.name.replace(".replaced-", ".writing-"))
+        if not target.exists() and (not new.is_dir() or _abandoned(new)):
+            (new if new.is_dir() else old).rename(target)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
-        else:  # killed between the two renames of `_swap`
-            old.rename(target)
-    for leftover in target.parent.glob(f".{_escape(target.name)}.writing-*"):
-        try:
-            lock = os.open(leftover, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for leftover in _siblings(target, "writing"):
+        if _abandoned(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
-        except OSError:
-            continue  # its writer is alive
-        finally:
-            os.close(lock)
 
 
-def _escape(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
+def _siblings(target: Path, kind: str) -> list[Path]:
+    name = re.compile(rf"{re.escape(f'.{target.name}.{kind}-')}\w{{8}}")  # as mkdtemp ends a name
+    found = target.parent.iterdir() if target.parent.is_dir() else ()
+    return [path for path in found if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether nobody holds the lock of a folder that is being written."""
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False  # its writer is alive
+    finally:
+        os.close(lock)
+    return True
 
 
 def _flush(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from app.tasks.architecture import read_architecture
 from models.errors import UserError, did_you_mean
 from models.parsing import Malformed, parse_yaml
-from recipes.stages.parser import read_recipe
+from recipes.stages.parser import COMMAND_LINE, read_recipe, refuse_keys
 
 ARCHITECTURE = "model.architecture"
 ALIASES = {  # a flag that every verb understands alike -> the keys of a recipe that it sets
@@ -44,6 +44,7 @@ def prepare(verb: str, argv: list[str], keys: Iterable[str]) -> list[str]:
     architecture: Any = None
     for path in recipes:
         values = read_recipe(path)
+        refuse_keys(values, (*COMMAND_LINE, "config"), path)
         check_keys(values, keys, path)
         architecture = _found(values, ARCHITECTURE) or architecture
     rest, changes = [], {}

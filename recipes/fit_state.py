@@ -18,7 +18,7 @@ from app.history import read_history
 from app.loading import read_checkpoint
 from app.strategies.checkpoint_io import METADATA
 from models.errors import UserError
-from models.files import read_json
+from models.files import clean_leftovers, read_json
 
 LIMITS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "early_stopping.patience")
 NOT_OF_THE_RUN = ("ckpt_path", "out", "overwrite", "config", "weights_only")
@@ -98,6 +98,8 @@ def plan_fit(out: Path, recipe: Mapping[str, Any], ckpt_path: str | None, overwr
         UserError: `out` holds something else or cannot be written, or there is no such checkpoint.
     """
     run = run_folder(out)
+    clean_leftovers(out)
+    _check_run(run)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out must name a folder")
     _check_writable(out)
@@ -112,6 +114,17 @@ def plan_fit(out: Path, recipe: Mapping[str, Any], ckpt_path: str | None, overwr
     resume = find_checkpoint(ckpt_path, run)
     _refuse_a_branch(resume, run / "checkpoints")
     return Plan(resume=resume)
+
+
+def _check_run(run: Path) -> None:
+    """Raise UserError for an OUT.run that no run made: files of the run would replace its files."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file, and the run needs a folder there; move it, or name another --out")
+    if any((run / name).exists() for name in (RECIPE, COMPLETE)) or _checkpoints(run):
+        return
+    early = ("events.out.", "hparams.yaml", "checkpoints")  # what a logger writes before there is a recipe
+    if run.exists() and not all(path.name.startswith(early) for path in run.iterdir()):
+        raise UserError(f"{run} is not the folder of a run, and its place is needed; move it, or name another --out")
 
 
 def _refuse_a_branch(resume: Path | None, folder: Path) -> None:

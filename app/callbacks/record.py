@@ -33,7 +33,8 @@ class RunRecord(Callback):
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
-            for path in sorted(self.stale, key=lambda path: path.name != RECIPE):  # without it nothing is resumed
+            # without the recipe nothing is resumed; by its checkpoints the folder is known as a run's until the end
+            for path in sorted(self.stale, key=lambda path: (path.name != RECIPE, path.name == "checkpoints")):
                 _remove(path)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / RECIPE, self.recipe)

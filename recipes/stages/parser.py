@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,6 +14,7 @@ from models.errors import UserError, did_you_mean
 from models.parsing import Malformed, parse_yaml, read_plain
 
 Options = TypeVar("Options")
+COMMAND_LINE = ("overwrite", "trust")  # a recipe may come from anybody, and neither replaces a folder nor trusts itself
 _RECIPES = Path(__file__).parents[1]
 
 
@@ -73,6 +74,7 @@ def parse_arguments(verb: str, options: type[Options], argv: list[str]) -> Optio
     for recipe in recipes:
         values = read_recipe(recipe)
         check_keys(values, keys, recipe)
+        refuse_keys(values, COMMAND_LINE, recipe)
         check = build_parser(verb, options, partial=True)
         _parsed(options, lambda: check.parse_object(values), recipe)  # noqa: B023 (called at once)
     _check_flags(verb, rest, keys)
@@ -135,6 +137,15 @@ def check_keys(values: dict[str, Any], allowed: set[str], where: str | os.PathLi
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), allowed)}")
         if (named := _class_in(values[key])) is not None:
             raise UserError(f"{where}: {key} names the class {named}; nothing here takes a class")
+
+
+def refuse_keys(values: Mapping[str, Any], keys: Iterable[str], where: str | os.PathLike[str]) -> None:
+    """Raise UserError for a key that a recipe may not hold: what is replaced or trusted is for the person to say."""
+    for key in keys:
+        if key in values:
+            raise UserError(
+                f"{where}: '{key}' is no key of a recipe; it can only be given on the command line: --{key}"
+            )
 
 
 def _class_in(value: Any) -> str | None:

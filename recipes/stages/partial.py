@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
+from models.files import clean_leftovers
 
 _FINGERPRINT = "fingerprint"
 
@@ -35,8 +37,10 @@ def check_output(out: Path, overwrite: bool) -> None:
     An output beside its own OUT.partial passes: a run that was killed between writing the one and removing the other.
 
     Raises:
-        UserError: `out` is a file, or holds something and `overwrite` is false.
+        UserError: `out` is a file, or holds something and `overwrite` is false, or OUT.partial is somebody's own.
     """
+    clean_leftovers(out)
+    _check_ours(partial_folder(out))
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out must name a folder")
     if out.exists() and any(out.iterdir()) and not overwrite and not partial_folder(out).exists():
@@ -53,6 +57,7 @@ def resumable(out: Path, fingerprint: str, say: Callable[[str], None]) -> Iterat
         UserError: another process is writing the same output, or the folder cannot be made.
     """
     folder = partial_folder(out)
+    _check_ours(folder)
     if folder.exists():
         _reuse(folder, fingerprint, say)
     created = [parent for parent in folder.parents if not parent.exists()]
@@ -74,6 +79,18 @@ def resumable(out: Path, fingerprint: str, say: Callable[[str], None]) -> Iterat
         raise
     finally:
         os.close(lock)
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise UserError for an OUT.partial that no stage made: it carries no fingerprint, and is never deleted."""
+    if not folder.exists():
+        return
+    marker = folder / _FINGERPRINT
+    carries = marker.is_file() and re.fullmatch("[0-9a-f]{64}", marker.read_text(errors="replace"))
+    if not carries and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {_FINGERPRINT}):
+        raise UserError(
+            f"{folder} is not of an unfinished run, and its place is needed; move it, or name another --out"
+        )
 
 
 def _reuse(folder: Path, fingerprint: str, say: Callable[[str], None]) -> None:

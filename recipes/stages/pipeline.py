@@ -22,7 +22,7 @@ from models.errors import UserError, did_you_mean
 from recipes.fit_arguments import ALIASES
 from recipes.stages import options
 from recipes.stages.inputs import Input, pretraining_inputs, stage_inputs
-from recipes.stages.parser import check_keys, find_recipe, parse_values, read_recipe
+from recipes.stages.parser import COMMAND_LINE, check_keys, find_recipe, parse_values, read_recipe, refuse_keys
 from recipes.stages.partial import fingerprint_of
 
 PRETRAIN = "pretrain"
@@ -100,6 +100,7 @@ class _Reader:
         if name in self.folders or Path(name).name != name:
             raise UserError(f"{where}: the name '{name}' is taken or no plain name; give another with `name`")
         out = self.out / f"{number:02d}-{name}"
+        refuse_keys(values, COMMAND_LINE, where)
         config = values.pop("config", None)
         recipe = {} if config is None else read_recipe(find_recipe(config, self.path, where))
         if verb == PRETRAIN:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from app.evaluation.many import write_overview
 from models.errors import UserError
-from models.files import read_json, write_json
+from models.files import inside, read_json, write_json
 from recipes.stages import compare, options
 from recipes.stages.pipeline import PRETRAIN, Step, read_pipeline
 from recipes.stages.report import print_overview
@@ -86,7 +87,7 @@ def prepare(steps: list[Step], out: Path, overwrite: bool) -> int:
         {"folder": step.out.name, "fingerprint": step.fingerprint, "inputs": contents}
         for step, contents in zip(steps, input_contents(steps), strict=True)
     ]
-    begun: list[dict[str, Any]] = read_json(out / STATE).get("stages", []) if (out / STATE).exists() else []
+    begun = read_state(out)
     same = 0
     while same < min(len(begun), len(wanted)) and begun[same] == wanted[same]:
         same += 1
@@ -113,6 +114,26 @@ def prepare(steps: list[Step], out: Path, overwrite: bool) -> int:
     while finished < same and steps[finished].out.is_dir():
         finished += 1
     return finished
+
+
+def read_state(out: Path) -> list[dict[str, Any]]:
+    """Return what OUT/pipeline.json says of each stage that was begun; empty where there is none.
+
+    Raises:
+        UserError: something else, or a folder that no pipeline makes: what is named there may be removed.
+    """
+    if not (out / STATE).exists():
+        return []
+    begun = read_json(inside(out, STATE)).get("stages")
+    if not isinstance(begun, list) or not all(
+        isinstance(stage, dict)
+        and isinstance(stage.get("fingerprint"), str)
+        and isinstance(stage.get("inputs"), dict)
+        and re.fullmatch(r"\d{2,}-[^/\\\0]+", str(stage.get("folder")))
+        for stage in begun
+    ):
+        raise UserError(f"{out / STATE} was not written by espalier run; name another folder, or remove the file")
+    return begun
 
 
 def _difference(begun: list[dict[str, Any]], wanted: list[dict[str, Any]], same: int) -> str:

@@ -12,7 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 from models.errors import UserError
-from models.files import INDEX, WEIGHTS, TensorFiles, inside, read_json, weight_files, write_tensors, writing
+from models.files import (
+    INDEX,
+    WEIGHTS,
+    TensorFiles,
+    clean_leftovers,
+    inside,
+    read_json,
+    weight_files,
+    write_tensors,
+    writing,
+)
 
 
 def names(folder):
@@ -90,6 +100,26 @@ with writing(sys.argv[1], overwrite=True) as directory:
 """
 
 
+def test_a_writer_killed_between_the_two_renames_is_ended_by_the_next(tmp_path):
+    """Its result was whole and flushed: it takes its place, and the repeated run finds it there."""
+    for name, content in ((".out.replaced-abcd_123", "old"), (".out.writing-abcd_123", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(content)
+    clean_leftovers(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "x").read_text() == "new"
+
+
+def test_leftovers_are_cleaned_before_a_refusal_and_nothing_of_another_name(tmp_path):
+    own = [".out.writing-mine", ".out.replaced-2026-11-30", "out.writing-abcdefgh", ".other.writing-abcdefgh"]
+    for name in ("out", *own, ".out.writing-abcdefgh"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    with pytest.raises(UserError, match="already holds something"), writing(tmp_path / "out"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *own}
+
+
 def test_a_killed_writer_leaves_the_old_folder_and_its_leftover_is_cleaned(tmp_path):
     target = tmp_path / "out"
     with writing(target) as directory:
@@ -109,7 +139,7 @@ def test_a_killed_writer_leaves_the_old_folder_and_its_leftover_is_cleaned(tmp_p
 
 
 def test_a_folder_that_stepped_aside_comes_back_if_its_successor_never_arrived(tmp_path):
-    aside = tmp_path / ".out.replaced-abc"
+    aside = tmp_path / ".out.replaced-abcdefgh"
     aside.mkdir()
     (aside / "a").write_text("old")
     with pytest.raises(RuntimeError), writing(tmp_path / "out", overwrite=True):
