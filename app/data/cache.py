@@ -71,7 +71,13 @@ def track(items: Iterable[Item], what: str, total: int, size: Callable[[Item], i
     if total < _SHOWN_FROM:
         yield from items
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeElapsedColumn(), "left")
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        "left",
+    )
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
         for item in items:

@@ -78,6 +78,8 @@ class Text:
             return blocks
         if count < 1:
             raise UserError(f"evaluation_blocks {count} is too small; it must be at least 1")
+        if count > len(blocks):
+            self._note(f"measured on {len(blocks)} blocks where {count} were asked for: the text holds no more")
         return TokenBlocks(blocks.folder, self.length, chosen=range(min(count, len(blocks))))
 
     @cached_property

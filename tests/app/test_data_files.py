@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from app.data.cache import track
 from app.data.corpus import synthetic
 from app.data.sources import open_source
 from models.errors import UserError
@@ -246,3 +247,7 @@ def test_a_datasets_folder_reads_nothing_outside_itself(tmp_path, cache):
         four = saved(f"four{number}") / "train"
         (four / "state.json").write_text(damage)
         refused(four, "state.json", **cache)
+
+
+def test_brackets_in_a_name_are_shown_as_they_are():
+    assert list(track(["text"], "Reading notes[/b].txt", 5_000_000, len)) == ["text"]

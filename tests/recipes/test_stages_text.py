@@ -41,6 +41,7 @@ def test_what_of_the_text_was_left_out_stands_in_the_report(teacher, tmp_path, e
     (tmp_path / "texts" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "texts" / "README.md").write_text("about")
     quick = ["--data", tmp_path / "texts", *QUICK[2:]]
+    quick += ["--evaluation_blocks", "5000"]
     status, output = espalier("quantize", teacher, "--out", tmp_path / "out", "--method", "rtn", *quick)
     assert status == 0, output.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -48,3 +49,6 @@ def test_what_of_the_text_was_left_out_stands_in_the_report(teacher, tmp_path, e
         assert sentence in " ".join(output.err.split())
         assert any(sentence in line["text"] for line in report["verdict"])
         assert sentence in report["data"]["left_out"]
+    sentence = f"measured on {report['measurement']['blocks']} blocks where 5000 were asked for"
+    assert sentence in " ".join(output.err.split())
+    assert any(sentence in line["text"] for line in report["verdict"])
