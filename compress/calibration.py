@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,31 +99,27 @@ class Part:
         }
 
 
-class Method(Protocol):
-    """What the driver asks of a method."""
+class Method(ABC):
+    """A compression method, as the driver calls it; by default it accepts every model and needs no data."""
 
-    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
+    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:  # noqa: B027 (a hook)
         """Look at the whole model before the first block; raise UserError for what cannot work."""
 
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
-        """What to gather at the input of this linear map, or None; the same answer whenever it is asked."""
+        """What to gather at the input of this linear layer, or None; the same answer whenever it is asked."""
+        return None
 
+    @abstractmethod
     def compress_block(self, part: Part) -> list[LayerRecord]:
         """Change the part in place: one record for every one of `part.linears`; call `part.report` with each."""
 
     def restore_block(self, part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
         """Bring a part into the state in which `compress_block` left it in an earlier run: tensors and stored forms."""
+        load_part(part, state, forms)
 
 
-class LayerMethod(ABC):
-    """A method that treats every linear map by itself."""
-
-    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:  # noqa: B027 (a hook)
-        """Accept every model."""
-
-    @abstractmethod
-    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
-        """See `Method.statistic`."""
+class LayerMethod(Method):
+    """A method that treats every linear layer by itself."""
 
     @abstractmethod
     def compress(
@@ -146,13 +142,9 @@ class LayerMethod(ABC):
             part.report(record)
         return records
 
-    def restore_block(self, part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
-        """Install the stored forms, then the tensors."""
-        load_part(part, state, forms)
-
 
 def load_part(part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
-    """Put saved tensors into a part whose dense modules have the shapes that they had when it was saved."""
+    """Install stored forms, then tensors, in a part whose dense modules have the shapes that they had when saved."""
     device = next(part.model.parameters()).device
     with torch.device("meta"):
         install(part.model, forms)
@@ -216,8 +208,8 @@ def moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):
-        items = [moved(item, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        items = tuple(moved(item, device) for item in value)
+        return items if type(value) is tuple else type(value)(*items)
     return value
 
 
@@ -246,9 +238,10 @@ def _pass(part: Part, observer: Observer, chain: Chain) -> None:
 
 
 def _gather(part: Part, kinds: dict[str, StatisticType], chain: Chain) -> None:
-    observer = Observer(kinds, chain.device, getattr(part.module, "depth", None))
+    last = part.module is part.model
+    observer = Observer(kinds, chain.device, None if last else part.module.depth)
     part.inputs, part.contexts = chain.inputs, chain.contexts
-    if part.module is part.model:
+    if last:
 
         def observe(x: Tensor, context: Any) -> Tensor:
             hidden = part.model.finish(x)  # (B, T, D)
@@ -311,7 +304,7 @@ def walk(
         blocklike = part.module is not model
         part.module.to(chain.device if chain and blocklike else home)
         if kind:
-            part.load = load_of(model, part.prefixes[0], kind, minimum_tokens)
+            part.load = load_of(part.module, part.prefixes[0], kind, minimum_tokens) if blocklike else None
             _gather(part, kind, chain)
         new = method.compress_block(part)
         new = part.load.noted(new) if part.load else new

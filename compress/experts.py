@@ -49,6 +49,11 @@ def router_maps(model: nn.Module) -> set[str]:
     }
 
 
+def has_experts(block: nn.Module) -> bool:
+    """Whether the block has experts, each of them a module."""
+    return isinstance(block.feedforward, MixtureOfExperts) and isinstance(block.feedforward.experts, SeparateExperts)
+
+
 class ExpertLoad:
     """The tokens of one mixture with separate experts while calibration text passes.
 
@@ -165,15 +170,12 @@ class ExpertLoad:
         return replace(record, achieved=achieved, note="; ".join(filter(None, (record.note, note))))
 
 
-def load_of(model: nn.Module, prefix: str, names: Iterable[str], minimum: int | None) -> ExpertLoad | None:
-    """The load of the block called `prefix`, or None where no map of `names` is one of its separate experts'."""
-    feedforward = getattr(model.get_submodule(prefix), "feedforward", None)
+def load_of(block: nn.Module, prefix: str, names: Iterable[str], minimum: int | None) -> ExpertLoad | None:
+    """The load of a block called `prefix`, or None where no linear layer of `names` is one of its separate experts'."""
     name = f"{prefix}.feedforward"
-    if not isinstance(getattr(feedforward, "experts", None), SeparateExperts):
+    if not has_experts(block) or not any(one.startswith(f"{name}.experts.") for one in names):
         return None
-    if not any(one.startswith(f"{name}.experts.") for one in names):
-        return None
-    return ExpertLoad(name, feedforward, minimum)
+    return ExpertLoad(name, block.feedforward, minimum)
 
 
 def _widest(experts: nn.Module) -> int:

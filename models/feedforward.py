@@ -101,8 +101,24 @@ class Mlp:
         return 2 * 2 * width * self.width
 
 
-class GatedFeedForward(nn.Module):
+class DenseFeedForward(nn.Module):
+    """A feed-forward with hidden neurons: each is a row of the `writers()` and a column of the linear layer `down`.
+
+    Attributes:
+        scales_with_up: whether the hidden neurons are multiplied by what the rows of `up` are, if that is positive.
+    """
+
+    scales_with_up = False
+
+    def writers(self) -> list[nn.Linear]:
+        """The linear layers that compute the hidden neurons."""
+        raise NotImplementedError
+
+
+class GatedFeedForward(DenseFeedForward):
     """The module of `Swiglu`: (B, T, D) -> (B, T, D)."""
+
+    scales_with_up = True
 
     def __init__(self, spec: Swiglu, width: int, branches: int) -> None:
         super().__init__()
@@ -114,15 +130,22 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
+    def writers(self) -> list[nn.Linear]:
+        return [self.gate, self.up]
 
-class FeedForward(nn.Module):
+
+class FeedForward(DenseFeedForward):
     """The module of `Mlp`: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, spec: Mlp, width: int, branches: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[spec.activation]
+        self.scales_with_up = self.activation is F.relu
         self.up = Linear(width, spec.width, bias=spec.bias, std=0.02)
         self.down = Linear(spec.width, width, bias=spec.out_bias, std=residual_std(0.02, branches))
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         return self.down(self.activation(self.up(x)))
+
+    def writers(self) -> list[nn.Linear]:
+        return [self.up]

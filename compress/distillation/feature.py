@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.distillation.layer_map import LAYER_MAPS, LayerMap, Uniform
-from compress.distillation.losses import LOSSES
+from compress.distillation.losses import LOSSES, DistillationLoss, StateLoss
 from models.config import ModelConfig
 from models.registry import Registry
 
@@ -79,7 +79,7 @@ class Projector(nn.Module):
 
 @LOSSES.register("feature")
 @dataclass(frozen=True)
-class Feature:
+class Feature(DistillationLoss):
     """Feature distillation.
 
     Args:
@@ -95,7 +95,7 @@ class Feature:
         return FeatureLoss(self.distance, pairs, student.width, teacher.width)
 
 
-class FeatureLoss(nn.Module):
+class FeatureLoss(StateLoss):
     """The mean over all pairs of blocks of the distance between projected student states and teacher states."""
 
     def __init__(self, distance: Distance, pairs: list[tuple[int, int]], student_width: int, teacher_width: int):
@@ -114,10 +114,7 @@ class FeatureLoss(nn.Module):
         return tuple(sorted({teacher for _, teacher in self.pairs}))
 
     def forward(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], counted: Tensor) -> Tensor:
-        """student {block: (B, T, D)}, teacher {block: (B, T, E)}, counted (B, T) bool -> scalar; zero if none counts.
-
-        Padding and every other token outside `counted` has no influence. The teacher receives no gradient.
-        """
+        """See `StateLoss.forward`. Tokens outside `counted` have no influence; the teacher receives no gradient."""
         if not counted.any():
             return sum(parameter.sum() * 0.0 for parameter in self.projector.parameters())
         losses = []

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from compress.distillation.losses import LOSSES
+from compress.distillation.losses import LOSSES, DistillationLoss
 from models.errors import UserError
 from models.losses import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, IGNORED
 
 
 @LOSSES.register("logit")
 @dataclass(frozen=True)
-class Logit:
+class Logit(DistillationLoss):
     """Logit distillation.
 
     Args:

@@ -5,12 +5,40 @@ The total is alpha * cross-entropy + (1 - alpha) * w_logit * logit + the sum of 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from torch import Tensor, nn
+
+from models.config import ModelConfig
 from models.errors import UserError, did_you_mean
 from models.registry import Registry
 
 LOSSES = Registry("distillation loss")
+
+
+class StateLoss(nn.Module):
+    """A distillation loss over hidden states, with the projectors that it trains.
+
+    Attributes:
+        student_blocks, teacher_blocks: numbers of the blocks whose outputs it needs.
+    """
+
+    student_blocks: tuple[int, ...] = ()
+    teacher_blocks: tuple[int, ...] = ()
+
+    def forward(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], counted: Tensor) -> Tensor:
+        """student {block: (B, T, D)}, teacher {block: (B, T, E)}, counted (B, T) bool -> scalar; 0 if none counts."""
+        raise NotImplementedError
+
+
+class DistillationLoss:
+    """Base class of the registered losses, each a frozen dataclass of its options."""
+
+    kind: ClassVar[str]
+
+    def build(self, student: ModelConfig, teacher: ModelConfig) -> StateLoss | None:
+        """The loss between hidden states of two models; None: one between logits, which the objective computes."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -48,14 +76,14 @@ class Combine:
         return (1.0 - self.alpha) * factor if name == "logit" else factor
 
 
-def parse_losses(values: Iterable[Any]) -> dict[str, Any]:
+def parse_losses(values: Iterable[Any]) -> dict[str, DistillationLoss]:
     """Read losses from names, `{"kind": NAME, ...}` or specs: {name: spec}, each name once.
 
     Raises `UserError` for an unknown or repeated name and when there is none.
     """
     if isinstance(values, (str, Mapping)):
         raise UserError(f"losses: expected a list such as [logit, feature], got {values!r}")
-    losses: dict[str, Any] = {}
+    losses: dict[str, DistillationLoss] = {}
     for index, value in enumerate(values):
         spec = LOSSES.parse(value, f"losses[{index}]")
         if spec.kind in losses:

@@ -4,14 +4,13 @@ B sequences, T tokens, D the student's width, E the teacher's width, V vocabular
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.distillation import feature as _feature  # noqa: F401  registers its loss
 from compress.distillation.logit import IGNORED, Logit, logit_terms
-from compress.distillation.losses import Combine
+from compress.distillation.losses import Combine, DistillationLoss
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
@@ -31,16 +30,17 @@ class Objective(nn.Module):
         UserError: the vocabularies differ in size, or the weights do not fit the losses.
     """
 
-    def __init__(self, losses: Mapping[str, Any], combine: Combine, student: ModelConfig, teacher: ModelConfig) -> None:
+    def __init__(
+        self, losses: Mapping[str, DistillationLoss], combine: Combine, student: ModelConfig, teacher: ModelConfig
+    ) -> None:
         super().__init__()
         require_same_vocabulary(student.vocab_size, teacher.vocab_size)
         combine.check(losses)
         self.combine = combine
         self.logit = losses.get("logit", Logit())
         self.beta = combine.weight("logit") if "logit" in losses else 0.0
-        self.states = nn.ModuleDict(
-            {name: spec.build(student, teacher) for name, spec in losses.items() if name != "logit"}
-        )
+        built = {name: spec.build(student, teacher) for name, spec in losses.items()}
+        self.states = nn.ModuleDict({name: loss for name, loss in built.items() if loss is not None})
 
     def forward(self, student: Transformer, teacher: Transformer, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Terms of one batch, scalars: `total` with its gradient; detached `cross_entropy` (nats/token), `agreement`

@@ -1,6 +1,7 @@
-"""What a criterion of unstructured pruning is: a score for every weight, the smallest of which go."""
+"""Criterion of unstructured pruning: a score for every weight; the weights of the smallest are pruned."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -10,21 +11,24 @@ from models.registry import Registry
 CRITERIA = Registry("pruning criterion")
 
 
-class Criterion(Protocol):
-    """Scores for the weights of one linear map.
+class Criterion(ABC):
+    """Base class of the registered criteria, each a frozen dataclass of its options.
 
     Attributes:
-        kind: its name.
-        comparable: whether scores of different layers stand on one scale, which a global pattern needs.
-        calibrated: whether it looks at calibration data.
+        comparable: whether scores of different layers are on one scale, which a global pattern needs.
     """
 
-    kind: str
-    comparable: bool
-    calibrated: bool
+    comparable: ClassVar[bool] = False
 
     def statistic(self) -> StatisticType | None:
-        """What to gather at the input of a linear map, or None."""
+        """What to gather at the input of a linear layer; None: the criterion needs no data."""
+        return None
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it looks at calibration data."""
+        return self.statistic() is not None
+
+    @abstractmethod
     def scores(self, weight: Tensor, statistic: Statistic | None) -> Tensor:
         """Scores (out, in) fp32, at least 0, of the weight (out, in)."""

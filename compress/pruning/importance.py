@@ -6,29 +6,34 @@ D model width, F neurons, G key/value groups, R query heads of a group, W head w
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compress.calibration import Batch
-from compress.experts import ExpertLoad
-from compress.pruning.plan import has_experts, networks
+from compress.experts import ExpertLoad, has_experts
+from compress.pruning.plan import networks
 from compress.statistics import Moments, Statistic, StatisticType
 from models.attention.full import FullAttention
 from models.errors import UserError
+from models.feedforward import DenseFeedForward
 from models.registry import Registry
 
 IMPORTANCES = Registry("structured criterion")
 
 
-class Importance(Protocol):
-    """Scores of the units of one block; the smallest go."""
+class Importance:
+    """Base class of the registered criteria, each a frozen dataclass of its options; by default it needs no data.
 
-    kind: str
+    The units of one block with the smallest scores are removed.
+    """
+
+    kind: ClassVar[str]
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> "Importance":
         """The criterion that scores this model: itself, or one that has looked at the whole model first."""
+        return self
 
     def neuron_statistic(self) -> StatisticType | None:
         """What to gather at the input of `down`, the hidden activation."""
@@ -37,18 +42,22 @@ class Importance(Protocol):
         """What to gather at the input of `o`, the outputs of the heads."""
 
     def neurons(
-        self, block: int, feedforward: nn.Module, statistic: Statistic | None, expert: int | None = None
+        self, block: int, feedforward: DenseFeedForward, statistic: Statistic | None, expert: int | None = None
     ) -> Tensor:
         """Scores (F,); of the neurons of a block's `expert`, where it has some."""
+        raise NotImplementedError
 
     def experts(self, block: int, experts: nn.ModuleList, load: ExpertLoad | None) -> Tensor:
         """Scores (E,) of removing one expert alone; `load` where `neuron_statistic` asks for data."""
+        raise NotImplementedError
 
     def heads(self, block: int, attention: FullAttention, statistic: Statistic | None) -> Tensor:
         """Scores (G, R) of removing one query head alone."""
+        raise NotImplementedError
 
     def groups(self, block: int, attention: FullAttention, statistic: Statistic | None) -> Tensor:
         """Scores (G,) of removing a key/value group with its query heads."""
+        raise NotImplementedError
 
 
 class GroupMoments:
@@ -89,20 +98,11 @@ class GroupMoments:
 
 @IMPORTANCES.register("magnitude")
 @dataclass(frozen=True)
-class WeightNorm:
+class WeightNorm(Importance):
     """L2 norm of all weights that go with a unit: rows that write it and columns that read it. Needs no data."""
 
-    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> "WeightNorm":
-        return self
-
-    def neuron_statistic(self) -> None:
-        return None
-
-    def head_statistic(self, attention: FullAttention) -> None:
-        return None
-
     def neurons(
-        self, block: int, feedforward: nn.Module, statistic: Statistic | None, expert: int | None = None
+        self, block: int, feedforward: DenseFeedForward, statistic: Statistic | None, expert: int | None = None
     ) -> Tensor:
         return neuron_sums(feedforward, [m.weight.float().square() for m in _maps(feedforward)]).sqrt()
 
@@ -119,15 +119,12 @@ class WeightNorm:
 
 
 @dataclass(frozen=True)
-class _Activation:
+class _Activation(Importance):
     """Mean squared error at the sub-layer's output that the removal of one unit alone leaves.
 
     Neuron j with hidden activation a_j (the product where gated) writes a_j * down[:, j]: E[a_j^2] |down_j|^2.
     A head or group with outputs x and columns O of `o`: tr(O E[x x'] O').
     """
-
-    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> "_Activation":
-        return self
 
     def neuron_statistic(self) -> StatisticType:
         return Moments
@@ -136,7 +133,7 @@ class _Activation:
         return partial(GroupMoments, groups=attention.kv_heads)
 
     def neurons(
-        self, block: int, feedforward: nn.Module, statistic: Moments | None, expert: int | None = None
+        self, block: int, feedforward: DenseFeedForward, statistic: Moments | None, expert: int | None = None
     ) -> Tensor:
         if statistic is None:  # an expert that no token reached
             return torch.zeros(feedforward.down.in_features, device=feedforward.down.weight.device)
@@ -183,7 +180,7 @@ class Norm(_Activation):
 
 @IMPORTANCES.register("taylor")
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(Importance):
     """First-order change of the loss: |sum of gradient * weight| over a unit's weights, averaged over the batches.
 
     (Molchanov et al., arXiv 1906.10771, eq. 8, with the sum inside.) Takes one backward pass of the whole model per
@@ -198,7 +195,7 @@ class Taylor:
         return TaylorScores(model, batches)
 
 
-class TaylorScores:
+class TaylorScores(Importance):
     """The criterion `Taylor` after it has seen the model; scores by block."""
 
     kind = "taylor"
@@ -239,17 +236,8 @@ class TaylorScores:
                 _accumulate(self._heads, index, query.abs())
                 _accumulate(self._groups, index, (query.sum(1) + shared).abs())
 
-    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> "TaylorScores":
-        return self
-
-    def neuron_statistic(self) -> None:
-        return None
-
-    def head_statistic(self, attention: FullAttention) -> None:
-        return None
-
     def neurons(
-        self, block: int, feedforward: nn.Module, statistic: Statistic | None, expert: int | None = None
+        self, block: int, feedforward: DenseFeedForward, statistic: Statistic | None, expert: int | None = None
     ) -> Tensor:
         return self._neurons[block, expert]
 
@@ -267,12 +255,12 @@ def _accumulate(scores: dict[Any, Tensor], index: Any, value: Tensor) -> None:
     scores[index] = scores[index] + value if index in scores else value
 
 
-def _maps(feedforward: nn.Module) -> list[nn.Linear]:
+def _maps(feedforward: DenseFeedForward) -> list[nn.Linear]:
     """`down`, then the maps that write the hidden activation."""
-    return [feedforward.down, *(getattr(feedforward, name) for name in ("gate", "up") if hasattr(feedforward, name))]
+    return [feedforward.down, *feedforward.writers()]
 
 
-def neuron_sums(feedforward: nn.Module, values: Sequence[Tensor]) -> Tensor:
+def neuron_sums(feedforward: DenseFeedForward, values: Sequence[Tensor]) -> Tensor:
     """Sum per neuron (F,) of values shaped as the weights of `_maps`: columns of the first, rows of the others."""
     return values[0].sum(0) + sum(value.sum(1) for value in values[1:])
 

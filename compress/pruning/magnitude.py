@@ -4,20 +4,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compress.pruning.criterion import CRITERIA
+from compress.pruning.criterion import CRITERIA, Criterion
 from compress.statistics import Statistic
 
 
 @CRITERIA.register("magnitude")
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Criterion):
     """|W|; needs no data."""
 
     comparable = True
-    calibrated = False
-
-    def statistic(self) -> None:
-        return None
 
     def scores(self, weight: Tensor, statistic: Statistic | None = None) -> Tensor:
         return weight.detach().float().abs()

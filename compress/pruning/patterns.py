@@ -5,9 +5,9 @@ Of equal scores the one at the lowest index goes first, so that the count is exa
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,25 +17,32 @@ from models.errors import UserError
 SCOPES = ("row", "layer", "global")
 
 
-class Pattern(Protocol):
-    """What a criterion's scores are handed to."""
+class Pattern(ABC):
+    """A sparsity pattern: turns the scores of a criterion into a mask.
 
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the weights that the pattern removes, as it was asked for."""
+    Attributes:
+        sparsity: fraction of the weights that the pattern removes, as it was asked for.
+        scope: among which scores the smallest are found; with `global`, those of all layers.
+    """
 
+    sparsity: float
+    scope: str = "group"
+
+    @abstractmethod
     def check(self, name: str, shape: tuple[int, int]) -> None:
         """Raise `UserError` when a weight of this shape (out, in) cannot take the pattern."""
 
+    @abstractmethod
     def mask(self, scores: Tensor) -> Tensor:
         """Return the mask (out, in), True = keep, for scores (out, in)."""
 
+    @abstractmethod
     def spec(self) -> dict[str, object]:
         """What was asked for, as JSON."""
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Pattern):
     """Remove the `sparsity` smallest scores of each row ("row"), of each layer ("layer") or of all layers ("global").
 
     The number removed of n weights is `round(sparsity * n)`. "row" means per output row, Wanda's comparison group
@@ -69,7 +76,7 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
-class NOfM:
+class NOfM(Pattern):
     """Keep the `n` largest scores of every `m` consecutive inputs (2:4, 4:8, ...), along the input axis."""
 
     n: int
@@ -128,7 +135,7 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Ten
     return masks
 
 
-def parse_pattern(text: str, sparsity: float | None = None, scope: str = "row") -> Unstructured | NOfM:
+def parse_pattern(text: str, sparsity: float | None = None, scope: str = "row") -> Pattern:
     """Read `unstructured` or `N:M`; `sparsity` belongs to the first and follows from the second.
 
     Raises `UserError` for any other text, a missing sparsity, or one that contradicts N:M.

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compress.experts import has_experts
 from compress.pruning.allocation import Allocation
-from models.attention.full import FullAttention
+from models.attention.full import Full, FullAttention
 from models.config import ModelConfig
 from models.errors import UserError, did_you_mean
-from models.experts import SeparateExperts
+from models.feedforward import DenseFeedForward
 
 TARGETS = ("neurons", "heads", "groups", "experts")
 COMPENSATIONS = ("none", "existing", "add")
@@ -98,16 +99,11 @@ def units_of(model: nn.Module) -> dict[str, dict[int, int]]:
     }
 
 
-def networks(block: nn.Module) -> dict[str, nn.Module]:
+def networks(block: nn.Module) -> dict[str, DenseFeedForward]:
     """The feed-forwards whose neurons are cut alike, by their names in the block: its one, or its experts'."""
     if has_experts(block):
         return {f"feedforward.experts.{i}": expert for i, expert in enumerate(block.feedforward.experts)}
-    return {"feedforward": block.feedforward} if hasattr(block.feedforward, "down") else {}
-
-
-def has_experts(block: nn.Module) -> bool:
-    """Whether the block has experts, each of them a module."""
-    return isinstance(getattr(block.feedforward, "experts", None), SeparateExperts)
+    return {"feedforward": block.feedforward} if isinstance(block.feedforward, DenseFeedForward) else {}
 
 
 def has_heads(block: nn.Module) -> bool:
@@ -166,7 +162,7 @@ def _bound(attention: Any, config: ModelConfig) -> str | None:
     position = attention.position or config.position if attention.takes else None
     if position is not None and position.per_head:
         return f"{position.kind} positions belong to each of them"
-    if getattr(attention, "sink", None):
+    if isinstance(attention, Full) and attention.sink:
         return "an attention sink belongs to each of them"
     return None if attention.free_heads else attention.heads_because
 
@@ -176,7 +172,7 @@ def _enough_experts(config: ModelConfig, cut: Cut, counts: dict[int, int], kept:
     for index, count in counts.items():
         spec = config.layers[index].feedforward
         least = max(2, spec.top_k)  # one expert alone is no mixture
-        if getattr(spec.router, "groups", 1) > 1:
+        if spec.router.groups > 1:
             raise UserError(f"the experts of block {index} cannot be cut: its router chooses among groups of them")
         if kept[index] < least and cut.allocation.kind == "uniform":
             raise UserError(

@@ -10,7 +10,7 @@ from compress.calibration import Batch, LayerMethod, Progress, parts_of, walk
 from compress.experts import apart
 from compress.pruning import magnitude, wanda  # noqa: F401  register their criteria
 from compress.pruning.criterion import CRITERIA, Criterion
-from compress.pruning.patterns import NOfM, Pattern, Unstructured, global_masks
+from compress.pruning.patterns import Pattern, global_masks
 from compress.records import LayerRecord
 from compress.skipped import left_out
 from compress.statistics import Statistic, StatisticType
@@ -30,10 +30,10 @@ class Sparsify(LayerMethod):
         include: which of `embedding` and `head` are pruned as well; by default neither.
     """
 
-    def __init__(self, criterion: Criterion, pattern: Unstructured | NOfM, include: Collection[str] = ()) -> None:
+    def __init__(self, criterion: Criterion, pattern: Pattern, include: Collection[str] = ()) -> None:
         self.criterion, self.pattern, self.include = criterion, pattern, tuple(include)
         self._global: dict[str, Tensor] | None = None
-        if getattr(pattern, "scope", "") == "global" and not criterion.comparable:
+        if pattern.scope == "global" and not criterion.comparable:
             raise UserError(
                 f"scores of '{criterion.kind}' cannot be compared between layers, so scope 'global' has no meaning "
                 "for it; use scope 'row' or 'layer', or method 'magnitude'"
@@ -59,7 +59,7 @@ class Sparsify(LayerMethod):
         }
         for name, module in chosen.items():
             self.pattern.check(name, tuple(module.weight.shape))
-        if getattr(self.pattern, "scope", "") == "global":
+        if self.pattern.scope == "global":
             scores = {name: self.criterion.scores(module.weight, None) for name, module in chosen.items()}
             self._global = global_masks(scores, self.pattern.sparsity)
 

@@ -22,19 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, Part, Progress, load_part, walk
-from compress.experts import apart
+from compress.calibration import Batch, Method, Part, Progress, walk
+from compress.experts import apart, has_experts
 from compress.pruning import surgery
 from compress.pruning.allocation import ALLOCATIONS, Allocation
 from compress.pruning.importance import IMPORTANCES, Importance
 from compress.pruning.patterns import smallest
-from compress.pruning.plan import Cut, Keep, has_experts, has_heads, networks, plan, read_ratios, resolve_heads
+from compress.pruning.plan import Cut, Keep, has_heads, networks, plan, read_ratios, resolve_heads
 from compress.pruning.sparsify import refuse_packed
 from compress.records import LayerRecord
 from compress.skipped import left_out
 from compress.statistics import Moments, StatisticType
 from compress.store import Store
 from models.attention.full import FullAttention
+from models.feedforward import DenseFeedForward
 
 UNITS = {
     "gate": "neurons",
@@ -54,7 +55,7 @@ OUT_BIASES = {
 }
 
 
-class StructuredPruning:
+class StructuredPruning(Method):
     """The method for the driver: shrinks one block after the other."""
 
     def __init__(self, cut: Cut, importance: Importance) -> None:
@@ -83,7 +84,7 @@ class StructuredPruning:
 
         Experts are scored by what the driver counts beside the statistics: it does where one is asked for.
         """
-        adds, has = self.cut.compensation == "add", getattr(module, "bias", None) is not None
+        adds, has = self.cut.compensation == "add", isinstance(module, nn.Linear) and module.bias is not None
         mean = Moments if adds or (self.cut.compensation == "existing" and has) else None
         parent, _, child = name.rpartition(".")
         if child == "down" and "neurons" in self.cut.ratios:
@@ -184,7 +185,7 @@ class StructuredPruning:
     def restore_block(self, part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
         """Bring back a block of an earlier run; the shapes follow from the indexes that it kept."""
         if part.module is part.model:
-            load_part(part, state, forms)
+            super().restore_block(part, state, forms)
             return
         device, prefix = next(part.model.parameters()).device, part.prefixes[0] + "."
         self._adopt(part, {name.removeprefix(prefix): tensor.to(device) for name, tensor in state.items()})
@@ -260,7 +261,7 @@ class _Figures:
         owner, linear = model.get_submodule(parent), model.get_submodule(name)
         self.name, self.shape = name, tuple(linear.weight.shape)
         self.energy = float(linear.weight.detach().float().square().sum())
-        known = hasattr(owner, "down") or isinstance(owner, FullAttention)
+        known = isinstance(owner, DenseFeedForward | FullAttention)
         self.unit = UNITS.get(child) if known and ".shared." not in name else None
         self.expert, self.experts = None, 0
         if ".experts." in name:
@@ -274,16 +275,15 @@ class _Figures:
             self.cache_bytes = owner.kv_heads * owner.head_width * linear.weight.element_size()
 
 
-class _Scoring:
+class _Scoring(Method):
     """A walk over the dense model that scores every unit and changes nothing."""
 
     def __init__(self, method: StructuredPruning) -> None:
         self.method = method
         self.scores: dict[int, dict[str, Tensor]] = {}
-        self.statistic = method.statistic
 
-    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
-        pass
+    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
+        return self.method.statistic(name, module)
 
     def compress_block(self, part: Part) -> list[LayerRecord]:
         if part.module is not part.model:

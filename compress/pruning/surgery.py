@@ -17,11 +17,12 @@ from models.attention.full import FullAttention
 from models.block import Block
 from models.config import LayerConfig
 from models.experts import Experts
+from models.feedforward import DenseFeedForward
 from models.transformer import Transformer
 
 
 @torch.no_grad()
-def cut_neurons(feedforward: nn.Module, kept: Tensor) -> None:
+def cut_neurons(feedforward: DenseFeedForward, kept: Tensor) -> None:
     """Keep the neurons `kept` (sorted, int64) of a feed-forward in place, with every row and column that is theirs.
 
     Raises RuntimeError when the widths afterwards are not the ones asked for.
@@ -40,9 +41,7 @@ def cut_neurons(feedforward: nn.Module, kept: Tensor) -> None:
             graph = torch_pruning.DependencyGraph().build_dependency(feedforward, example_inputs=example)
             group = graph.get_pruning_group(feedforward.down, torch_pruning.prune_linear_in_channels, dropped)
             group.prune()
-    hidden = [feedforward.down.in_features] + [
-        getattr(feedforward, name).out_features for name in ("gate", "up") if hasattr(feedforward, name)
-    ]
+    hidden = [feedforward.down.in_features, *(linear.out_features for linear in feedforward.writers())]
     if any(found != len(kept) for found in hidden):
         raise RuntimeError(f"{len(kept)} of {count} neurons were to be kept, but the maps now have {hidden}")
 

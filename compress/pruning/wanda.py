@@ -4,21 +4,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compress.pruning.criterion import CRITERIA
+from compress.pruning.criterion import CRITERIA, Criterion
 from compress.statistics import InputNorm, StatisticType
 
 
 @CRITERIA.register("wanda")
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(Criterion):
     """|W_ij| * ||x_j||_2 over all calibration tokens (eq. 1), compared within each output row by default.
 
     The root mean square stands for the norm: it differs by a factor common to all channels, and counts tokens, not
     samples. An input channel that never fires has the score 0, so its weights go first.
     """
-
-    comparable = False
-    calibrated = True
 
     def statistic(self) -> StatisticType:
         return InputNorm

@@ -21,12 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.calibration import LayerMethod, Part, moved
+from compress.calibration import Part, moved
 from compress.quantization.folds import Call, Fold, Folds, find_folds
 from compress.quantization.gptq import Gptq, factorise, output_error, solve
-from compress.quantization.grid import BITS, IntFormat, Quantized, encode, fit_matrix, quantize, spread, stored
-from compress.quantization.methods import GRID, METHODS, requested
-from compress.quantization.rtn import Rtn, bits_per_weight, checked_weight, group_note, packed, relative_error
+from compress.quantization.grid import IntFormat, Quantized, encode, fit_matrix, quantize, spread, stored
+from compress.quantization.methods import METHODS, requested
+from compress.quantization.rtn import (
+    AffineQuantizer,
+    Rtn,
+    bits_per_weight,
+    checked_weight,
+    group_note,
+    packed,
+    relative_error,
+)
 from compress.records import LayerRecord
 from compress.statistics import Hessian, Statistic, StatisticType
 from models.errors import UserError, did_you_mean
@@ -71,7 +79,7 @@ class Chosen(NamedTuple):
 
 @METHODS.register("awq")
 @dataclass(frozen=True)
-class Awq(LayerMethod):
+class Awq(AffineQuantizer):
     """Activation-aware scales, then clipped ranges, then rounding.
 
     Args:
@@ -83,9 +91,6 @@ class Awq(LayerMethod):
     """
 
     calibrates: ClassVar[bool] = True
-    grid: ClassVar[tuple[str, ...]] = GRID
-    bits: ClassVar[tuple[int, ...]] = BITS
-    ends: ClassVar[tuple[int, ...]] = ()
     together: ClassVar[bool] = True  # maps that read one input are scaled as one, whatever the bits of each
 
     format: IntFormat = field(default_factory=lambda: IntFormat(symmetric=False))

@@ -20,10 +20,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.feedforward import FeedForward, GatedFeedForward
+from compress.experts import router_maps
+from models.attention.full import FullAttention
+from models.feedforward import DenseFeedForward
 from models.norms import AFTER
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative, of a branch that should not change
@@ -56,10 +57,9 @@ class Fold:
     def apply(self, scale: Tensor) -> None:
         """Divide the producers by `scale` (one a channel, fp32) and multiply the columns that read them."""
         for module in self.producers:
-            shape = (-1, *[1] * (module.weight.dim() - 1))
-            module.weight.copy_(module.weight.to(_wide(module.weight)) / scale.view(shape))
-            if getattr(module, "bias", None) is not None:
-                module.bias.copy_(module.bias.to(_wide(module.bias)) / scale)
+            for parameter in module.parameters(recurse=False):  # a weight, and a bias where there is one
+                shape = (-1, *[1] * (parameter.dim() - 1))
+                parameter.copy_(parameter.to(_wide(parameter)) / scale.view(shape))
         for module in (*self.consumers.values(), *self.carriers):
             module.weight.copy_(module.weight.to(_wide(module.weight)) * scale[self.channels])
 
@@ -106,7 +106,7 @@ class _Finder:
 
     def behind_norm(self, branch: str) -> None:
         """The maps of a branch that read its norm."""
-        module, norm = getattr(self.block, branch), getattr(self.block, f"{branch}_norm")
+        norm = getattr(self.block, f"{branch}_norm")
         maps = self._maps(branch)
         if self.block.norm_position in AFTER:
             reason = "it reads the residual stream itself: the norm stands behind the branch"
@@ -125,7 +125,8 @@ class _Finder:
             reason = f"the norm before it is a {type(norm).__name__}, of which no fold is known"
         if silent:
             reason = f"{silent[0]} read nothing on the calibration text"
-        carriers = tuple(maps[name] for name in readers if _is_router(module, name, f"{self.prefix}.{branch}."))
+        routers = {f"{self.prefix}.{branch}.{name}" for name in router_maps(getattr(self.block, branch))}
+        carriers = tuple(maps[name] for name in readers if name in routers)
         alien = [name for name in readers if name not in self.mine and maps[name] not in carriers]
         if alien:
             reason = f"{alien[0]}, which reads the same input, is not scaled with it"
@@ -142,24 +143,21 @@ class _Finder:
             self._values()
             return
         for path, module in self.block.feedforward.named_modules():
-            down = getattr(module, "down", None)
             name = ".".join(filter(None, (self.prefix, branch, path, "down")))
-            if not isinstance(down, nn.Linear) or name not in self.mine:
+            if not isinstance(module, DenseFeedForward) or name not in self.mine:
                 continue
-            scaling = isinstance(module, GatedFeedForward) or (
-                isinstance(module, FeedForward) and module.activation is F.relu
-            )
-            reason = "" if scaling else "the activation before it carries no scale through"
+            if not module.scales_with_up:
+                self.folds.refused[name] = "the activation before it carries no scale through"
+                continue
             up = name.removesuffix("down") + "up"
-            if not reason and up not in self.mine:
-                reason = f"{up}, which would carry it, is not scaled with it"
-            channels = torch.arange(down.in_features, device=down.weight.device)
-            self._take(Fold("up", branch, (module.up,), {name: down}, channels), reason)
+            reason = "" if up in self.mine else f"{up}, which would carry it, is not scaled with it"
+            channels = torch.arange(module.down.in_features, device=module.down.weight.device)
+            self._take(Fold("up", branch, (module.up,), {name: module.down}, channels), reason)
 
     def _values(self) -> None:
         attention, maps = self.block.attention, self._maps("attention")
         name = f"{self.prefix}.attention.o"
-        if name not in self.mine or not isinstance(getattr(attention, "o", None), nn.Linear):
+        if name not in self.mine:
             return
         values = [one for one in maps if one.rpartition(".")[2] in ("v", "v_global")]
         if not values:
@@ -253,13 +251,7 @@ def _value_channels(attention: nn.Module, values: int, inputs: int) -> Tensor | 
     """(inputs,) the channel of v that each input of o is a mixture of; None where the two do not go together."""
     if values == inputs:
         return torch.arange(inputs)
-    heads, groups = getattr(attention, "heads", None), getattr(attention, "kv_heads", None)
-    if not isinstance(heads, int) or not isinstance(groups, int) or values * heads != inputs * groups:
+    if not isinstance(attention, FullAttention) or values * attention.heads != inputs * attention.kv_heads:
         return None
-    width = inputs // heads
+    heads, groups, width = attention.heads, attention.kv_heads, inputs // attention.heads
     return torch.arange(values).view(groups, 1, width).expand(groups, heads // groups, width).reshape(-1)
-
-
-def _is_router(module: nn.Module, name: str, prefix: str) -> bool:
-    """Whether the map belongs to the router of a mixture of experts."""
-    return name.removeprefix(prefix).startswith("router.") and hasattr(module, "router")

@@ -10,18 +10,17 @@ N outputs, K inputs, B rows of x.
 
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import LayerMethod
 from compress.quantization.fp8_kernels import FP8, Fp8Format, Rows, ScaledMm, quantize_rows
-from compress.quantization.methods import METHODS, requested
+from compress.quantization.methods import METHODS, Quantizer, requested
 from compress.quantization.packed import PackedLinear
 from compress.quantization.rtn import bits_per_weight, checked_weight, relative_error
 from compress.records import LayerRecord
-from compress.statistics import Statistic, StatisticType
+from compress.statistics import Statistic
 from models.registry import read_dataclass
 
 
@@ -69,26 +68,17 @@ class Fp8Linear(PackedLinear):
 
 @METHODS.register("fp8")
 @dataclass(frozen=True)
-class Fp8(LayerMethod):
+class Fp8(Quantizer):
     """Round weights to 8-bit floats, one scale a row. Needs no data.
 
     Args:
         activations: `dynamic` rounds inputs to 8-bit floats as they come, `none` leaves them in 16 bits.
     """
 
-    calibrates: ClassVar[bool] = False
-    grid: ClassVar[tuple[str, ...]] = ()
-    bits: ClassVar[tuple[int, ...]] = ()
-    ends: ClassVar[tuple[int, ...]] = ()
-    together: ClassVar[bool] = False
-
     activations: str = "dynamic"
 
     def __post_init__(self) -> None:
         Fp8Format(self.activations)
-
-    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
-        return None
 
     def compress(self, name: str, module: nn.Module, statistic: Statistic | None) -> tuple[nn.Module, LayerRecord]:
         started = time.perf_counter()

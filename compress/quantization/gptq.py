@@ -21,10 +21,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import LayerMethod
-from compress.quantization.grid import BITS, CLIPS, IntFormat, MseClip, Quantized, encode, fit, fit_matrix, stored
-from compress.quantization.methods import GRID, METHODS, requested
+from compress.quantization.grid import CLIPS, IntFormat, MseClip, Quantized, encode, fit, fit_matrix, stored
+from compress.quantization.methods import METHODS, requested
 from compress.quantization.rtn import (
+    AffineQuantizer,
     Rtn,
     bits_per_weight,
     checked_weight,
@@ -59,7 +59,7 @@ class Factor(NamedTuple):
 
 @METHODS.register("gptq")
 @dataclass(frozen=True)
-class Gptq(LayerMethod):
+class Gptq(AffineQuantizer):
     """GPTQ with the Cholesky form and lazy blocks.
 
     Args:
@@ -73,10 +73,6 @@ class Gptq(LayerMethod):
     """
 
     calibrates: ClassVar[bool] = True
-    grid: ClassVar[tuple[str, ...]] = GRID
-    bits: ClassVar[tuple[int, ...]] = BITS
-    ends: ClassVar[tuple[int, ...]] = ()
-    together: ClassVar[bool] = False
 
     format: IntFormat = field(default_factory=IntFormat)
     clip: MseClip | None = field(default=None, metadata={"registry": CLIPS})

@@ -9,21 +9,20 @@ N outputs, K inputs, B rows of x.
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from compress.calibration import LayerMethod
 from compress.quantization import int8_kernels
 from compress.quantization.int8_kernels import ACTIVATIONS, Int8Format, Outliers, Rows
 from compress.quantization.kernels import Choice
-from compress.quantization.methods import METHODS, requested
+from compress.quantization.methods import METHODS, Quantizer, requested
 from compress.quantization.packed import PackedLinear
 from compress.quantization.rtn import bits_per_weight, checked_weight, relative_error
 from compress.records import LayerRecord
-from compress.statistics import Statistic, StatisticType
+from compress.statistics import Statistic
 from models.registry import read_dataclass
 
 
@@ -83,23 +82,14 @@ class _StraightThrough(torch.autograd.Function):
 
 @METHODS.register("int8")
 @dataclass(frozen=True)
-class Int8(LayerMethod):
+class Int8(Quantizer):
     """Round weights to 8 bits, one scale a row, and inputs as they come. Needs no data.
 
     Args:
         activations: `dynamic` (all inputs in 8 bits), or `outliers` (those from a `threshold` on stay in 16 bits).
     """
 
-    calibrates: ClassVar[bool] = False
-    grid: ClassVar[tuple[str, ...]] = ()
-    bits: ClassVar[tuple[int, ...]] = ()
-    ends: ClassVar[tuple[int, ...]] = ()
-    together: ClassVar[bool] = False
-
     activations: Any = field(default=Outliers(), metadata={"registry": ACTIVATIONS})
-
-    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
-        return None
 
     def compress(self, name: str, module: nn.Module, statistic: Statistic | None) -> tuple[nn.Module, LayerRecord]:
         started = time.perf_counter()

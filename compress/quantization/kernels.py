@@ -66,6 +66,7 @@ from compress.quantization.fp8_kernels import ScaledMm
 from compress.quantization.int8_kernels import BitsAndBytesInt8, IntMm
 from compress.quantization.int_kernels import INT8_CPU_ROWS, Int4Cpu, Int4Cuda, Int8
 from compress.quantization.nf4_kernels import Nf4Cpu, Nf4Cuda
+from models.forms import form_of
 
 
 class Kernel(Protocol):
@@ -151,6 +152,6 @@ def kernel_for(
     module: nn.Module, device: str | torch.device = "cpu", batch: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> Choice:
     """What `module` runs through on `device` for `batch` tokens at once; a dense module runs through `aten::linear`."""
-    if not hasattr(module, "choice"):
+    if form_of(module) is None:
         return Choice(None, "aten::linear", "dense weights")
     return module.choice(torch.device(device).type, batch, dtype)

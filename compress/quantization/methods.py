@@ -1,14 +1,18 @@
 """Quantization methods by name: one file a method, each registered here and chosen in YAML as `{kind: gptq, ...}`.
 
-To add a method, write a frozen dataclass of its numbers that is a `compress.calibration.LayerMethod` (every linear map
-by itself) or `Method` (a whole block, or the whole model first, in `prepare`), say what `Quantizer` lists, put
+To add a method, write a frozen dataclass of its options that is a `Quantizer` and overrides what differs from the
+defaults (`compress` for each linear layer by itself, `compress_block` for a block, `prepare` for the whole model), put
 `@METHODS.register("name")` above it and its module into `compress/quantization/__init__.py`: recipes can name it then.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
+from torch import Tensor, nn
+
+from compress.calibration import Batch, LayerMethod
+from compress.quantization.packed import Packed
 from models.errors import UserError
 from models.registry import Registry, dump_dataclass
 
@@ -16,13 +20,13 @@ METHODS = Registry("method", example="{kind: gptq, act_order: false}")
 GRID = ("bits", "group_size", "symmetric")
 
 
-class Quantizer(Protocol):
-    """What a registered class offers beside `compress.calibration.Method`: a frozen dataclass of the method's numbers.
+class Quantizer(LayerMethod):
+    """Base class of the registered methods, each a frozen dataclass of its options.
 
     Attributes:
         format: a frozen dataclass, `IntFormat` or another that has the names in `grid`; they are filled in from the
             options that stand beside the method and not in it, and what its default says holds where they are not
-            given. A method whose `grid` is empty needs none. Every other field is an option of the method itself.
+            given. None: `grid` is empty. Every other field is an option of the method itself.
         calibrates: whether it looks at calibration text.
         grid: which of `bits`, `group_size` and `symmetric` mean something to it; the others are refused when given.
         bits: the bits of a weight that it can be asked for; empty where it has no such number.
@@ -31,21 +35,50 @@ class Quantizer(Protocol):
             embedding token ids: of a tied one the method sees the `nn.Embedding`.
         together: whether the layers of a block are handed over at once whatever their numbers, each with its own
             instance in `Part.methods`; otherwise every instance gets the layers of its own numbers alone.
-        studies: whether `prepare` works something out that serves all instances of the class: it then also takes
-            `like`, an instance that has done it for this model and text, and `progress`, called with (done, in all).
-            A class that does not say does not.
+        shares: what the weights of a group have in common.
     """
 
-    format: Any
-    calibrates: ClassVar[bool]
-    grid: ClassVar[tuple[str, ...]]
-    bits: ClassVar[tuple[int, ...]]
-    ends: ClassVar[tuple[int, ...]]
-    together: ClassVar[bool]
-    studies: ClassVar[bool]
+    kind: ClassVar[str]
+    format: Any = None
+    calibrates: ClassVar[bool] = False
+    grid: ClassVar[tuple[str, ...]] = ()
+    bits: ClassVar[tuple[int, ...]] = ()
+    ends: ClassVar[tuple[int, ...]] = ()
+    together: ClassVar[bool] = False
+    shares: ClassVar[str] = "scale"
+
+    def prepare(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch] | None,
+        *,
+        like: Self | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """See `Method.prepare`.
+
+        Args:
+            like: an instance of the class that was prepared for this model and text: what it has computed serves all.
+            progress: called with (done, in all) where that takes long.
+        """
+
+    def stored_form(self, kind: type[nn.Module], shape: tuple[int, int]) -> Packed:
+        """The packed layer, on the meta device, in which a weight (N, K) of this shape is stored: its true bytes.
+
+        Args:
+            kind: `nn.Linear` or `nn.Embedding`.
+
+        Raises:
+            UserError: it is not known before the method has run.
+        """
+        raise UserError(f"how many bytes method {self.kind} takes is not known before it has run")
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """The weight (N, K) fp32 in the cheap form of the method, of which `stored_form` is known: no data."""
+        raise NotImplementedError
 
 
-def read_method(value: Any, where: str) -> Any:
+def read_method(value: Any, where: str) -> Quantizer:
     """The method that `NAME` or `{kind: NAME, ...its own options}` stands for.
 
     Raises:
@@ -59,7 +92,7 @@ def read_method(value: Any, where: str) -> Any:
     return METHODS.parse(value, where)
 
 
-def with_grid(method: Any, values: Mapping[str, Any], where: str = "") -> Any:
+def with_grid(method: Quantizer, values: Mapping[str, Any], where: str = "") -> Quantizer:
     """The method with `values` of `bits`, `group_size` and `symmetric` in its format.
 
     A group size of -1 is what other tools call `channel`.
@@ -87,32 +120,31 @@ def with_grid(method: Any, values: Mapping[str, Any], where: str = "") -> Any:
         raise UserError(f"{place}{error}") from None
 
 
-def grid_of(method: Any) -> dict[str, Any]:
+def grid_of(method: Quantizer) -> dict[str, Any]:
     """The values of `bits`, `group_size` and `symmetric` that the method has."""
     return {name: getattr(method.format, name) for name in method.grid}
 
 
-def own_options(method: Any) -> dict[str, Any]:
+def own_options(method: Quantizer) -> dict[str, Any]:
     """The options of the method itself, as plain JSON values."""
     names = {field.name for field in dataclasses.fields(method) if field.init} - {"format"}
     return {name: value for name, value in dump_dataclass(method).items() if name in names}
 
 
-def requested(method: Any) -> dict[str, Any]:
+def requested(method: Quantizer) -> dict[str, Any]:
     """What a method was asked for, as JSON values: the records' `requested`."""
-    form = dataclasses.asdict(method.format) if hasattr(method, "format") else {}
+    form = dataclasses.asdict(method.format) if method.format is not None else {}
     return {"method": method.kind, **form, **{name: _short(value) for name, value in own_options(method).items()}}
 
 
-def title_of(method: Any) -> str:
+def title_of(method: Quantizer) -> str:
     """The method in a few words: "GPTQ, 4 bits, groups of 64, act_order false"."""
     words, grid = [method.kind.upper()], grid_of(method)
     if "bits" in grid:
         words.append(f"{grid['bits']} bits")
     if "group_size" in grid:
         size = grid["group_size"]
-        shared = getattr(method, "shares", "scale")  # what the weights of a group have in common
-        whole = {"channel": f"a {shared} a row", "tensor": f"one {shared} a matrix"}
+        whole = {"channel": f"a {method.shares} a row", "tensor": f"one {method.shares} a matrix"}
         words.append(whole.get(size, f"groups of {size}"))
     usual = own_options(type(method)())
     for name, value in own_options(method).items():

@@ -13,14 +13,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import LayerMethod
 from compress.quantization import nf4_kernels
-from compress.quantization.methods import METHODS, requested
+from compress.quantization.methods import METHODS, Quantizer, requested
 from compress.quantization.nf4_kernels import OUTER, Absmax, Nf4Format
 from compress.quantization.packed import Packed, PackedEmbedding, PackedLinear
 from compress.quantization.rtn import bits_per_weight, checked_weight, relative_error
 from compress.records import LayerRecord
-from compress.statistics import Statistic, StatisticType
+from compress.statistics import Statistic
 from models.registry import read_dataclass
 
 
@@ -110,7 +109,7 @@ class Nf4Embedding(PackedEmbedding, PackedNf4):
 
 @METHODS.register("nf4")
 @dataclass(frozen=True)
-class Nf4(LayerMethod):
+class Nf4(Quantizer):
     """Round to the nearest level of NF4. Needs no data.
 
     Args:
@@ -118,20 +117,13 @@ class Nf4(LayerMethod):
         double_quantization: store those values in 8 bits too: 4.13 bits a weight instead of 4.5.
     """
 
-    calibrates: ClassVar[bool] = False
-    grid: ClassVar[tuple[str, ...]] = ()
-    bits: ClassVar[tuple[int, ...]] = ()
     ends: ClassVar[tuple[int, ...]] = (4,)
-    together: ClassVar[bool] = False
 
     block_size: int = 64
     double_quantization: bool = False
 
     def __post_init__(self) -> None:
         Nf4Format(self.block_size, self.double_quantization)
-
-    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
-        return None
 
     def compress(self, name: str, module: nn.Module, statistic: Statistic | None) -> tuple[nn.Module, LayerRecord]:
         started = time.perf_counter()

@@ -10,6 +10,7 @@ N outputs, K inputs, g weights of a block, n blocks, B rows of x.
 
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import version
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -238,8 +239,8 @@ class Nf4Cuda:
 
     def refuses(self, format: Nf4Format, rows: int, width: int) -> str:
         """See `kernels.Kernel`."""
-        known = missing() or hasattr(torch.ops.bitsandbytes, "gemm_4bit")
-        return missing() or ("" if known else "the NF4 kernel for CUDA needs bitsandbytes 0.50 or newer")
+        old = not missing() and tuple(map(int, version("bitsandbytes").split(".")[:2])) < (0, 50)
+        return missing() or ("the NF4 kernel for CUDA needs bitsandbytes 0.50 or newer" if old else "")
 
     def repack(self, packed: Tensor, absmax: Tensor, format: Nf4Format, shape: tuple[int, int]) -> Held:
         """Codes as stored, largest values (n,) fp32."""

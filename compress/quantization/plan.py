@@ -6,10 +6,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress.calibration import Batch, Method, Part, Progress, load_part, parts_of, walk
+from compress.calibration import Batch, Method, Part, Progress, parts_of, walk
 from compress.experts import apart
+from compress.quantization.methods import Quantizer
 from compress.records import LayerRecord
 from compress.skipped import left_out
 from compress.statistics import StatisticType
@@ -19,7 +20,7 @@ from models.forms import described, form_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Method):
     """One method for the linear maps of the blocks, others for those that a pattern names, and for the two ends.
 
     Args:
@@ -31,13 +32,13 @@ class Plan:
         studying: called with (done, in all) while methods that do so study the whole model before the first block.
     """
 
-    method: Method | None
-    overrides: Mapping[str, Method | None] = field(default_factory=dict)
-    embedding: Method | None = None
-    head: Method | None = None
+    method: Quantizer | None
+    overrides: Mapping[str, Quantizer | None] = field(default_factory=dict)
+    embedding: Quantizer | None = None
+    head: Quantizer | None = None
     studying: Callable[[int, int], None] | None = None
 
-    def choose(self, name: str) -> tuple[Method | None, str]:
+    def choose(self, name: str) -> tuple[Quantizer | None, str]:
         """The method for the module `name`, and the reason where it is None."""
         for pattern in reversed(self.overrides):
             if fnmatchcase(name, pattern):
@@ -57,16 +58,13 @@ class Plan:
     def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
         """Raise UserError for a pattern that matches no layer; let every method look at the model.
 
-        What one instance of a class has studied is handed to the others.
+        What one instance of a class has computed is handed to the others.
         """
         names = self.check_patterns(model)
-        ready: dict[type, Method] = {}
+        ready: dict[type, Quantizer] = {}
         for method in _distinct([self.choose(name)[0] for name in names]):
-            if getattr(method, "studies", False):
-                method.prepare(model, batches, like=ready.get(type(method)), progress=self.studying)
-                ready[type(method)] = method
-            else:
-                method.prepare(model, batches)
+            method.prepare(model, batches, like=ready.get(type(method)), progress=self.studying)
+            ready[type(method)] = method
 
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
         """What the method of this module asks for."""
@@ -88,36 +86,32 @@ class Plan:
                 part.report(records[name])
         return [records[name] for name in part.linears]
 
-    def restore_block(self, part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
-        """Install the stored forms, then the tensors."""
-        load_part(part, state, forms)
 
-
-def _distinct(methods: Sequence[Method | None]) -> list[Method]:
-    found: list[Method] = []
+def _distinct(methods: Sequence[Quantizer | None]) -> list[Quantizer]:
+    found: list[Quantizer] = []
     for method in methods:
         if method is not None and not any(method is other for other in found):
             found.append(method)
     return found
 
 
-def _groups(methods: Mapping[str, Method]) -> list[list[str]]:
+def _groups(methods: Mapping[str, Quantizer]) -> list[list[str]]:
     """The layers that are handed over at once, by name; methods that treat them together come first."""
     groups: dict[Any, list[str]] = {}
     for name, method in methods.items():
-        together = getattr(method, "together", False)
-        groups.setdefault((not together, type(method) if together else id(method)), []).append(name)
+        key = not method.together, type(method) if method.together else id(method)
+        groups.setdefault(key, []).append(name)
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
 def quantize_model(
     model: nn.Module,
-    method: Method | None,
+    method: Quantizer | None,
     batches: Sequence[Batch] | None = None,
     *,
-    overrides: Mapping[str, Method | None] | None = None,
-    embedding: Method | None = None,
-    head: Method | None = None,
+    overrides: Mapping[str, Quantizer | None] | None = None,
+    embedding: Quantizer | None = None,
+    head: Quantizer | None = None,
     store: Store | None = None,
     progress: Callable[[Progress], None] | None = None,
     device: torch.device | str | None = None,

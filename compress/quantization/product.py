@@ -15,13 +15,13 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.calibration import Batch, LayerMethod, Part, parts_of
+from compress.calibration import Batch, Part, parts_of
 from compress.quantization.codebook import (
     CODEWORD,
     Codewords,
@@ -31,7 +31,7 @@ from compress.quantization.codebook import (
     ProductLinear,
 )
 from compress.quantization.gptq import output_error
-from compress.quantization.methods import METHODS, requested
+from compress.quantization.methods import METHODS, Quantizer, requested
 from compress.quantization.rtn import checked_weight, relative_error
 from compress.quantization.tuning import TUNINGS, BlockTuning, tune_block
 from compress.quantization.vectors import arrange, assign, cluster, update
@@ -60,7 +60,7 @@ class Indices:
 
 @METHODS.register("product")
 @dataclass(frozen=True)
-class ProductQuantization(LayerMethod):
+class ProductQuantization(Quantizer):
     """Product quantization.
 
     Args:
@@ -78,7 +78,6 @@ class ProductQuantization(LayerMethod):
     grid: ClassVar[tuple[str, ...]] = ("bits", "group_size")
     bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
     ends: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
-    together: ClassVar[bool] = False
     shares: ClassVar[str] = "codebook"
 
     format: Indices = field(default_factory=Indices)
@@ -93,7 +92,7 @@ class ProductQuantization(LayerMethod):
     def __post_init__(self) -> None:
         ProductFormat(vector=1 if self.vector is None else self.vector, codewords=self.codewords)
 
-    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
+    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None, **shared: Any) -> None:
         form = self.asked()
         shapes = [module.weight.shape for part in parts_of(model) for module in part.linears.values()]
         most = max((rows * form.vectors(width) for rows, width in shapes), default=form.codewords)

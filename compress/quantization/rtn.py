@@ -4,20 +4,37 @@ import time
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from compress.calibration import LayerMethod
 from compress.quantization.grid import BITS, CLIPS, IntFormat, MseClip, Quantized, quantize
 from compress.quantization.linear import PackedInt, PackedIntEmbedding, PackedIntLinear
-from compress.quantization.methods import GRID, METHODS, requested
+from compress.quantization.methods import GRID, METHODS, Quantizer, requested
 from compress.records import LayerRecord
-from compress.statistics import Statistic, StatisticType
+from compress.statistics import Statistic
 from models.errors import UserError
+
+
+class AffineQuantizer(Quantizer):
+    """Base class of the methods that round to affine grids: `format` says which, `clip` how a range is fitted."""
+
+    grid: ClassVar[tuple[str, ...]] = GRID
+    bits: ClassVar[tuple[int, ...]] = BITS
+
+    format: IntFormat
+    clip: MseClip | None = None
+
+    def stored_form(self, kind: type[nn.Module], shape: tuple[int, int]) -> PackedInt:
+        with torch.device("meta"):
+            return (PackedIntEmbedding if issubclass(kind, nn.Embedding) else PackedIntLinear)(*shape, self.format)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        return quantize(weight, self.format, self.clip).dequantize()
 
 
 @METHODS.register("rtn")
 @dataclass(frozen=True)
-class Rtn(LayerMethod):
+class Rtn(AffineQuantizer):
     """Round-to-nearest.
 
     Args:
@@ -25,17 +42,10 @@ class Rtn(LayerMethod):
         clip: search for a smaller range with less squared error, or nothing for the full range.
     """
 
-    calibrates: ClassVar[bool] = False
-    grid: ClassVar[tuple[str, ...]] = GRID
-    bits: ClassVar[tuple[int, ...]] = BITS
     ends: ClassVar[tuple[int, ...]] = BITS
-    together: ClassVar[bool] = False
 
     format: IntFormat = field(default_factory=IntFormat)
     clip: MseClip | None = field(default=None, metadata={"registry": CLIPS})
-
-    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
-        return None
 
     def compress(self, name: str, module: nn.Module, statistic: Statistic | None) -> tuple[nn.Module, LayerRecord]:
         started = time.perf_counter()

@@ -23,12 +23,8 @@ from torch import Tensor, nn
 
 from compress.calibration import Batch, Chain, parts_of
 from compress.experts import apart
-from compress.quantization.grid import IntFormat, quantize
-from compress.quantization.linear import PackedIntEmbedding, PackedIntLinear
-from compress.quantization.lookup import LookupEmbedding, LookupFormat, LookupLinear, StoredLookup
-from compress.quantization.packed import Packed
+from compress.quantization.methods import Quantizer
 from compress.quantization.rtn import checked_weight
-from compress.quantization.squeezellm import squeeze
 from compress.store import Store
 from models.errors import UserError
 
@@ -50,7 +46,7 @@ class Unit:
     name: str
     members: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
-    methods: Mapping[int, Any]
+    methods: Mapping[int, Quantizer]
 
     @property
     def weights(self) -> int:
@@ -60,12 +56,12 @@ class Unit:
     def bytes(self) -> dict[int, int]:
         """Bits -> the bytes that its weights take on disk, with scales, zeros, tables and padding."""
         return {
-            bits: sum(stored_form(nn.Linear, shape, method).stored_bytes() for shape in self.shapes)
+            bits: sum(method.stored_form(nn.Linear, shape).stored_bytes() for shape in self.shapes)
             for bits, method in self.methods.items()
         }
 
 
-def units_of(model: nn.Module, methods: Callable[[str], Mapping[int, Any] | None]) -> list[Unit]:
+def units_of(model: nn.Module, methods: Callable[[str], Mapping[int, Quantizer] | None]) -> list[Unit]:
     """The units of a model whose experts are apart, in its order.
 
     Args:
@@ -89,35 +85,6 @@ def units_of(model: nn.Module, methods: Callable[[str], Mapping[int, Any] | None
             shapes = tuple(tuple(model.get_submodule(name).weight.shape) for name in members)
             units.append(Unit(pattern, tuple(members), shapes, chosen))
     return units
-
-
-def stored_form(kind: type[nn.Module], shape: tuple[int, int], method: Any) -> Packed:
-    """The packed layer, on the meta device, in which the method stores a weight of this shape: its true bytes.
-
-    Args:
-        kind: `nn.Linear` or `nn.Embedding`.
-
-    Raises:
-        UserError: the method's stored form is not known before it has run.
-    """
-    embedding = issubclass(kind, nn.Embedding)
-    form, count = getattr(method, "format", None), shape[0] * shape[1]
-    with torch.device("meta"):
-        if isinstance(form, IntFormat):
-            return (PackedIntEmbedding if embedding else PackedIntLinear)(*shape, form)
-        if isinstance(form, LookupFormat):
-            sparse = round(method.sensitive * count) + round(method.outliers * count)
-            tables = StoredLookup(form.bits, form.dtype, sparse)
-            return (LookupEmbedding if embedding else LookupLinear)(*shape, tables)
-    raise UserError(f"how many bytes method {method.kind} takes is not known before it has run")
-
-
-def rounded(weight: Tensor, method: Any) -> Tensor:
-    """The weight (N, K) fp32 in the cheap form of a method: the nearest values, no data."""
-    form = method.format
-    if isinstance(form, IntFormat):
-        return quantize(weight, form, getattr(method, "clip", None)).dequantize()
-    return squeeze(weight, torch.ones_like(weight), form, method.sensitive, method.outliers).dequantize()
 
 
 @torch.no_grad()
@@ -174,13 +141,13 @@ def _unit(model: nn.Module, unit: Unit, block: int, chain: Chain, whole: list[Te
 
 
 @contextmanager
-def _replaced(model: nn.Module, unit: Unit, method: Any) -> Iterator[None]:
+def _replaced(model: nn.Module, unit: Unit, method: Quantizer) -> Iterator[None]:
     """The unit's weights rounded, for as long as this lasts."""
     modules = [model.get_submodule(name) for name in unit.members]
     before = [module.weight.data for module in modules]
     try:
         for name, module in zip(unit.members, modules, strict=True):
-            module.weight.data = rounded(checked_weight(name, module), method).to(module.weight.dtype)
+            module.weight.data = method.nearest(checked_weight(name, module)).to(module.weight.dtype)
         yield
     finally:
         for module, weight in zip(modules, before, strict=True):

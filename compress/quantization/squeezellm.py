@@ -18,20 +18,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, LayerMethod, parts_of
+from compress.calibration import Batch, parts_of
 from compress.quantization.fisher import fisher
 from compress.quantization.kmeans import assign, kmeans
-from compress.quantization.lookup import BITS, DTYPES, Looked, LookupEmbedding, LookupFormat, LookupLinear, Sparse
-from compress.quantization.methods import METHODS, requested
+from compress.quantization.lookup import (
+    BITS,
+    DTYPES,
+    Looked,
+    Lookup,
+    LookupEmbedding,
+    LookupFormat,
+    LookupLinear,
+    Sparse,
+    StoredLookup,
+)
+from compress.quantization.methods import METHODS, Quantizer, requested
 from compress.quantization.rtn import bits_per_weight, checked_weight, relative_error
 from compress.records import LayerRecord
-from compress.statistics import Statistic, StatisticType
+from compress.statistics import Statistic
 from models.errors import UserError
 
 
 @METHODS.register("squeezellm")
 @dataclass(frozen=True)
-class SqueezeLlm(LayerMethod):
+class SqueezeLlm(Quantizer):
     """Weighted k-means of each row, and the weights that matter most as they are.
 
     Args:
@@ -45,8 +55,6 @@ class SqueezeLlm(LayerMethod):
     grid: ClassVar[tuple[str, ...]] = ("bits",)
     bits: ClassVar[tuple[int, ...]] = BITS
     ends: ClassVar[tuple[int, ...]] = BITS
-    together: ClassVar[bool] = False
-    studies: ClassVar[bool] = True
 
     format: LookupFormat = field(default_factory=LookupFormat)
     sensitive: float = 0.0005
@@ -81,8 +89,15 @@ class SqueezeLlm(LayerMethod):
         names = [name for part in parts_of(model) for name in part.linears]
         object.__setattr__(self, "_fisher", fisher(model, batches, names, progress))  # not cleared: others may hold it
 
-    def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
-        return None
+    def stored_form(self, kind: type[nn.Module], shape: tuple[int, int]) -> Lookup:
+        count = shape[0] * shape[1]
+        sparse = round(self.sensitive * count) + round(self.outliers * count)
+        tables = StoredLookup(self.format.bits, self.format.dtype, sparse)
+        with torch.device("meta"):
+            return (LookupEmbedding if issubclass(kind, nn.Embedding) else LookupLinear)(*shape, tables)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        return squeeze(weight, torch.ones_like(weight), self.format, self.sensitive, self.outliers).dequantize()
 
     def compress(self, name: str, module: nn.Module, statistic: Statistic | None) -> tuple[nn.Module, LayerRecord]:
         started = time.perf_counter()

@@ -54,11 +54,13 @@ class RouterSpec(Protocol):
         per_token: whether the experts of a token, in evaluation, depend on that token alone. Where not, neither packing
             nor the other tokens of the row leave a token as it is.
         estimates_load: whether it fills in `Routing.load`.
+        groups: of experts, of which a token is given some; 1: it chooses among all experts.
     """
 
     directions: tuple[str, ...]
     per_token: bool
     estimates_load: bool
+    groups: int
 
     def check(self, count: int, top_k: int) -> None:
         """Raise UserError where the router cannot choose `top_k` of `count` experts."""
@@ -79,6 +81,7 @@ class TopKSpec:
     directions = ("causal", "bidirectional")
     per_token = True
     estimates_load = False
+    groups = 1
 
     def check(self, count: int, top_k: int) -> None:
         pass

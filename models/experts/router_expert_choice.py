@@ -28,6 +28,7 @@ class ExpertChoice:
     )
     per_token = False
     estimates_load = False
+    groups = 1
 
     def check(self, count: int, top_k: int) -> None:
         pass

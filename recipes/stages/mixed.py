@@ -15,7 +15,7 @@ from compress.quantization.grid import IntFormat
 from compress.quantization.lookup import LookupFormat
 from compress.quantization.methods import METHODS
 from compress.quantization.plan import Plan
-from compress.quantization.sensitivity import Unit, measure, stored_form, units_of
+from compress.quantization.sensitivity import Unit, measure, units_of
 from compress.store import FolderStore
 from models.errors import UserError
 from models.transformer import Transformer
@@ -233,11 +233,11 @@ def _fixed(model: Transformer, plan: Plan, units: Sequence[Unit]) -> int:
         for name, module in part.linears.items():
             method = plan.choose(name)[0]
             if method is not None:
-                packed[name] = stored_form(type(module), tuple(module.weight.shape), method)
+                packed[name] = method.stored_form(type(module), tuple(module.weight.shape))
     for unit in units:
         largest = unit.methods[max(unit.methods)]
         packed |= {
-            name: stored_form(type(model.get_submodule(name)), shape, largest)
+            name: largest.stored_form(type(model.get_submodule(name)), shape)
             for name, shape in zip(unit.members, unit.shapes, strict=True)
         }
     own = sum(packed[name].stored_bytes() for unit in units for name in unit.members)

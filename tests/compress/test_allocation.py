@@ -15,7 +15,7 @@ from compress.quantization.allocation import allocate, file_bytes, read_bytes
 from compress.quantization.grid import IntFormat
 from compress.quantization.lookup import LookupFormat
 from compress.quantization.plan import quantize_model
-from compress.quantization.sensitivity import divergence, measure, rounded, stored_form, units_of
+from compress.quantization.sensitivity import divergence, measure, units_of
 from compress.store import FolderStore
 from models import folder
 from models.config import ModelConfig
@@ -153,11 +153,11 @@ def test_bytes_are_those_of_the_file(kind, form, architecture, tmp_path):
         units = units_of(model, lambda name: shared)
         given = {unit.name: bits[index % 3] for index, unit in enumerate(units)}
         packed = {
-            name: stored_form(nn.Linear, shape, shared[given[unit.name]])
+            name: shared[given[unit.name]].stored_form(nn.Linear, shape)
             for unit in units
             for name, shape in zip(unit.members, unit.shapes, strict=True)
         }
-        packed["embedding"] = stored_form(nn.Embedding, (48, 24), end)
+        packed["embedding"] = end.stored_form(nn.Embedding, (48, 24))
         predicted = file_bytes(model, packed)
     overrides = {name: shared[b] for name, b in given.items()}
     quantize_model(model, None, text(), overrides=overrides, embedding=end)
@@ -197,10 +197,10 @@ def test_an_interrupted_measurement_goes_on_at_the_layer(tmp_path, monkeypatch):
 def test_the_cheap_form_of_gptq_rounds_on_its_grid():
     weight = torch.randn(6, 20)
     for kind in (Rtn, Gptq):
-        near = rounded(weight, kind(IntFormat(3, 8, False)))
+        near = kind(IntFormat(3, 8, False)).nearest(weight)
         assert near.shape == weight.shape
         assert all(len(row[:8].unique()) <= 8 for row in near)
-    table = rounded(weight, SqueezeLlm(LookupFormat(2), sensitive=0, outliers=0))
+    table = SqueezeLlm(LookupFormat(2), sensitive=0, outliers=0).nearest(weight)
     assert all(len(row.unique()) <= 4 for row in table)
 
 
