@@ -91,7 +91,7 @@ class Awq(AffineQuantizer):
     """
 
     calibrates: ClassVar[bool] = True
-    together: ClassVar[bool] = True  # maps that read one input are scaled as one, whatever the bits of each
+    joint: ClassVar[bool] = True  # maps that read one input are scaled as one, whatever the bits of each
 
     format: IntFormat = field(default_factory=lambda: IntFormat(symmetric=False))
     steps: int = 20

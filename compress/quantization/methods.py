@@ -30,10 +30,10 @@ class Quantizer(LayerMethod):
         calibrates: whether it looks at calibration text.
         grid: which of `bits`, `group_size` and `symmetric` mean something to it; the others are refused when given.
         bits: the bits of a weight that it can be asked for; empty where it has no such number.
-        ends: the bits at which it does the token embedding and the head itself, with what `grid` takes; at other bits,
-            and for a method that leaves this empty, the two are rounded to nearest. A head reads hidden states, an
-            embedding token ids: of a tied one the method sees the `nn.Embedding`.
-        together: whether the layers of a block are handed over at once whatever their numbers, each with its own
+        embedding_bits: the bits at which it does the token embedding and the head itself, with what `grid` takes; at
+            other bits, and for a method that leaves this empty, the two are rounded to nearest. A head reads hidden
+            states, an embedding token ids: of a tied one the method sees the `nn.Embedding`.
+        joint: whether the layers of a block are handed over at once whatever their numbers, each with its own
             instance in `Part.methods`; otherwise every instance gets the layers of its own numbers alone.
         shares: what the weights of a group have in common.
     """
@@ -43,8 +43,8 @@ class Quantizer(LayerMethod):
     calibrates: ClassVar[bool] = False
     grid: ClassVar[tuple[str, ...]] = ()
     bits: ClassVar[tuple[int, ...]] = ()
-    ends: ClassVar[tuple[int, ...]] = ()
-    together: ClassVar[bool] = False
+    embedding_bits: ClassVar[tuple[int, ...]] = ()
+    joint: ClassVar[bool] = False
     shares: ClassVar[str] = "scale"
 
     def prepare(

@@ -117,7 +117,7 @@ class Nf4(Quantizer):
         double_quantization: store those values in 8 bits too: 4.13 bits a weight instead of 4.5.
     """
 
-    ends: ClassVar[tuple[int, ...]] = (4,)
+    embedding_bits: ClassVar[tuple[int, ...]] = (4,)
 
     block_size: int = 64
     double_quantization: bool = False

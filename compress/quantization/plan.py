@@ -99,7 +99,7 @@ def _groups(methods: Mapping[str, Quantizer]) -> list[list[str]]:
     """The layers that are handed over at once, by name; methods that treat them together come first."""
     groups: dict[Any, list[str]] = {}
     for name, method in methods.items():
-        key = not method.together, type(method) if method.together else id(method)
+        key = not method.joint, type(method) if method.joint else id(method)
         groups.setdefault(key, []).append(name)
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 

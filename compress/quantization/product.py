@@ -77,7 +77,7 @@ class ProductQuantization(Quantizer):
     calibrates: ClassVar[bool] = True
     grid: ClassVar[tuple[str, ...]] = ("bits", "group_size")
     bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
-    ends: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
+    embedding_bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
     shares: ClassVar[str] = "codebook"
 
     format: Indices = field(default_factory=Indices)

@@ -42,7 +42,7 @@ class Rtn(AffineQuantizer):
         clip: search for a smaller range with less squared error, or nothing for the full range.
     """
 
-    ends: ClassVar[tuple[int, ...]] = BITS
+    embedding_bits: ClassVar[tuple[int, ...]] = BITS
 
     format: IntFormat = field(default_factory=IntFormat)
     clip: MseClip | None = field(default=None, metadata={"registry": CLIPS})

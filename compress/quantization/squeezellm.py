@@ -54,7 +54,7 @@ class SqueezeLlm(Quantizer):
     calibrates: ClassVar[bool] = True
     grid: ClassVar[tuple[str, ...]] = ("bits",)
     bits: ClassVar[tuple[int, ...]] = BITS
-    ends: ClassVar[tuple[int, ...]] = BITS
+    embedding_bits: ClassVar[tuple[int, ...]] = BITS
 
     format: LookupFormat = field(default_factory=LookupFormat)
     sensitive: float = 0.0005

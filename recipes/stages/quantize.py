@@ -98,7 +98,7 @@ class Quantize(Stage[options.Quantize]):
         """
         if bits == FULL:
             return None
-        if bits in self.method.ends:
+        if bits in self.method.embedding_bits:
             return self.shared(with_grid(self.method, {"bits": bits} if "bits" in self.method.grid else {}, where))
         grid = {"bits": bits, **({"group_size": "channel", "symmetric": True} if bits == 8 else {})}
         return self.shared(with_grid(self.like_the_rest(Rtn(), where), grid, where))
