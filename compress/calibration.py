@@ -45,20 +45,20 @@ class Progress(NamedTuple):
 
 
 @dataclass
-class Part:
+class BlockStep:
     """What is compressed in one step: a block, or the embedding and head.
 
     Attributes:
         index: 0 for the first block; the number of blocks for embedding and head.
         model: the whole model; set a module by its full name with `replace`.
-        prefixes: the modules that make up this part, by their full names, e.g. `("blocks.3",)`.
-        linears: full name -> `nn.Linear` or `nn.Embedding` in this part, in the order of the model.
+        prefixes: the modules that make up this step, by their full names, e.g. `("blocks.3",)`.
+        linears: full name -> `nn.Linear` or `nn.Embedding` in this step, in the order of the model.
         statistics: full name -> what was gathered at that module's input; maps that read one input share it.
-        inputs: hidden states (B, T, D) that enter the part, one tensor a batch; empty when nothing asked for data.
+        inputs: hidden states (B, T, D) that enter the step, one tensor a batch; empty when nothing asked for data.
         contexts: what `Transformer.embed` gave beside each of them: `module(inputs[i], contexts[i])` runs a block.
         load: which experts of the block the calibration tokens went to; None where it has none, or no data was run.
-        methods: full name -> the method chosen for it, where several share the part and one is handed all of it.
-        extras: tensors, by name, that the method wants kept with this part; there again in `restore_block`.
+        methods: full name -> the method chosen for it, where several share the step and one is handed all of it.
+        extras: tensors, by name, that the method wants kept with this step; there again in `restore_block`.
     """
 
     index: int
@@ -75,7 +75,7 @@ class Part:
 
     @property
     def module(self) -> nn.Module:
-        """The block, or the whole model for the last part."""
+        """The block, or the whole model for the last step."""
         return self.model.get_submodule(self.prefixes[0]) if len(self.prefixes) == 1 else self.model
 
     def replace(self, name: str, module: nn.Module) -> None:
@@ -83,7 +83,7 @@ class Part:
         self.model.set_submodule(name, module, strict=True)
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors of this part under their names in the model's state dict."""
+        """The tensors of this step under their names in the model's state dict."""
         return {
             f"{prefix}.{name}": tensor
             for prefix in self.prefixes
@@ -91,7 +91,7 @@ class Part:
         }
 
     def forms(self) -> dict[str, dict[str, Any]]:
-        """The stored forms in this part: module name -> spec."""
+        """The stored forms in this step: module name -> spec."""
         return {
             f"{prefix}.{name}" if name else prefix: spec
             for prefix in self.prefixes
@@ -110,12 +110,12 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def compress_block(self, part: Part) -> list[LayerRecord]:
-        """Change the part in place: one record for every one of `part.linears`; call `part.report` with each."""
+    def compress_block(self, step: BlockStep) -> list[LayerRecord]:
+        """Change the step in place: one record for every one of `step.linears`; call `step.report` with each."""
 
-    def restore_block(self, part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
-        """Bring a part into the state in which `compress_block` left it in an earlier run: tensors and stored forms."""
-        load_part(part, state, forms)
+    def restore_block(self, step: BlockStep, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
+        """Bring a step into the state in which `compress_block` left it in an earlier run: tensors and stored forms."""
+        load_step(step, state, forms)
 
 
 class LayerMethod(Method):
@@ -131,42 +131,42 @@ class LayerMethod(Method):
         record, `skipped` with its reason when it was left alone.
         """
 
-    def compress_block(self, part: Part) -> list[LayerRecord]:
-        """`compress` every linear map of the part in turn."""
+    def compress_block(self, step: BlockStep) -> list[LayerRecord]:
+        """`compress` every linear map of the step in turn."""
         records = []
-        for name, module in part.linears.items():
-            new, record = self.compress(name, module, part.statistics.get(name))
+        for name, module in step.linears.items():
+            new, record = self.compress(name, module, step.statistics.get(name))
             if new is not None:
-                part.replace(name, new)
+                step.replace(name, new)
             records.append(record)
-            part.report(record)
+            step.report(record)
         return records
 
 
-def load_part(part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
-    """Install stored forms, then tensors, in a part whose dense modules have the shapes that they had when saved."""
-    device = next(part.model.parameters()).device
+def load_step(step: BlockStep, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
+    """Install stored forms, then tensors, in a step whose dense modules have the shapes that they had when saved."""
+    device = next(step.model.parameters()).device
     with torch.device("meta"):
-        install(part.model, forms)
-    for prefix in part.prefixes:
+        install(step.model, forms)
+    for prefix in step.prefixes:
         own = {name[len(prefix) + 1 :]: t.to(device) for name, t in state.items() if name.startswith(prefix + ".")}
-        part.model.get_submodule(prefix).load_state_dict(own, assign=True)
+        step.model.get_submodule(prefix).load_state_dict(own, assign=True)
 
 
-def parts_of(model: nn.Module) -> list[Part]:
+def steps_of(model: nn.Module) -> list[BlockStep]:
     """The blocks of a `Transformer` in their order, then embedding and head; routers are no part of any."""
-    parts = []
+    steps = []
     for index, block in enumerate(model.blocks):
         name = f"blocks.{index}"
         apart = router_maps(block)
         maps = {child: m for child, m in block.named_modules() if isinstance(m, nn.Linear) and child not in apart}
         linears = {f"{name}.{child}": m for child, m in maps.items()}
-        parts.append(Part(index, model, (name,), linears))
+        steps.append(BlockStep(index, model, (name,), linears))
     ends = {name: getattr(model, name) for name in ("embedding", "head")}
     present = tuple(name for name, module in ends.items() if module is not None)
     linears = {name: ends[name] for name in present if isinstance(ends[name], nn.Linear | nn.Embedding)}
-    parts.append(Part(len(parts), model, (*present, "norm"), linears))
-    return parts
+    steps.append(BlockStep(len(steps), model, (*present, "norm"), linears))
+    return steps
 
 
 class Chain:
@@ -213,47 +213,47 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _wanted(method: Method, part: Part) -> dict[str, StatisticType]:
+def _wanted(method: Method, step: BlockStep) -> dict[str, StatisticType]:
     """Which statistic at which map. An embedding reads token ids: only as a tied head has it an input to look at."""
     kinds = {}
-    for name, module in part.linears.items():
-        if isinstance(module, nn.Linear) or part.model.head is None:
+    for name, module in step.linears.items():
+        if isinstance(module, nn.Linear) or step.model.head is None:
             kinds[name] = method.statistic(name, module)
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
-def _pass(part: Part, observer: Observer, chain: Chain) -> None:
+def _pass(step: BlockStep, observer: Observer, chain: Chain) -> None:
     """Take every batch through a block; experts that were given too few tokens take more."""
-    load = part.load
-    with observer.watching(part.linears), load.counting(observer.real) if load else nullcontext():
-        chain.run(part.module, keep=False, begin=lambda i: observer.begin(chain.valid[i]))
+    load = step.load
+    with observer.watching(step.linears), load.counting(observer.real) if load else nullcontext():
+        chain.run(step.module, keep=False, begin=lambda i: observer.begin(chain.valid[i]))
     if load is None:
         return
-    further = load.further(lambda begin: chain.run(part.module, keep=False, begin=begin))
-    with observer.watching(part.linears), chain.casting():
+    further = load.further(lambda begin: chain.run(step.module, keep=False, begin=begin))
+    with observer.watching(step.linears), chain.casting():
         for expert, x in further.items():  # x (n, D)
             observer.begin(None)
             with suppress(Enough):
                 load.experts[expert](x)
 
 
-def _gather(part: Part, kinds: dict[str, StatisticType], chain: Chain) -> None:
-    last = part.module is part.model
-    observer = Observer(kinds, chain.device, None if last else part.module.depth)
-    part.inputs, part.contexts = chain.inputs, chain.contexts
+def _gather(step: BlockStep, kinds: dict[str, StatisticType], chain: Chain) -> None:
+    last = step.module is step.model
+    observer = Observer(kinds, chain.device, None if last else step.module.depth)
+    step.inputs, step.contexts = chain.inputs, chain.contexts
     if last:
 
         def observe(x: Tensor, context: Any) -> Tensor:
-            hidden = part.model.finish(x)  # (B, T, D)
+            hidden = step.model.finish(x)  # (B, T, D)
             for name in kinds:
                 observer.take(name, hidden)
             return hidden
 
         chain.run(observe, keep=False, begin=lambda i: observer.begin(chain.valid[i]))
     else:
-        _pass(part, observer, chain)
-    part.statistics = observer.statistics
-    for name, statistic in part.statistics.items():
+        _pass(step, observer, chain)
+    step.statistics = observer.statistics
+    for name, statistic in step.statistics.items():
         if not statistic.finite():
             raise UserError(
                 f"the inputs of {name} hold NaN or infinity on the calibration text: "
@@ -279,8 +279,8 @@ def walk(
         model: a `Transformer`; left in evaluation mode, as dropout must be off while it is looked at.
         method: what to gather and what to do.
         batches: calibration tokens; may be None for a method that asks for no statistic.
-        store: where finished parts are kept. With a store that an interrupted run of the same settings has left, the
-            finished parts are restored and the end result is the same to the bit.
+        store: where finished steps are kept. With a store that an interrupted run of the same settings has left, the
+            finished steps are restored and the end result is the same to the bit.
         progress: called after every layer.
         device: where blocks run, one at a time; by default where the model is. The rest stays where it is.
         autocast: dtype in which the calibration forward passes compute their matrix products; by default the model's.
@@ -291,57 +291,57 @@ def walk(
     """
     model.eval()
     method.prepare(model, batches)
-    parts = parts_of(model)
-    kinds = [_wanted(method, part) for part in parts]
-    last = max((i for i, kind in enumerate(kinds) if kind), default=-1)  # the last part that needs to see data
+    steps = steps_of(model)
+    kinds = [_wanted(method, step) for step in steps]
+    last = max((i for i, kind in enumerate(kinds) if kind), default=-1)  # the last step that needs to see data
     if last >= 0 and batches is None:
         raise UserError("this method calibrates: give it text (data, samples, sequence_length)")
     home = next(model.parameters()).device
     chain = Chain(model, batches, torch.device(device or home), autocast) if last >= 0 else None
-    done, records = _resume(parts, method, store, chain, last)
-    for part, kind in zip(parts[done:], kinds[done:], strict=True):
-        _announce(part, len(parts), progress)
-        blocklike = part.module is not model
-        part.module.to(chain.device if chain and blocklike else home)
+    done, records = _resume(steps, method, store, chain, last)
+    for step, kind in zip(steps[done:], kinds[done:], strict=True):
+        _announce(step, len(steps), progress)
+        blocklike = step.module is not model
+        step.module.to(chain.device if chain and blocklike else home)
         if kind:
-            part.load = load_of(part.module, part.prefixes[0], kind, minimum_tokens) if blocklike else None
-            _gather(part, kind, chain)
-        new = method.compress_block(part)
-        new = part.load.noted(new) if part.load else new
-        if part.index < last:
-            chain.run(part.module, keep=True, begin=lambda i: None)
-        part.module.to(home)
+            step.load = load_of(step.module, step.prefixes[0], kind, minimum_tokens) if blocklike else None
+            _gather(step, kind, chain)
+        new = method.compress_block(step)
+        new = step.load.noted(new) if step.load else new
+        if step.index < last:
+            chain.run(step.module, keep=True, begin=lambda i: None)
+        step.module.to(home)
         records += new
-        _keep(part, new, store, chain, last)
-        part.statistics, part.inputs, part.contexts, part.load = {}, [], [], None
+        _keep(step, new, store, chain, last)
+        step.statistics, step.inputs, step.contexts, step.load = {}, [], [], None
     return records
 
 
-def _announce(part: Part, count: int, progress: Callable[[Progress], None] | None) -> None:
+def _announce(step: BlockStep, count: int, progress: Callable[[Progress], None] | None) -> None:
     if progress is not None:
-        part.report = lambda record: progress(Progress(part.index, count, record.name, record.error, record.seconds))
+        step.report = lambda record: progress(Progress(step.index, count, record.name, record.error, record.seconds))
 
 
-def _keep(part: Part, records: list[LayerRecord], store: Store | None, chain: Chain | None, last: int) -> None:
-    """The chain first: a part counts as done when its own entry is there."""
+def _keep(step: BlockStep, records: list[LayerRecord], store: Store | None, chain: Chain | None, last: int) -> None:
+    """The chain first: a step counts as done when its own entry is there."""
     if store is None:
         return
-    if part.index < last:
-        store.save(f"chain-{part.index}", {str(i): x for i, x in enumerate(chain.inputs)}, {})
-    tensors = {f"state:{name}": tensor for name, tensor in part.state().items()}
-    tensors |= {f"extra:{name}": tensor for name, tensor in part.extras.items()}
-    info = {"forms": part.forms(), "records": [record.to_dict() for record in records]}
-    store.save(f"part-{part.index}", tensors, info)
-    store.remove(f"chain-{part.index - 1}")
+    if step.index < last:
+        store.save(f"chain-{step.index}", {str(i): x for i, x in enumerate(chain.inputs)}, {})
+    tensors = {f"state:{name}": tensor for name, tensor in step.state().items()}
+    tensors |= {f"extra:{name}": tensor for name, tensor in step.extras.items()}
+    info = {"forms": step.forms(), "records": [record.to_dict() for record in records]}
+    store.save(f"part-{step.index}", tensors, info)
+    store.remove(f"chain-{step.index - 1}")
 
 
 def _resume(
-    parts: list[Part], method: Method, store: Store | None, chain: Chain | None, last: int
+    steps: list[BlockStep], method: Method, store: Store | None, chain: Chain | None, last: int
 ) -> tuple[int, list[LayerRecord]]:
-    """Restore the finished parts; returns how many there are, with their records."""
+    """Restore the finished steps; returns how many there are, with their records."""
     saved = []
-    for part in parts if store is not None else []:
-        entry = store.load(f"part-{part.index}")
+    for step in steps if store is not None else []:
+        entry = store.load(f"part-{step.index}")
         if entry is None:
             break
         saved.append(entry)
@@ -352,9 +352,9 @@ def _resume(
             break
         saved.pop()
     records = []
-    for part, (tensors, info) in zip(parts, saved, strict=False):
-        part.extras = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("extra:")}
+    for step, (tensors, info) in zip(steps, saved, strict=False):
+        step.extras = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("extra:")}
         state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state:")}
-        method.restore_block(part, state, info["forms"])
+        method.restore_block(step, state, info["forms"])
         records += [LayerRecord.from_dict(record) for record in info["records"]]
     return len(saved), records

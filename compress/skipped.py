@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from compress.calibration import parts_of
+from compress.calibration import steps_of
 from compress.experts import router_maps
 from compress.records import LayerRecord
 from models.depth import DepthRouter
@@ -10,14 +10,14 @@ from models.forms import form_of
 
 
 def left_out(model: nn.Module, what: str) -> list[LayerRecord]:
-    """A record for each matrix, and each router of mixture of depths, that no part of the walk offers.
+    """A record for each matrix, and each router of mixture of depths, that no step of the calibration offers.
 
     Args:
         model: a `Transformer`.
         what: the weights are left as: "dense" or "in full precision".
     """
     routers = router_maps(model)
-    offered = {name for part in parts_of(model) for name in part.linears}
+    offered = {name for step in steps_of(model) for name in step.linears}
     offered |= {name for name, module in model.named_modules() if form_of(module)}
     records = []
     for name, parameter in model.named_parameters():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, LayerMethod, Progress, parts_of, walk
+from compress.calibration import Batch, LayerMethod, Progress, steps_of, walk
 from compress.experts import apart
 from compress.pruning import magnitude, wanda  # noqa: F401  register their criteria
 from compress.pruning.criterion import CRITERIA, Criterion
@@ -53,8 +53,8 @@ class Sparsify(LayerMethod):
             )
         chosen = {
             name: module
-            for part in parts_of(model)
-            for name, module in part.linears.items()
+            for step in steps_of(model)
+            for name, module in step.linears.items()
             if self._reason(name) is None
         }
         for name, module in chosen.items():

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, Method, Part, Progress, walk
+from compress.calibration import Batch, BlockStep, Method, Progress, walk
 from compress.experts import apart, has_experts
 from compress.pruning import surgery
 from compress.pruning.allocation import ALLOCATIONS, Allocation
@@ -96,73 +96,73 @@ class StructuredPruning(Method):
             return self.importance.head_statistic(attention) or mean if isinstance(attention, FullAttention) else None
         return None
 
-    def scores(self, part: Part) -> dict[str, Tensor]:
+    def scores(self, step: BlockStep) -> dict[str, Tensor]:
         """Scores of a block's units: `neurons` (E, F), `groups` (G,), `heads` (G, R), `experts` (E,); of targets."""
-        block, index = part.module, part.index
+        block, index = step.module, step.index
         found = {}
         if "neurons" in self.cut.ratios and (own := networks(block)):
             each = []
             for number, (name, network) in enumerate(own.items()):
-                statistic = part.statistics.get(f"{part.prefixes[0]}.{name}.down")
+                statistic = step.statistics.get(f"{step.prefixes[0]}.{name}.down")
                 expert = number if has_experts(block) else None
                 each.append(self.importance.neurons(index, network, statistic, expert))
             found["neurons"] = torch.stack(each)
         if "experts" in self.cut.ratios and has_experts(block):
-            found["experts"] = self.importance.experts(index, block.feedforward.experts, part.load)
+            found["experts"] = self.importance.experts(index, block.feedforward.experts, step.load)
         if self.cut.ratios.keys() & {"heads", "groups"} and has_heads(block):
-            statistic = part.statistics.get(f"{part.prefixes[0]}.attention.o")
+            statistic = step.statistics.get(f"{step.prefixes[0]}.attention.o")
             found["groups"] = self.importance.groups(index, block.attention, statistic)
             found["heads"] = self.importance.heads(index, block.attention, statistic)
         return found
 
-    def compress_block(self, part: Part) -> list[LayerRecord]:
+    def compress_block(self, step: BlockStep) -> list[LayerRecord]:
         """Cut the block's units, put the smaller block in its place, keep the chosen indexes for a resume."""
         started = time.perf_counter()
-        if part.module is part.model:
+        if step.module is step.model:
             reason = "embedding and head keep the width of the residual stream"
             records = [
                 LayerRecord.skip(name, tuple(m.weight.shape), reason, self._requested(None))
-                for name, m in part.linears.items()
+                for name, m in step.linears.items()
             ]
         else:
-            before = {name: _Figures(part.model, name) for name in part.linears}
-            notes = self._cut(part)
+            before = {name: _Figures(step.model, name) for name in step.linears}
+            notes = self._cut(step)
             seconds = (time.perf_counter() - started) / max(1, len(before))
-            records = [self._record(part, old, notes, seconds) for old in before.values()]
+            records = [self._record(step, old, notes, seconds) for old in before.values()]
         for record in records:
-            part.report(record)
+            step.report(record)
         return records
 
-    def _cut(self, part: Part) -> list[str]:
-        block, keep = part.module, self.keep[part.index]
-        scores, notes = self.scores(part), []
+    def _cut(self, step: BlockStep) -> list[str]:
+        block, keep = step.module, self.keep[step.index]
+        scores, notes = self.scores(step), []
         if keep.neurons is not None:
             dropped = smallest(scores["neurons"], scores["neurons"].shape[1] - keep.neurons)  # (E, F)
-            part.extras["neurons"] = torch.stack([(~row).nonzero().flatten() for row in dropped])  # (E, F')
+            step.extras["neurons"] = torch.stack([(~row).nonzero().flatten() for row in dropped])  # (E, F')
             for (name, network), gone, stay in zip(
-                networks(block).items(), dropped, part.extras["neurons"], strict=True
+                networks(block).items(), dropped, step.extras["neurons"], strict=True
             ):
-                notes += self._compensate(part, f"{name}.down", gone)
+                notes += self._compensate(step, f"{name}.down", gone)
                 surgery.cut_neurons(network, stay)
         if keep.groups is not None or keep.heads is not None:
-            part.extras["heads"] = _choose_heads(scores["groups"], scores["heads"], keep)  # (G', R')
+            step.extras["heads"] = _choose_heads(scores["groups"], scores["heads"], keep)  # (G', R')
             width = block.attention.head_width
             dropped = torch.ones(block.attention.heads, dtype=torch.bool, device=scores["heads"].device)
-            dropped[part.extras["heads"].flatten()] = False
-            notes += self._compensate(part, "attention.o", dropped.repeat_interleave(width))
-            surgery.cut_heads(block.attention, part.extras["heads"])
+            dropped[step.extras["heads"].flatten()] = False
+            notes += self._compensate(step, "attention.o", dropped.repeat_interleave(width))
+            surgery.cut_heads(block.attention, step.extras["heads"])
         state = block.state_dict()
         if keep.experts is not None:
             dropped = smallest(scores["experts"][None], len(scores["experts"]) - keep.experts)[0]  # (E,)
-            part.extras["experts"] = (~dropped).nonzero().flatten()  # (E',)
-            state = surgery.take_experts(state, part.extras["experts"])
-        self._adopt(part, state)
+            step.extras["experts"] = (~dropped).nonzero().flatten()  # (E',)
+            state = surgery.take_experts(state, step.extras["experts"])
+        self._adopt(step, state)
         return notes
 
-    def _compensate(self, part: Part, child: str, removed: Tensor) -> list[str]:
+    def _compensate(self, step: BlockStep, child: str, removed: Tensor) -> list[str]:
         if self.cut.compensation == "none" or not removed.any():
             return []
-        linear, statistic = part.module.get_submodule(child), part.statistics.get(f"{part.prefixes[0]}.{child}")
+        linear, statistic = step.module.get_submodule(child), step.statistics.get(f"{step.prefixes[0]}.{child}")
         had = linear.bias is not None
         if not had and self.cut.compensation == "existing":
             return []
@@ -170,25 +170,25 @@ class StructuredPruning(Method):
         surgery.compensate(linear, removed, mean)
         return [] if had else [f"{child}: a bias was added"]
 
-    def _adopt(self, part: Part, state: dict[str, Tensor]) -> None:
+    def _adopt(self, step: BlockStep, state: dict[str, Tensor]) -> None:
         """Put a block of the new config in place, with these tensors under their names in the block."""
-        neurons, heads, experts = (part.extras.get(name) for name in ("neurons", "heads", "experts"))
+        neurons, heads, experts = (step.extras.get(name) for name in ("neurons", "heads", "experts"))
         layer = surgery.shrunk(
-            part.model.config.layers[part.index],
+            step.model.config.layers[step.index],
             None if neurons is None else neurons.shape[1],
             None if heads is None else tuple(heads.shape),
             None if experts is None else len(experts),
             {name: any(one in state for one in biases) for name, biases in OUT_BIASES.items()},
         )
-        surgery.adopt(part.model, part.index, layer, state)
+        surgery.adopt(step.model, step.index, layer, state)
 
-    def restore_block(self, part: Part, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
+    def restore_block(self, step: BlockStep, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
         """Bring back a block of an earlier run; the shapes follow from the indexes that it kept."""
-        if part.module is part.model:
-            super().restore_block(part, state, forms)
+        if step.module is step.model:
+            super().restore_block(step, state, forms)
             return
-        device, prefix = next(part.model.parameters()).device, part.prefixes[0] + "."
-        self._adopt(part, {name.removeprefix(prefix): tensor.to(device) for name, tensor in state.items()})
+        device, prefix = next(step.model.parameters()).device, step.prefixes[0] + "."
+        self._adopt(step, {name.removeprefix(prefix): tensor.to(device) for name, tensor in state.items()})
 
     def _requested(self, ratio: float | None) -> dict[str, Any]:
         asked = {"method": "structured", "criterion": self.importance.kind, "allocation": self.cut.allocation.kind}
@@ -196,11 +196,11 @@ class StructuredPruning(Method):
             return {**asked, "targets": sorted(self.cut.ratios)}
         return {**asked, "targets": sorted(self.cut.ratios), "ratio": ratio}
 
-    def _record(self, part: Part, old: "_Figures", notes: list[str], seconds: float) -> LayerRecord:
-        keep, stay = self.keep[part.index], part.extras.get("experts")
+    def _record(self, step: BlockStep, old: "_Figures", notes: list[str], seconds: float) -> LayerRecord:
+        keep, stay = self.keep[step.index], step.extras.get("experts")
         if stay is not None and old.expert is not None:
-            return self._expert_record(part.model, old, stay.tolist(), notes, seconds)
-        return self._unit_record(part.model, keep, old, old.name, notes, seconds)
+            return self._expert_record(step.model, old, stay.tolist(), notes, seconds)
+        return self._unit_record(step.model, keep, old, old.name, notes, seconds)
 
     def _expert_record(
         self, model: nn.Module, old: "_Figures", stay: list[int], notes: list[str], seconds: float
@@ -285,14 +285,14 @@ class _Scoring(Method):
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
         return self.method.statistic(name, module)
 
-    def compress_block(self, part: Part) -> list[LayerRecord]:
-        if part.module is not part.model:
-            scores = self.method.scores(part)
+    def compress_block(self, step: BlockStep) -> list[LayerRecord]:
+        if step.module is not step.model:
+            scores = self.method.scores(step)
             for name in scores.keys() & {"heads", "neurons"}:
                 # a unit is one query head of every group, or one neuron of every expert: the k-th weakest of each
                 alone = len(scores[name]) == 1
                 scores[name] = scores[name][0] if alone else scores[name].sort(dim=1).values.sum(0)
-            self.scores[part.index] = scores
+            self.scores[step.index] = scores
         return []
 
 

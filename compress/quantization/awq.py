@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.calibration import Part, moved
+from compress.calibration import BlockStep, moved
 from compress.quantization.folds import Call, Fold, Folds, find_folds
 from compress.quantization.gptq import Gptq, factorise, output_error, solve
 from compress.quantization.grid import IntFormat, Quantized, encode, fit_matrix, quantize, spread, stored
@@ -109,19 +109,19 @@ class Awq(AffineQuantizer):
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
         return Activations
 
-    def compress_block(self, part: Part) -> list[LayerRecord]:
-        if part.module is part.model:
-            return super().compress_block(part)
-        methods = {name: part.methods.get(name, self) for name in part.linears}
-        for name, module in part.linears.items():
+    def compress_block(self, step: BlockStep) -> list[LayerRecord]:
+        if step.module is step.model:
+            return super().compress_block(step)
+        methods = {name: step.methods.get(name, self) for name in step.linears}
+        for name, module in step.linears.items():
             checked_weight(name, module)
-        folds, chosen = scale_block(part, methods)
+        folds, chosen = scale_block(step, methods)
         scaled = {name: (fold, found) for fold, found in chosen for name in fold.consumers}
         records, factors = [], {}
-        for name, module in part.linears.items():
+        for name, module in step.linears.items():
             fold, found = scaled.get(name, (None, None))
             scale = None if fold is None else found.scale[fold.channels]
-            statistic = part.statistics.get(name)
+            statistic = step.statistics.get(name)
             new, record = methods[name]._rounded(name, module, statistic, scale, factors)
             note = f"not scaled: {folds.refused[name]}" if fold is None else ""
             alpha = {} if fold is None else {"alpha": found.alpha, "scales_in": fold.source}
@@ -131,9 +131,9 @@ class Awq(AffineQuantizer):
                 seconds=record.seconds + (0.0 if fold is None else found.seconds),
                 note="; ".join(filter(None, (record.note, note))),
             )
-            part.replace(name, new)
+            step.replace(name, new)
             records.append(record)
-            part.report(record)
+            step.report(record)
         return records
 
     def compress(self, name: str, module: nn.Module, statistic: Statistic | None) -> tuple[nn.Module, LayerRecord]:
@@ -250,28 +250,28 @@ def _row_errors(weight: Tensor, grids: tuple[Tensor, Tensor], hessian: Tensor, f
     return ((difference @ hessian) * difference).sum(1)  # (N,)
 
 
-def scale_block(part: Part, methods: dict[str, Awq]) -> tuple[Folds, list[tuple[Fold, Chosen]]]:
+def scale_block(step: BlockStep, methods: dict[str, Awq]) -> tuple[Folds, list[tuple[Fold, Chosen]]]:
     """Scale every map of a block where its scales can be folded; its outputs stay what they were.
 
     Args:
-        part: a block with its inputs and statistics.
+        step: a block with its inputs and statistics.
         methods: full name of a map -> its own numbers.
     """
-    block, prefix = part.module, part.prefixes[0]
-    if not part.inputs:
-        return Folds(refused=dict.fromkeys(part.linears, "no calibration text was given")), []
+    block, prefix = step.module, step.prefixes[0]
+    if not step.inputs:
+        return Folds(refused=dict.fromkeys(step.linears, "no calibration text was given")), []
     device = next(block.parameters()).device
-    numbers = _some(part.inputs)
+    numbers = _some(step.inputs)
 
     def run(chosen: Sequence[int] = numbers[:1]) -> None:
         for i in chosen:
-            block(moved(part.inputs[i], device), moved(part.contexts[i], device))
+            block(moved(step.inputs[i], device), moved(step.contexts[i], device))
 
-    folds = find_folds(block, prefix, part.linears, run)
+    folds = find_folds(block, prefix, step.linears, run)
     calls = {branch: _calls(getattr(block, branch), run, numbers) for branch in {f.branch for f in folds.found}}
     chosen = []
     for fold in folds.found:
-        statistics = [part.statistics.get(name) for name in fold.consumers]
+        statistics = [step.statistics.get(name) for name in fold.consumers]
         found = None
         if any(statistic is not None and statistic.tokens for statistic in statistics):
             found = search(fold, statistics, methods, getattr(block, fold.branch), calls[fold.branch])

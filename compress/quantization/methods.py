@@ -34,7 +34,7 @@ class Quantizer(LayerMethod):
             other bits, and for a method that leaves this empty, the two are rounded to nearest. A head reads hidden
             states, an embedding token ids: of a tied one the method sees the `nn.Embedding`.
         joint: whether the layers of a block are handed over at once whatever their numbers, each with its own
-            instance in `Part.methods`; otherwise every instance gets the layers of its own numbers alone.
+            instance in `BlockStep.methods`; otherwise every instance gets the layers of its own numbers alone.
         shares: what the weights of a group have in common.
     """
 

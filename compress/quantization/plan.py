@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.calibration import Batch, Method, Part, Progress, parts_of, walk
+from compress.calibration import Batch, BlockStep, Method, Progress, steps_of, walk
 from compress.experts import apart
 from compress.quantization.methods import Quantizer
 from compress.records import LayerRecord
@@ -49,7 +49,7 @@ class Plan(Method):
 
     def check_patterns(self, model: nn.Module) -> list[str]:
         """The names of all layers; raises UserError for a pattern that matches none."""
-        names = [name for part in parts_of(model) for name in part.linears]
+        names = [name for step in steps_of(model) for name in step.linears]
         for pattern in self.overrides:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UserError(f"no layer is called {pattern!r}{did_you_mean(pattern, names)}")
@@ -71,20 +71,20 @@ class Plan(Method):
         method = self.choose(name)[0]
         return None if method is None else method.statistic(name, module)
 
-    def compress_block(self, part: Part) -> list[LayerRecord]:
-        """Hand each method its own layers of the part."""
-        chosen = {name: self.choose(name) for name in part.linears}
+    def compress_block(self, step: BlockStep) -> list[LayerRecord]:
+        """Hand each method its own layers of the step."""
+        chosen = {name: self.choose(name) for name in step.linears}
         methods = {name: method for name, (method, _) in chosen.items() if method is not None}
         records = {}
         for group in _groups(methods):
-            own = {name: part.linears[name] for name in group}
-            handed = replace(part, linears=own, methods={name: methods[name] for name in group})
+            own = {name: step.linears[name] for name in group}
+            handed = replace(step, linears=own, methods={name: methods[name] for name in group})
             records |= {record.name: record for record in methods[group[0]].compress_block(handed)}
         for name, (method, reason) in chosen.items():
             if method is None:
-                records[name] = LayerRecord.skip(name, part.linears[name].weight.shape, reason)
-                part.report(records[name])
-        return [records[name] for name in part.linears]
+                records[name] = LayerRecord.skip(name, step.linears[name].weight.shape, reason)
+                step.report(records[name])
+        return [records[name] for name in step.linears]
 
 
 def _distinct(methods: Sequence[Quantizer | None]) -> list[Quantizer]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.calibration import Batch, Part, parts_of
+from compress.calibration import Batch, BlockStep, steps_of
 from compress.quantization.codebook import (
     CODEWORD,
     Codewords,
@@ -94,7 +94,7 @@ class ProductQuantization(Quantizer):
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch] | None, **shared: Any) -> None:
         form = self.asked()
-        shapes = [module.weight.shape for part in parts_of(model) for module in part.linears.values()]
+        shapes = [module.weight.shape for step in steps_of(model) for module in step.linears.values()]
         most = max((rows * form.vectors(width) for rows, width in shapes), default=form.codewords)
         if form.codewords > most:
             raise UserError(
@@ -155,27 +155,27 @@ class ProductQuantization(Quantizer):
             codewords //= 2
         return None, [f"codebooks and indices would take more than its {dense} bytes at {DENSE_BITS} bits: left dense"]
 
-    def compress_block(self, part: Part) -> list[LayerRecord]:
-        """Quantize the layers of the part, then tune the codewords of a block."""
-        blocklike = part.module is not part.model
-        if self.tuning is None or not blocklike or not part.inputs:
-            return super().compress_block(part)
-        original = deepcopy(part.module)
-        dense = {name: module.weight.detach().float() for name, module in part.linears.items()}
-        records = super().compress_block(part)
-        layers = {record.name: part.model.get_submodule(record.name) for record in records if not record.skipped}
+    def compress_block(self, step: BlockStep) -> list[LayerRecord]:
+        """Quantize the layers of the step, then tune the codewords of a block."""
+        blocklike = step.module is not step.model
+        if self.tuning is None or not blocklike or not step.inputs:
+            return super().compress_block(step)
+        original = deepcopy(step.module)
+        dense = {name: module.weight.detach().float() for name, module in step.linears.items()}
+        records = super().compress_block(step)
+        layers = {record.name: step.model.get_submodule(record.name) for record in records if not record.skipped}
         layers = {name: layer for name, layer in layers.items() if isinstance(layer, Product)}
         if not layers:
             return records
         started = time.perf_counter()
-        before, after = tune_block(part, original, layers, self.tuning)
+        before, after = tune_block(step, original, layers, self.tuning)
         seconds = (time.perf_counter() - started) / len(layers)
         note = f"codewords tuned: the block's output error went from {before:.3g} to {after:.3g}"
         found = []
         for record in records:
             if record.name in layers:
                 record = replace(record, note="; ".join(filter(None, (record.note, note))))
-                statistic = part.statistics.get(record.name)
+                statistic = step.statistics.get(record.name)
                 record = measured(record, dense[record.name], layers[record.name], statistic, seconds)
             found.append(record)
         return found

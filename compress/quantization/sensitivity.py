@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, Chain, parts_of
+from compress.calibration import Batch, Chain, steps_of
 from compress.experts import apart
 from compress.quantization.methods import Quantizer
 from compress.quantization.rtn import checked_weight
@@ -71,7 +71,7 @@ def units_of(model: nn.Module, methods: Callable[[str], Mapping[int, Quantizer] 
         UserError: experts whose maps are one unit are not treated alike.
     """
     grouped: dict[str, list[str]] = {}
-    for name in (name for part in parts_of(model)[:-1] for name in part.linears):
+    for name in (name for step in steps_of(model)[:-1] for name in step.linears):
         grouped.setdefault(_EXPERT.sub(r"\1*.", name), []).append(name)
     units = []
     for pattern, members in grouped.items():

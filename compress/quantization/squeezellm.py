@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, parts_of
+from compress.calibration import Batch, steps_of
 from compress.quantization.fisher import fisher
 from compress.quantization.kmeans import assign, kmeans
 from compress.quantization.lookup import (
@@ -86,7 +86,7 @@ class SqueezeLlm(Quantizer):
             raise UserError(
                 "squeezellm weighs errors by the loss of the next token, and this model sees it: choose gptq or rtn"
             )
-        names = [name for part in parts_of(model) for name in part.linears]
+        names = [name for step in steps_of(model) for name in step.linears]
         object.__setattr__(self, "_fisher", fisher(model, batches, names, progress))  # not cleared: others may hold it
 
     def stored_form(self, kind: type[nn.Module], shape: tuple[int, int]) -> Lookup:

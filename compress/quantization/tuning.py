@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Part, moved
+from compress.calibration import BlockStep, moved
 from compress.quantization.codebook import CODEWORD, Product, decode
 from models.errors import UserError
 from models.products import linear
@@ -64,11 +64,13 @@ class Tuned(nn.Module):
         return y if self.layer.bias is None else y + self.layer.bias.to(y.dtype)
 
 
-def tune_block(part: Part, original: nn.Module, layers: dict[str, Product], chosen: BlockTuning) -> tuple[float, float]:
+def tune_block(
+    step: BlockStep, original: nn.Module, layers: dict[str, Product], chosen: BlockTuning
+) -> tuple[float, float]:
     """Tune the codewords of the layers of a block in place; where the result is no better, they stay as they were.
 
     Args:
-        part: a block, with its inputs.
+        step: a block, with its inputs.
         original: the block before it was quantized.
         layers: full name -> layer of codewords in the block.
         chosen: how.
@@ -77,21 +79,21 @@ def tune_block(part: Part, original: nn.Module, layers: dict[str, Product], chos
         |f_q(x) - f(x)|^2 / |f(x) - x|^2 over the calibration text before and after.
     """
     device = next(original.parameters()).device
-    batches = _Batches(part, device)
-    before = _error(part.module, original, batches)
+    batches = _Batches(step, device)
+    before = _error(step.module, original, batches)
     found = {name: layer.codebooks for name, layer in layers.items()}
-    with _tunable(part, layers) as tuned, torch.enable_grad():
+    with _tunable(step, layers) as tuned, torch.enable_grad():
         groups = [
             {"params": [one.codebooks], "lr": chosen.rate * float(one.codebooks.detach().square().mean().sqrt())}
             for one in tuned.values()
         ]
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / chosen.steps)
-        for step in range(chosen.steps):
-            x, context = batches[step % len(batches)]
+        for number in range(chosen.steps):
+            x, context = batches[number % len(batches)]
             with torch.no_grad():
                 wanted = original(x, context)
-            loss = _tokens(part.module(x, context) - wanted, context).square().mean()
+            loss = _tokens(step.module(x, context) - wanted, context).square().mean()
             gradients = torch.autograd.grad(loss, [one.codebooks for one in tuned.values()])
             for one, gradient in zip(tuned.values(), gradients, strict=True):
                 one.codebooks.grad = gradient
@@ -99,7 +101,7 @@ def tune_block(part: Part, original: nn.Module, layers: dict[str, Product], chos
             schedule.step()
     for name, one in tuned.items():
         layers[name].codebooks = one.codebooks.detach().to(CODEWORD)
-    after = _error(part.module, original, batches)
+    after = _error(step.module, original, batches)
     if after < before:
         return before, after
     for name, codebooks in found.items():
@@ -110,16 +112,16 @@ def tune_block(part: Part, original: nn.Module, layers: dict[str, Product], chos
 class _Batches:
     """What enters the block, batch by batch, on the device that the block runs on."""
 
-    def __init__(self, part: Part, device: torch.device) -> None:
-        self.part, self.device = part, device
+    def __init__(self, step: BlockStep, device: torch.device) -> None:
+        self.step, self.device = step, device
 
     def __len__(self) -> int:
-        return len(self.part.inputs)
+        return len(self.step.inputs)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Any]:
         if i >= len(self):
             raise IndexError(i)
-        return moved(self.part.inputs[i], self.device), moved(self.part.contexts[i], self.device)
+        return moved(self.step.inputs[i], self.device), moved(self.step.contexts[i], self.device)
 
 
 def _error(block: nn.Module, original: nn.Module, batches: _Batches) -> float:
@@ -139,13 +141,13 @@ def _tokens(x: Tensor, context: Any) -> Tensor:
 
 
 @contextmanager
-def _tunable(part: Part, layers: dict[str, Product]) -> Iterator[dict[str, Tuned]]:
+def _tunable(step: BlockStep, layers: dict[str, Product]) -> Iterator[dict[str, Tuned]]:
     """The layers replaced by ones whose codebooks are parameters, for a while."""
     tuned = {name: Tuned(layer) for name, layer in layers.items()}
     try:
         for name, one in tuned.items():
-            part.replace(name, one)
+            step.replace(name, one)
         yield tuned
     finally:
         for name, layer in layers.items():
-            part.replace(name, layer)
+            step.replace(name, layer)

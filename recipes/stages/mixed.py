@@ -8,7 +8,7 @@ from typing import Any
 from app.data.blocks import TokenBlocks
 from app.evaluation import wording
 from app.evaluation.quality import evaluate_qualities, paired
-from compress.calibration import Batch, parts_of
+from compress.calibration import Batch, steps_of
 from compress.experts import apart
 from compress.quantization.allocation import allocate, file_bytes, read_bytes
 from compress.quantization.grid import IntFormat
@@ -229,8 +229,8 @@ def mix(
 def _fixed(model: Transformer, plan: Plan, units: Sequence[Unit]) -> int:
     """Bytes of the weights file that are not the units' own, at most: its header grows with the numbers in it."""
     packed = {}
-    for part in parts_of(model):
-        for name, module in part.linears.items():
+    for step in steps_of(model):
+        for name, module in step.linears.items():
             method = plan.choose(name)[0]
             if method is not None:
                 packed[name] = method.stored_form(type(module), tuple(module.weight.shape))

@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import nn
 
 from app.evaluation import tables, wording
-from compress.calibration import Progress, parts_of
+from compress.calibration import Progress, steps_of
 from models.errors import printable
 
 
@@ -48,9 +48,9 @@ def say(message: str) -> None:
 
 def by_layer(bars: "Bars", phase: str, model: nn.Module) -> Callable[[Progress], None]:
     """Return what the compression driver reports each finished layer to: a bar over all the layers that it walks."""
-    before = [0]  # layers of the parts up to each one
-    for part in parts_of(model):
-        before.append(before[-1] + len(part.linears))
+    before = [0]  # layers of the steps up to each one
+    for one in steps_of(model):
+        before.append(before[-1] + len(one.linears))
     seen: dict[int, int] = {}
 
     def report(step: Progress) -> None:

@@ -35,7 +35,7 @@ STORE = "compress.store:FolderStore:save"
 CHECKPOINT = "app.strategies.checkpoint_io:WholeCheckpoints:save_checkpoint"
 FINISH = "recipes.stages.stage:Stage:_measure"  # everything is written, nothing renamed
 
-MIDDLE = "compress.calibration:Part:replace"  # a layer is quantized, its block is not yet
+MIDDLE = "compress.calibration:BlockStep:replace"  # a layer is quantized, its block is not yet
 
 QUANTIZE = ["quantize", "TEACHER", "--group_size", "16", "--samples", "8", "--embedding_bits", "8"]
 PRUNE = ["prune", "TEACHER", "--method", "structured", "--ratio", "0.5", "--samples", "8"]
