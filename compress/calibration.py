@@ -169,7 +169,7 @@ def steps_of(model: nn.Module) -> list[BlockStep]:
     return steps
 
 
-class Chain:
+class Activations:
     """The hidden states of the calibration tokens at one place in the model, moved forward block by block."""
 
     def __init__(
@@ -222,25 +222,25 @@ def _wanted(method: Method, step: BlockStep) -> dict[str, StatisticType]:
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
-def _pass(step: BlockStep, observer: Observer, chain: Chain) -> None:
+def _pass(step: BlockStep, observer: Observer, activations: Activations) -> None:
     """Take every batch through a block; experts that were given too few tokens take more."""
     load = step.load
     with observer.watching(step.linears), load.counting(observer.real) if load else nullcontext():
-        chain.run(step.module, keep=False, begin=lambda i: observer.begin(chain.valid[i]))
+        activations.run(step.module, keep=False, begin=lambda i: observer.begin(activations.valid[i]))
     if load is None:
         return
-    further = load.further(lambda begin: chain.run(step.module, keep=False, begin=begin))
-    with observer.watching(step.linears), chain.casting():
+    further = load.further(lambda begin: activations.run(step.module, keep=False, begin=begin))
+    with observer.watching(step.linears), activations.casting():
         for expert, x in further.items():  # x (n, D)
             observer.begin(None)
             with suppress(Enough):
                 load.experts[expert](x)
 
 
-def _gather(step: BlockStep, kinds: dict[str, StatisticType], chain: Chain) -> None:
+def _gather(step: BlockStep, kinds: dict[str, StatisticType], activations: Activations) -> None:
     last = step.module is step.model
-    observer = Observer(kinds, chain.device, None if last else step.module.depth)
-    step.inputs, step.contexts = chain.inputs, chain.contexts
+    observer = Observer(kinds, activations.device, None if last else step.module.depth)
+    step.inputs, step.contexts = activations.inputs, activations.contexts
     if last:
 
         def observe(x: Tensor, context: Any) -> Tensor:
@@ -249,9 +249,9 @@ def _gather(step: BlockStep, kinds: dict[str, StatisticType], chain: Chain) -> N
                 observer.take(name, hidden)
             return hidden
 
-        chain.run(observe, keep=False, begin=lambda i: observer.begin(chain.valid[i]))
+        activations.run(observe, keep=False, begin=lambda i: observer.begin(activations.valid[i]))
     else:
-        _pass(step, observer, chain)
+        _pass(step, observer, activations)
     step.statistics = observer.statistics
     for name, statistic in step.statistics.items():
         if not statistic.finite():
@@ -297,22 +297,22 @@ def walk(
     if last >= 0 and batches is None:
         raise UserError("this method calibrates: give it text (data, samples, sequence_length)")
     home = next(model.parameters()).device
-    chain = Chain(model, batches, torch.device(device or home), autocast) if last >= 0 else None
-    done, records = _resume(steps, method, store, chain, last)
+    activations = Activations(model, batches, torch.device(device or home), autocast) if last >= 0 else None
+    done, records = _resume(steps, method, store, activations, last)
     for step, kind in zip(steps[done:], kinds[done:], strict=True):
         _announce(step, len(steps), progress)
         blocklike = step.module is not model
-        step.module.to(chain.device if chain and blocklike else home)
+        step.module.to(activations.device if activations and blocklike else home)
         if kind:
             step.load = load_of(step.module, step.prefixes[0], kind, minimum_tokens) if blocklike else None
-            _gather(step, kind, chain)
+            _gather(step, kind, activations)
         new = method.compress_block(step)
         new = step.load.noted(new) if step.load else new
         if step.index < last:
-            chain.run(step.module, keep=True, begin=lambda i: None)
+            activations.run(step.module, keep=True, begin=lambda i: None)
         step.module.to(home)
         records += new
-        _keep(step, new, store, chain, last)
+        _keep(step, new, store, activations, last)
         step.statistics, step.inputs, step.contexts, step.load = {}, [], [], None
     return records
 
@@ -322,12 +322,14 @@ def _announce(step: BlockStep, count: int, progress: Callable[[Progress], None] 
         step.report = lambda record: progress(Progress(step.index, count, record.name, record.error, record.seconds))
 
 
-def _keep(step: BlockStep, records: list[LayerRecord], store: Store | None, chain: Chain | None, last: int) -> None:
-    """The chain first: a step counts as done when its own entry is there."""
+def _keep(
+    step: BlockStep, records: list[LayerRecord], store: Store | None, activations: Activations | None, last: int
+) -> None:
+    """The activations first: a step counts as done when its own entry is there."""
     if store is None:
         return
     if step.index < last:
-        store.save(f"chain-{step.index}", {str(i): x for i, x in enumerate(chain.inputs)}, {})
+        store.save(f"chain-{step.index}", {str(i): x for i, x in enumerate(activations.inputs)}, {})
     tensors = {f"state:{name}": tensor for name, tensor in step.state().items()}
     tensors |= {f"extra:{name}": tensor for name, tensor in step.extras.items()}
     info = {"forms": step.forms(), "records": [record.to_dict() for record in records]}
@@ -336,7 +338,7 @@ def _keep(step: BlockStep, records: list[LayerRecord], store: Store | None, chai
 
 
 def _resume(
-    steps: list[BlockStep], method: Method, store: Store | None, chain: Chain | None, last: int
+    steps: list[BlockStep], method: Method, store: Store | None, activations: Activations | None, last: int
 ) -> tuple[int, list[LayerRecord]]:
     """Restore the finished steps; returns how many there are, with their records."""
     saved = []
@@ -348,7 +350,7 @@ def _resume(
     while 0 < len(saved) <= last:
         held = store.load(f"chain-{len(saved) - 1}")
         if held is not None:
-            chain.inputs = [held[0][str(i)].to(x.device) for i, x in enumerate(chain.inputs)]
+            activations.inputs = [held[0][str(i)].to(x.device) for i, x in enumerate(activations.inputs)]
             break
         saved.pop()
     records = []

@@ -45,7 +45,7 @@ QUERIES_AND_KEYS = ("q", "k", "qk", "q_global", "k_global")
 SEARCH_TOKENS = 4096  # on which the output of a sub-layer is compared
 
 
-class Activations(Hessian):
+class Magnitudes(Hessian):
     """E[x x'] (K, K) and E|x| (K,) of the inputs."""
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -107,7 +107,7 @@ class Awq(AffineQuantizer):
             raise UserError(f"unknown solve {self.solve!r}{did_you_mean(self.solve, SOLVES)}")
 
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
-        return Activations
+        return Magnitudes
 
     def compress_block(self, step: BlockStep) -> list[LayerRecord]:
         if step.module is step.model:
@@ -142,7 +142,7 @@ class Awq(AffineQuantizer):
         return new, replace(record, note=note)
 
     def _rounded(
-        self, name: str, module: nn.Module, statistic: Activations | None, scale: Tensor | None, factors: dict
+        self, name: str, module: nn.Module, statistic: Magnitudes | None, scale: Tensor | None, factors: dict
     ) -> tuple[nn.Module, LayerRecord]:
         """Clip the ranges and round a weight whose columns were multiplied by `scale` (K,), if they were.
 
@@ -302,7 +302,7 @@ def _calls(sublayer: nn.Module, run: Any, numbers: Sequence[int]) -> list[Call]:
 
 
 def search(
-    fold: Fold, statistics: list[Activations | None], methods: dict[str, Awq], sublayer: nn.Module, calls: list[Call]
+    fold: Fold, statistics: list[Magnitudes | None], methods: dict[str, Awq], sublayer: nn.Module, calls: list[Call]
 ) -> Chosen:
     """Find the alpha of a fold.
 
@@ -335,7 +335,7 @@ def search(
     return Chosen(best / steps, scales[best], losses, (time.perf_counter() - started) / len(weights))
 
 
-def _activation(fold: Fold, statistics: list[Activations | None]) -> Tensor:
+def _activation(fold: Fold, statistics: list[Magnitudes | None]) -> Tensor:
     """E|x| of the producer's channels over all tokens that its consumers read, (channels,)."""
     distinct = {id(one): one for one in statistics if one is not None and one.tokens}.values()
     mean = sum(one.magnitudes for one in distinct) / sum(one.tokens for one in distinct)  # (K,)
@@ -360,7 +360,7 @@ def _branch_loss(
     return changed / max(sum(float(b.square().sum()) for b in before), 1e-30)
 
 
-def _map_loss(weights: dict[str, Tensor], rounded: dict[str, Tensor], statistics: list[Activations | None]) -> float:
+def _map_loss(weights: dict[str, Tensor], rounded: dict[str, Tensor], statistics: list[Magnitudes | None]) -> float:
     """Relative squared change of a map's own output over all its tokens."""
     (weight,), (value,), (statistic,) = weights.values(), rounded.values(), statistics
     return output_error(weight, value, statistic.matrix())

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, Chain, steps_of
+from compress.calibration import Activations, Batch, steps_of
 from compress.experts import apart
 from compress.quantization.methods import Quantizer
 from compress.quantization.rtn import checked_weight
@@ -109,30 +109,32 @@ def measure(
     found: list[dict[int, float] | None] = [_kept(store, index, unit) for index, unit in enumerate(units)]
     with apart(model):
         device = next(model.parameters()).device
-        chain = Chain(model, batches, device, None)
-        whole = [_finished(model, 0, x, context) for x, context in zip(chain.inputs, chain.contexts, strict=True)]
+        activations = Activations(model, batches, device, None)
+        whole = [
+            _finished(model, 0, x, context) for x, context in zip(activations.inputs, activations.contexts, strict=True)
+        ]
         for block in range(len(model.blocks)):
             for index, unit in enumerate(units):
                 if not unit.name.startswith(f"blocks.{block}."):
                     continue
                 if found[index] is None:
-                    found[index] = _unit(model, unit, block, chain, whole)
+                    found[index] = _unit(model, unit, block, activations, whole)
                     _keep(store, index, unit, found[index])
                 if progress is not None:
                     progress(index + 1, len(units), unit.name)
             if any(entry is None for entry in found):
-                chain.run(model.blocks[block], keep=True, begin=lambda i: None)
+                activations.run(model.blocks[block], keep=True, begin=lambda i: None)
     return found
 
 
-def _unit(model: nn.Module, unit: Unit, block: int, chain: Chain, whole: list[Tensor]) -> dict[int, float]:
+def _unit(model: nn.Module, unit: Unit, block: int, activations: Activations, whole: list[Tensor]) -> dict[int, float]:
     costs = {}
     for bits, method in unit.methods.items():
         total, tokens = 0.0, 0
         with _replaced(model, unit, method):
-            for i, (x, context) in enumerate(zip(chain.inputs, chain.contexts, strict=True)):
+            for i, (x, context) in enumerate(zip(activations.inputs, activations.contexts, strict=True)):
                 hidden = _finished(model, block, x, context)  # (B, T, D)
-                valid = chain.valid[i]
+                valid = activations.valid[i]
                 pair = [h.flatten(0, 1) if valid is None else h[valid] for h in (whole[i], hidden)]  # (N, D) each
                 total += divergence(model, *pair)
                 tokens += len(pair[0])

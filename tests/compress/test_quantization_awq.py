@@ -8,7 +8,7 @@ import torch
 from app.evaluation.quality import evaluate_quality, paired
 from compress.calibration import LayerMethod, walk
 from compress.quantization import METHODS, Awq, Gptq, Rtn
-from compress.quantization.awq import Activations, clipped, on_grids, scale_block
+from compress.quantization.awq import Magnitudes, clipped, on_grids, scale_block
 from compress.quantization.gptq import output_error
 from compress.quantization.grid import IntFormat, quantize
 from compress.quantization.plan import quantize_model
@@ -105,7 +105,7 @@ class ScaleAlone(LayerMethod):
         self.method, self.chosen, self.refused = method, {}, {}
 
     def statistic(self, name, module):
-        return Activations
+        return Magnitudes
 
     def compress(self, name, module, statistic):
         return None, LayerRecord.skip(name, module.weight.shape, "it is dense here")
