@@ -9,7 +9,7 @@ statistics of one block. Embedding and head are the last step; the head's input 
         def statistic(self, name, module): return Hessian   # what to gather at which input, or None
         def compress(self, name, module, statistic): ...    # -> (module that takes its place or None, LayerRecord)
 
-    records = walk(model, Method(), batches, store=FolderStore(folder), progress=print)
+    records = calibrate_sequentially(model, Method(), batches, store=FolderStore(folder), progress=print)
 
 B batch, T tokens of a row, D model width, N tokens, K input channels of a linear map.
 """
@@ -262,7 +262,7 @@ def _gather(step: BlockStep, kinds: dict[str, StatisticType], activations: Activ
 
 
 @torch.no_grad()
-def walk(
+def calibrate_sequentially(
     model: nn.Module,
     method: Method,
     batches: Sequence[Batch] | None = None,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, LayerMethod, Progress, steps_of, walk
+from compress.calibration import Batch, LayerMethod, Progress, calibrate_sequentially, steps_of
 from compress.experts import apart
 from compress.pruning import magnitude, wanda  # noqa: F401  register their criteria
 from compress.pruning.criterion import CRITERIA, Criterion
@@ -122,7 +122,7 @@ def sparsify(
         pattern: as `compress.pruning.patterns.parse_pattern` reads it.
         batches: calibration tokens for a criterion that looks at data.
         include: which of `embedding` and `head` are pruned as well.
-        store, progress, device, autocast: see `compress.calibration.walk`.
+        store, progress, device, autocast: see `compress.calibration.calibrate_sequentially`.
 
     Returns a record for every matrix, those left alone with their reason. The mask is the zeros of the weights:
     `compress.pruning.masks.masks_of` recovers it.
@@ -133,7 +133,9 @@ def sparsify(
     """
     method = Sparsify(CRITERIA.parse(criterion, "method"), pattern, include)
     with apart(model):
-        records = walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
+        records = calibrate_sequentially(
+            model, method, batches, store=store, progress=progress, device=device, autocast=autocast
+        )
         return records + left_out(model, "dense")
 
 

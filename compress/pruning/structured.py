@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, BlockStep, Method, Progress, walk
+from compress.calibration import Batch, BlockStep, Method, Progress, calibrate_sequentially
 from compress.experts import apart, has_experts
 from compress.pruning import surgery
 from compress.pruning.allocation import ALLOCATIONS, Allocation
@@ -73,7 +73,7 @@ class StructuredPruning(Method):
         def scores(target: str) -> dict[int, Tensor]:
             if not dense:
                 scoring = _Scoring(self)
-                walk(model, scoring, batches)
+                calibrate_sequentially(model, scoring, batches)
                 dense.append(scoring.scores)
             return {index: units[target] for index, units in dense[0].items() if target in units}
 
@@ -276,7 +276,7 @@ class _Figures:
 
 
 class _Scoring(Method):
-    """A walk over the dense model that scores every unit and changes nothing."""
+    """A calibration of the dense model that scores every unit and changes nothing."""
 
     def __init__(self, method: StructuredPruning) -> None:
         self.method = method
@@ -334,7 +334,7 @@ def prune_structured(
         allocation: `uniform` or `global`.
         round_to: numbers of neurons that are kept are rounded to a multiple of this.
         compensation: which output biases take over the mean of what was removed: `none`, `existing`, or `add`ed ones.
-        store, progress, device, autocast: see `compress.calibration.walk`.
+        store, progress, device, autocast: see `compress.calibration.calibrate_sequentially`.
 
     Returns a record for every matrix, with the ratio asked for and achieved, and the cache bytes per token.
 
@@ -345,5 +345,7 @@ def prune_structured(
     cut = Cut(read_ratios(targets, ratio), ALLOCATIONS.parse(allocation, "allocation"), round_to, compensation)
     method = StructuredPruning(cut, IMPORTANCES.parse(criterion, "criterion"))
     with apart(model):
-        records = walk(model, method, batches, store=store, progress=progress, device=device, autocast=autocast)
+        records = calibrate_sequentially(
+            model, method, batches, store=store, progress=progress, device=device, autocast=autocast
+        )
         return records + left_out(model, "dense")

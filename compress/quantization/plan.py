@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.calibration import Batch, BlockStep, Method, Progress, steps_of, walk
+from compress.calibration import Batch, BlockStep, Method, Progress, calibrate_sequentially, steps_of
 from compress.experts import apart
 from compress.quantization.methods import Quantizer
 from compress.records import LayerRecord
@@ -126,7 +126,7 @@ def quantize_model(
         method: `Rtn`, `Gptq` or another method for the linear maps of the blocks.
         batches: calibration tokens, for methods that look at data.
         overrides, embedding, head, studying: see `Plan`.
-        store, progress, device, autocast, minimum_tokens: see `compress.calibration.walk`.
+        store, progress, device, autocast, minimum_tokens: see `compress.calibration.calibrate_sequentially`.
 
     Returns:
         One record for every linear map and embedding, whether it was quantized or left, with the reason.
@@ -140,6 +140,6 @@ def quantize_model(
     how = {"store": store, "progress": progress, "device": device, "autocast": autocast}
     with apart(model):
         left += left_out(model, "in full precision")
-        records = walk(model, plan, batches, minimum_tokens=minimum_tokens, **how)
+        records = calibrate_sequentially(model, plan, batches, minimum_tokens=minimum_tokens, **how)
         model.config = replace(model.config, compression=described(model))
     return records + left

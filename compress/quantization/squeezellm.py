@@ -78,7 +78,7 @@ class SqueezeLlm(Quantizer):
         like: "SqueezeLlm | None" = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Compute the Fisher diagonal of all that a walk offers, or share what `like` has computed."""
+        """Compute the Fisher diagonal of every layer of the model, or share what `like` has computed."""
         if like is not None:
             object.__setattr__(self, "_fisher", like._fisher)
             return

@@ -47,7 +47,7 @@ def say(message: str) -> None:
 
 
 def by_layer(bars: "Bars", phase: str, model: nn.Module) -> Callable[[Progress], None]:
-    """Return what the compression driver reports each finished layer to: a bar over all the layers that it walks."""
+    """Return what the compression driver reports each finished layer to: a bar over all layers."""
     before = [0]  # layers of the steps up to each one
     for one in steps_of(model):
         before.append(before[-1] + len(one.linears))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from compress.calibration import LayerMethod, walk
+from compress.calibration import LayerMethod, calibrate_sequentially
 from compress.pruning.structured import prune_structured
 from compress.quantization.gptq import Gptq
 from compress.quantization.grid import IntFormat
@@ -73,7 +73,7 @@ def test_calibration_sees_the_tokens_that_take_part_and_no_others():
     model, data, method = build(), batches(), Watching()
     data[0]["documents"] = torch.zeros_like(data[0]["tokens"])
     data[0]["documents"][:2, 25:] = -1
-    walk(model, method, data)
+    calibrate_sequentially(model, method, data)
     block, read = model.blocks[1], {"attention.q": [], "feedforward.down": []}
     for batch in data:
         documents = batch.get("documents", torch.zeros_like(batch["tokens"]))

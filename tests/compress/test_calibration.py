@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.calibration import LayerMethod, walk
+from compress.calibration import LayerMethod, calibrate_sequentially
 from compress.records import LayerRecord
 from compress.statistics import Hessian, InputNorm, Moments
 from compress.store import FolderStore
@@ -69,7 +69,7 @@ def test_statistics_are_those_of_the_inputs(name):
     x = inputs_of(model, name, data)
     for kind in (Hessian, InputNorm, Moments):
         look = Look(kind)
-        walk(model, look, data)
+        calibrate_sequentially(model, look, data)
         statistic = look.seen[name]
         assert statistic.tokens == len(x) == 96
         if kind is Hessian:
@@ -85,7 +85,7 @@ def test_statistics_are_those_of_the_inputs(name):
 def test_both_streams_of_a_reversible_model_are_passed_on():
     model, data = build(head="untied", residual="reversible"), batches()
     look = Look()
-    walk(model, look, data)
+    calibrate_sequentially(model, look, data)
     for name in ("blocks.2.feedforward.down", "head"):
         x = inputs_of(model, name, data)
         assert torch.allclose(look.seen[name].matrix(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
@@ -94,7 +94,7 @@ def test_both_streams_of_a_reversible_model_are_passed_on():
 def test_a_tied_embedding_sees_the_input_of_the_projection():
     model, data = build(), batches()
     look = Look()
-    walk(model, look, data)
+    calibrate_sequentially(model, look, data)
     hidden = []
     with torch.no_grad():
         for batch in data:
@@ -108,7 +108,7 @@ def test_a_tied_embedding_sees_the_input_of_the_projection():
 
 def test_maps_that_read_one_input_share_one_statistic_counted_once():
     look = Look()
-    walk(build(), look, batches())
+    calibrate_sequentially(build(), look, batches())
     one = {id(look.seen[f"blocks.0.attention.{name}"]) for name in "qkv"}
     two = {id(look.seen[f"blocks.0.feedforward.{name}"]) for name in ("gate", "up")}
     assert len(one) == len(two) == 1
@@ -127,7 +127,7 @@ def test_the_next_block_is_fed_by_the_changed_one():
             return super().compress(name, module, statistic)
 
     look = HalveFirst()
-    walk(model, look, data)
+    calibrate_sequentially(model, look, data)
     x = inputs_of(model, "blocks.1.attention.q", data)
     assert torch.allclose(look.seen["blocks.1.attention.q"].matrix(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
     untouched = inputs_of(build().eval(), "blocks.1.attention.q", data)
@@ -138,7 +138,7 @@ def test_padding_is_not_counted():
     documents = torch.tensor([[0] * 10 + [-1] * 6, [1] * 16])
     model, data = build(), batches(documents=documents)
     look = Look()
-    walk(model, look, data)
+    calibrate_sequentially(model, look, data)
     x = inputs_of(model, "blocks.2.feedforward.down", data).view(3, 2, 16, -1)[:, documents >= 0].flatten(0, 1)
     statistic = look.seen["blocks.2.feedforward.down"]
     assert statistic.tokens == len(x) == 78
@@ -151,7 +151,7 @@ def test_batches_of_any_size_give_the_same_statistics():
     looks = []
     for size in (1, 3, 8):
         looks.append(Look())
-        walk(build(), looks[-1], [{"tokens": part} for part in tokens.split(size)])
+        calibrate_sequentially(build(), looks[-1], [{"tokens": part} for part in tokens.split(size)])
     for name, statistic in looks[0].seen.items():
         for other in looks[1:]:
             assert torch.allclose(statistic.matrix(), other.seen[name].matrix(), rtol=1e-3, atol=1e-5)
@@ -159,8 +159,8 @@ def test_batches_of_any_size_give_the_same_statistics():
 
 def test_dropout_is_off_while_looking():
     looks = [Look(), Look()]
-    walk(build(dropout=0.5).train(), looks[0], batches())
-    walk(build(dropout=0.0), looks[1], batches())
+    calibrate_sequentially(build(dropout=0.5).train(), looks[0], batches())
+    calibrate_sequentially(build(dropout=0.0), looks[1], batches())
     assert torch.equal(looks[0].seen["embedding"].matrix(), looks[1].seen["embedding"].matrix())
 
 
@@ -168,12 +168,12 @@ def test_without_statistics_no_data_is_needed_and_none_is_run():
     model = build()
     for block in model.blocks:
         block.forward = None
-    names = [record.name for record in walk(model, Look(kind=None))]
+    names = [record.name for record in calibrate_sequentially(model, Look(kind=None))]
     assert len(names) == 3 * 7 + 1
     with pytest.raises(UserError, match="give it text"):
-        walk(build(), Look())
+        calibrate_sequentially(build(), Look())
     with pytest.raises(UserError, match="holds no batch"):
-        walk(build(), Look(), [])
+        calibrate_sequentially(build(), Look(), [])
 
 
 def test_the_walk_stops_running_blocks_when_nothing_more_is_asked_for():
@@ -184,7 +184,7 @@ def test_the_walk_stops_running_blocks_when_nothing_more_is_asked_for():
     model = build()
     model.blocks[1].forward = model.blocks[2].forward = None
     look = FirstOnly()
-    walk(model, look, batches())
+    calibrate_sequentially(model, look, batches())
     assert look.seen["blocks.0.attention.q"].tokens == 96
     assert look.seen["blocks.1.attention.q"] is None
 
@@ -195,7 +195,7 @@ def test_inputs_that_are_not_finite_are_refused_by_the_name_of_the_layer(broken)
     model.blocks[1].attention.v.weight.data[0, 0] = broken
     for kind in (Hessian, InputNorm, Moments):
         with pytest.raises(UserError, match=r"inputs of blocks\.1\.attention\.o hold NaN or infinity"):
-            walk(model, Look(kind), batches())
+            calibrate_sequentially(model, Look(kind), batches())
 
 
 def live_bytes():
@@ -224,7 +224,7 @@ def test_memory_is_bounded_by_one_block_as_the_depth_doubles():
                 tops.append(live_bytes() - start)
                 return None, LayerRecord(name, tuple(module.weight.shape))
 
-        walk(model, Measure(), data)
+        calibrate_sequentially(model, Measure(), data)
         return max(tops)
 
     activations = 3 * 2 * 16 * 32 * 4
@@ -241,7 +241,7 @@ def test_memory_is_bounded_by_one_block_as_the_depth_doubles():
 
 def test_progress_tells_block_layer_error_and_time():
     seen = []
-    walk(build(), Look(), batches(), progress=seen.append)
+    calibrate_sequentially(build(), Look(), batches(), progress=seen.append)
     assert [(step.index, step.count) for step in seen] == [(i // 7, 4) for i in range(22)]
     assert seen[7].layer == "blocks.1.attention.q"
 
@@ -256,9 +256,9 @@ def test_extras_come_back_with_the_part(tmp_path):
             super().restore_block(part, state, forms)
             self.seen[part.index] = part.extras["score"]
 
-    walk(build(), Keeps(), batches(), store=FolderStore(tmp_path))
+    calibrate_sequentially(build(), Keeps(), batches(), store=FolderStore(tmp_path))
     again = Keeps()
-    walk(build(), again, batches(), store=FolderStore(tmp_path))
+    calibrate_sequentially(build(), again, batches(), store=FolderStore(tmp_path))
     assert [float(again.seen[i][0]) for i in range(4)] == [0, 1, 2, 3]
 
 
@@ -284,11 +284,11 @@ def test_a_damaged_chain_sends_the_run_back_to_the_start(tmp_path):
             return super().compress(name, module, statistic)
 
     whole = build()
-    walk(whole, Halve(), batches(), store=FolderStore(tmp_path))
+    calibrate_sequentially(whole, Halve(), batches(), store=FolderStore(tmp_path))
     (tmp_path / "part-3.safetensors").unlink()
     (tmp_path / "chain-2.safetensors").write_bytes(b"")
     resumed = build()
-    walk(resumed, Halve(), batches(), store=FolderStore(tmp_path))
+    calibrate_sequentially(resumed, Halve(), batches(), store=FolderStore(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
@@ -304,7 +304,7 @@ def test_linear_maps_in_a_block_are_found_wherever_they_are():
     model = build(depth=1)
     model.blocks[0].feedforward.extra = nn.Linear(4, 4)  # no token reaches it
     look = Look()
-    walk(model, look, batches())
+    calibrate_sequentially(model, look, batches())
     assert look.seen["blocks.0.feedforward.extra"] is None
 
 
@@ -313,7 +313,7 @@ def test_a_forward_stops_where_the_last_statistic_is_taken():
     model, looked = build(depth=2), []
     model.blocks[0].feedforward.down.register_forward_hook(lambda *args: looked.append("block 0"))
     model.blocks[1].feedforward.down.register_forward_hook(lambda *args: looked.append("block 1"))
-    walk(model, Look(), batches(5))
+    calibrate_sequentially(model, Look(), batches(5))
     assert looked.count("block 0") == 1 + 5
     assert looked.count("block 1") == 1 + 5  # the head asks for data too
 
@@ -342,7 +342,7 @@ def test_a_map_that_reads_a_second_input_gets_a_statistic_of_its_own():
     attention = {"kind": "transient", "heads": 4, "window": 8, "block": 4}
     model, data = Transformer(ModelConfig.from_dict({**values, "attention": attention})), batches()
     look = Look()
-    walk(model, look, data)
+    calibrate_sequentially(model, look, data)
     for name, tokens in {"q": 3 * 2 * 16, "k": 3 * 2 * (16 + 4), "v": 3 * 2 * (16 + 4)}.items():
         x = inputs_of(model, f"blocks.0.attention.{name}", data)
         statistic = look.seen[f"blocks.0.attention.{name}"]
@@ -358,7 +358,7 @@ def test_maps_that_some_batches_skip_and_maps_that_run_twice_see_all_their_token
     names = ["twice", "experts.0", "experts.1"]
     expected = {name: inputs_of(model, f"blocks.0.feedforward.{name}", data) for name in names}
     look = Look()
-    walk(model, look, data)
+    calibrate_sequentially(model, look, data)
     for name, x in expected.items():
         statistic = look.seen[f"blocks.0.feedforward.{name}"]
         assert statistic.tokens == len(x)
@@ -367,8 +367,8 @@ def test_maps_that_some_batches_skip_and_maps_that_run_twice_see_all_their_token
 
 def test_under_autocast_the_statistics_are_of_what_the_maps_compute_with():
     exact, cast = Look(), Look()
-    walk(build(), exact, batches())
-    walk(build(), cast, batches(), autocast=torch.bfloat16)
+    calibrate_sequentially(build(), exact, batches())
+    calibrate_sequentially(build(), cast, batches(), autocast=torch.bfloat16)
     for name, statistic in exact.seen.items():
         a, b = statistic.matrix(), cast.seen[name].matrix()
         assert not torch.equal(a, b)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compress.calibration import LayerMethod, walk
+from compress.calibration import LayerMethod, calibrate_sequentially
 from compress.experts import apart
 from compress.pruning.importance import IMPORTANCES
 from compress.pruning.masks import HeldMasks, count_violations, masks_of
@@ -91,7 +91,7 @@ PADDED = torch.tensor([[0] * 10 + [-1] * 6, [1] * 16])
 def test_every_expert_has_the_statistics_of_its_own_tokens(documents):
     model, data, look = build(), batches(documents=documents), Look()
     with apart(model):
-        records = {record.name: record for record in walk(model, look, data, minimum_tokens=0)}
+        records = {record.name: record for record in calibrate_sequentially(model, look, data, minimum_tokens=0)}
         total = 0
         for expert in range(4):
             for part in ("gate", "down"):
@@ -115,7 +115,7 @@ def test_an_expert_that_is_never_chosen_takes_the_likeliest_tokens_of_its_layer(
         mixture = model.blocks[0].feedforward
         x = torch.cat([inputs_of(model, "blocks.0.feedforward.router", [batch]) for batch in data])
         chosen = mixture.router(x[None]).probabilities[:, 4].topk(20).indices
-        records = {record.name: record for record in walk(model, look, data, minimum_tokens=20)}
+        records = {record.name: record for record in calibrate_sequentially(model, look, data, minimum_tokens=20)}
         statistic = look.seen["blocks.0.feedforward.experts.4.up"]
         assert statistic.tokens == 20
         assert torch.allclose(statistic.matrix(), x[chosen].T @ x[chosen] / 20, rtol=1e-4, atol=1e-5)
@@ -132,14 +132,14 @@ def test_padding_fills_no_expert():
     data = batches(1, documents=PADDED)
     model, look = starve(build(FIVE)), Look()
     with apart(model):
-        walk(model, look, data, minimum_tokens=1000)
+        calibrate_sequentially(model, look, data, minimum_tokens=1000)
     assert {look.seen[f"blocks.0.feedforward.experts.{expert}.down"].tokens for expert in range(5)} == {26}
 
 
 def test_the_minimum_is_one_token_for_each_channel_of_the_widest_matrix():
     model, look = starve(build(FIVE)), Look()
     with apart(model):
-        walk(model, look, batches())
+        calibrate_sequentially(model, look, batches())
     tokens = [look.seen[f"blocks.0.feedforward.experts.{expert}.up"].tokens for expert in range(5)]
     assert tokens[4] == min(tokens) == 32
 

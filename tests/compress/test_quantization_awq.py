@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.evaluation.quality import evaluate_quality, paired
-from compress.calibration import LayerMethod, walk
+from compress.calibration import LayerMethod, calibrate_sequentially
 from compress.quantization import METHODS, Awq, Gptq, Rtn
 from compress.quantization.awq import Magnitudes, clipped, on_grids, scale_block
 from compress.quantization.gptq import output_error
@@ -120,7 +120,7 @@ class ScaleAlone(LayerMethod):
 
 def scaled(model, method):
     alone = ScaleAlone(method)
-    walk(model, alone, batches())
+    calibrate_sequentially(model, alone, batches())
     return alone
 
 
