@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration import Batch, LayerMethod, Progress, calibrate_sequentially, steps_of
+from compress.coverage import left_out
 from compress.experts import apart
 from compress.pruning import magnitude, wanda  # noqa: F401  register their criteria
 from compress.pruning.criterion import CRITERIA, Criterion
 from compress.pruning.patterns import Pattern, global_masks
 from compress.records import LayerRecord
-from compress.skipped import left_out
 from compress.statistics import Statistic, StatisticType
 from compress.store import Store
 from models.errors import UserError

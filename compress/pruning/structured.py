@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration import Batch, BlockStep, Method, Progress, calibrate_sequentially
+from compress.coverage import left_out
 from compress.experts import apart, has_experts
 from compress.pruning import surgery
 from compress.pruning.allocation import ALLOCATIONS, Allocation
@@ -31,7 +32,6 @@ from compress.pruning.patterns import smallest
 from compress.pruning.plan import Cut, Keep, has_heads, networks, plan, read_ratios, resolve_heads
 from compress.pruning.sparsify import refuse_packed
 from compress.records import LayerRecord
-from compress.skipped import left_out
 from compress.statistics import Moments, StatisticType
 from compress.store import Store
 from models.attention.full import FullAttention

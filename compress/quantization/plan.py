@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from compress.calibration import Batch, BlockStep, Method, Progress, calibrate_sequentially, steps_of
+from compress.coverage import left_out
 from compress.experts import apart
 from compress.quantization.methods import Quantizer
 from compress.records import LayerRecord
-from compress.skipped import left_out
 from compress.statistics import StatisticType
 from compress.store import Store
 from models.errors import UserError, did_you_mean

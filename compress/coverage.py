@@ -1,4 +1,4 @@
-"""What a walk over a model's linear maps does not offer to a method, and why."""
+"""Coverage: a record for every weight that no step of a calibration offers to a method, with the reason."""
 
 from torch import nn
 
