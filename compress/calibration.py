@@ -1,8 +1,8 @@
-"""The sequential driver: one block at a time, inputs in, statistics out, the compressed block's outputs fed forward.
+"""Sequential calibration: block by block, on the outputs of the compressed blocks before it.
 
-It belongs to no method. For every block it runs the calibration tokens through, gathers the statistics that the method
-asks for at the inputs of the block's linear maps, lets the method change the block, and computes the inputs of the next
-block with the changed one. What it holds beside the model: the activations of the calibration tokens once, and the
+The driver belongs to no method. It runs the calibration tokens through a block, gathers the statistics that the method
+asks for at the inputs of the block's linear layers, lets the method change the block, and computes the inputs of the
+next block with the changed one. Beside the model it holds the activations of the calibration tokens once, and the
 statistics of one block. Embedding and head are the last step; the head's input is the output of the final norm.
 
     class Method(LayerMethod):                              # a method is one class
@@ -11,7 +11,7 @@ statistics of one block. Embedding and head are the last step; the head's input 
 
     records = calibrate_sequentially(model, Method(), batches, store=FolderStore(folder), progress=print)
 
-B batch, T tokens of a row, D model width, N tokens, K input channels of a linear map.
+B batch, T tokens of a row, D model width, N tokens, K input channels of a linear layer.
 """
 
 from abc import ABC, abstractmethod
@@ -46,7 +46,7 @@ class Progress(NamedTuple):
 
 @dataclass
 class BlockStep:
-    """What is compressed in one step: a block, or the embedding and head.
+    """A block under calibration, or, as the last step, the embedding and head.
 
     Attributes:
         index: 0 for the first block; the number of blocks for embedding and head.
@@ -125,14 +125,14 @@ class LayerMethod(Method):
     def compress(
         self, name: str, module: nn.Module, statistic: Statistic | None
     ) -> tuple[nn.Module | None, LayerRecord]:
-        """Compress one linear map or embedding.
+        """Compress one linear layer or embedding.
 
         Returns the module that takes its place, or None when `module` was changed in place or left alone, and the
         record, `skipped` with its reason when it was left alone.
         """
 
     def compress_block(self, step: BlockStep) -> list[LayerRecord]:
-        """`compress` every linear map of the step in turn."""
+        """`compress` every linear layer of the step in turn."""
         records = []
         for name, module in step.linears.items():
             new, record = self.compress(name, module, step.statistics.get(name))
@@ -190,7 +190,7 @@ class Activations:
             raise UserError("the calibration data holds no batch; give text that fills at least one sequence")
 
     def casting(self) -> AbstractContextManager:
-        """What forward passes compute their matrix products in."""
+        """Autocast of the forward passes, where a dtype was given."""
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
     def run(self, module: Callable[[Tensor, Any], Tensor], keep: bool, begin: Callable[[int], None]) -> None:
@@ -214,7 +214,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def _wanted(method: Method, step: BlockStep) -> dict[str, StatisticType]:
-    """Which statistic at which map. An embedding reads token ids: only as a tied head has it an input to look at."""
+    """Layer name -> statistic. An embedding reads token ids: only as a tied head has it an input to gather at."""
     kinds = {}
     for name, module in step.linears.items():
         if isinstance(module, nn.Linear) or step.model.head is None:

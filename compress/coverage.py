@@ -31,7 +31,7 @@ def left_out(model: nn.Module, what: str) -> list[LayerRecord]:
 
 
 def _role(owner: nn.Module) -> str:
-    """What the parameters of such a module are."""
+    """The role of the parameters of such a module."""
     if isinstance(owner, nn.Embedding):
         return "a table that is looked up, and no product reads"
     if isinstance(owner, DepthRouter):

@@ -1,4 +1,4 @@
-"""What a compression must know of experts: each is calibrated on tokens of its own, and some would see too few.
+"""Calibration of experts: each on tokens of its own, with further ones where the router gave it too few.
 
 While the calibration text passes a mixture of experts, `ExpertLoad` counts the tokens that every expert was given, and
 what they counted. An expert that was given fewer than a minimum takes further tokens of its layer, those to which the
@@ -39,7 +39,7 @@ def apart(model: nn.Module) -> Iterator[None]:
 
 
 def router_maps(model: nn.Module) -> set[str]:
-    """The names of the linear maps of routers inside a module: they choose the experts, and stay as they are."""
+    """The names of the linear layers of routers inside a module: they choose the experts, and stay as they are."""
     return {
         f"{path}.{name}"
         for path, router in model.named_modules()

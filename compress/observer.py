@@ -1,6 +1,6 @@
-"""What updates the statistics of linear maps while calibration tokens pass through them.
+"""Observer: forward pre-hooks that update the statistics of linear layers on calibration tokens.
 
-B batch, T tokens of a row, N tokens, K input channels of a linear map.
+B batch, T tokens of a row, N tokens, K input channels of a linear layer.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class Enough(Exception):
 
 
 class Observer:
-    """Updates statistics from forward pre-hooks; linear maps that read the very same tensor share one statistic.
+    """Updates statistics from forward pre-hooks; linear layers that read the very same tensor share one statistic.
 
     `depth` is the router of a block that only some tokens take part in: what fills up its rows is no token.
     """

@@ -1,7 +1,7 @@
-"""What is gathered about the inputs of a linear map while the calibration tokens pass through it.
+"""Calibration statistics: running sums over the inputs of a linear layer.
 
-A statistic is a running sum: memory independent of the number of tokens, the same result for any cut into batches up to
-rounding. N tokens, K input channels.
+Memory does not depend on the number of tokens, nor, up to rounding, the result on the cut into batches. N tokens, K
+input channels.
 """
 
 from typing import Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from models import products
 
 @runtime_checkable
 class Statistic(Protocol):
-    """A running summary of the inputs of one linear map, or of several that read the same input."""
+    """A running summary of the inputs of one linear layer, or of several that read the same input."""
 
     tokens: int
 

@@ -1,4 +1,4 @@
-"""Feature distillation: a block of the student, through a learned projector, meets a block of the teacher.
+"""Feature distillation: hidden states of the student, through a learned projector, imitate those of the teacher.
 
 Distances over hidden states, each a mean over the tokens that count:
 
@@ -28,7 +28,7 @@ DISTANCES = Registry("feature distance")
 
 
 class Distance(Protocol):
-    """How far projected student states are from teacher states."""
+    """A distance between projected student states and teacher states."""
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """A scalar from states (N, E) of N counted tokens, N > 0."""
@@ -53,7 +53,7 @@ class Cosine:
 
 
 class Projector(nn.Module):
-    """One linear map without bias from the student's width to the teacher's for every pair of blocks.
+    """One linear layer without bias from the student's width to the teacher's for every pair of blocks.
 
     It is trained with the student and saved in the checkpoint, but is no part of the student that is exported.
     Where the widths agree it starts as the identity, otherwise orthogonally.

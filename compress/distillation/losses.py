@@ -1,4 +1,4 @@
-"""The losses by name, and how they are combined.
+"""Distillation losses: their registry, base classes and weighted sum.
 
 The total is alpha * cross-entropy + (1 - alpha) * w_logit * logit + the sum of w * loss over the other losses.
 """

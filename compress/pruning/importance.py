@@ -1,4 +1,4 @@
-"""How much a feed-forward neuron, a query head or a whole key/value group matters: criteria of structured pruning.
+"""Criteria of structured pruning: scores of neurons, query heads, key/value groups and experts.
 
 D model width, F neurons, G key/value groups, R query heads of a group, W head width. Head r of group g is head g R + r.
 """
@@ -143,7 +143,7 @@ class _Activation(Importance):
         return second * feedforward.down.weight.float().square().sum(0)  # (F,)
 
     def experts(self, block: int, experts: nn.ModuleList, load: ExpertLoad) -> Tensor:
-        """What the router makes the outputs of an expert count, summed over the tokens."""
+        """The router's weights of an expert, summed over the tokens."""
         return load.mass.float()
 
     def heads(self, block: int, attention: FullAttention, statistic: GroupMoments) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which weights go, when every weight has a score: exact counts over rows, layers or the whole model, and N:M.
+"""Sparsity patterns: unstructured, with exact counts over rows, layers or the whole model, and N:M.
 
 A pattern turns scores (out, in) into a mask (out, in) of bool in which True keeps the weight. It knows no criterion.
 Of equal scores the one at the lowest index goes first, so that the count is exact and the same on every run.
@@ -38,7 +38,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def spec(self) -> dict[str, object]:
-        """What was asked for, as JSON."""
+        """The pattern as JSON values."""
 
 
 @dataclass(frozen=True)

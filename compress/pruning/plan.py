@@ -1,4 +1,4 @@
-"""What structured pruning was asked for, and how many units of every kind each block will keep."""
+"""Plan of structured pruning: the ratios, and the number of units of every kind that each block keeps."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ COMPENSATIONS = ("none", "existing", "add")
 
 @dataclass(frozen=True)
 class Cut:
-    """What is to go.
+    """Config of structured pruning.
 
     Args:
         ratios: target -> fraction of its units that is removed, in (0, 1).
@@ -53,7 +53,7 @@ class Cut:
             )
 
     def expected(self, unit: str) -> float | None:
-        """The fraction of a linear map's units that is asked to go; query heads go with their groups as well."""
+        """The fraction of a linear layer's units that is asked to go; query heads go with their groups as well."""
         if unit != "heads":
             return self.ratios.get(unit)
         if not self.ratios.keys() & {"heads", "groups"}:
@@ -75,7 +75,7 @@ def read_ratios(targets: Iterable[str], ratio: float | Mapping[str, float]) -> d
 
 @dataclass(frozen=True)
 class Keep:
-    """What one block keeps: neurons (of each expert), key/value groups, query heads of each group, experts.
+    """Kept counts of one block: neurons (of each expert), key/value groups, query heads of each group, experts.
 
     None where nothing is cut.
     """
@@ -112,7 +112,7 @@ def has_heads(block: nn.Module) -> bool:
 
 
 def resolve_heads(cut: Cut, model: nn.Module) -> Cut:
-    """Where no block shares keys between query heads, a head is a group: `heads` becomes `groups`."""
+    """The config with `groups` for `heads` where no block shares keys between query heads: a head is a group there."""
     units = units_of(model)
     if "heads" not in cut.ratios or units["heads"] or not units["groups"]:
         return cut
@@ -125,7 +125,7 @@ def _only(ratios: Mapping[str, float], target: str) -> dict[str, float]:
 
 
 def plan(model: nn.Module, cut: Cut, scores: Callable[[str], Mapping[int, Tensor]]) -> dict[int, Keep]:
-    """What every block keeps; `scores(target)` gives scores of each block's units for an allocation that needs them.
+    """Kept counts of every block; `scores(target)` gives scores of each block's units, where the allocation needs them.
 
     Raises:
         UserError: a target that the model has none of, a ratio that leaves a block nothing, or that removes nothing.

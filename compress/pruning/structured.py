@@ -1,4 +1,4 @@
-"""Structured pruning: neurons, query heads, whole key/value groups and whole experts really leave the tensors.
+"""Structured pruning: smaller tensors without some neurons, query heads, key/value groups and experts.
 
     neurons  rows of gate and up, columns of down
     groups   a key/value head with all its query heads: rows of q, k, v, columns of o; the cache shrinks with them
@@ -254,7 +254,7 @@ class StructuredPruning(Method):
 
 
 class _Figures:
-    """One linear map as it stands, before or after the cut."""
+    """One linear layer as it stands, before or after the cut."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         parent, _, child = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Taking neurons, query heads, key/value groups and experts out of a block: tensors and config really shrink.
+"""Removal of neurons, query heads, key/value groups and experts from a block: tensors and config shrink.
 
 torch-pruning finds and cuts what belongs to a neuron; heads are cut by explicit indexes, as torch-pruning never prunes
 key/value heads. The block is then built anew from its new config, and takes over the tensors that are left: any width

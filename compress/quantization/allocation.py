@@ -88,7 +88,7 @@ def file_bytes(model: nn.Module, packed: Mapping[str, Packed]) -> int:
 
     Args:
         model: dense, or partly packed, as it would be saved.
-        packed: name of a linear map or embedding -> the packed module that takes its place, on any device.
+        packed: name of a linear layer or embedding -> the packed module that takes its place, on any device.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

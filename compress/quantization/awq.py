@@ -46,7 +46,7 @@ SEARCH_TOKENS = 4096  # on which the output of a sub-layer is compared
 
 
 class Magnitudes(Hessian):
-    """E[x x'] (K, K) and E|x| (K,) of the inputs."""
+    """Statistic of AWQ: E[x x'] (K, K) and E|x| (K,) of the inputs."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
@@ -62,7 +62,7 @@ class Magnitudes(Hessian):
 
 
 class Chosen(NamedTuple):
-    """What the search over alpha has come to.
+    """Result of the search over alpha.
 
     Attributes:
         alpha: the exponent.
@@ -291,7 +291,7 @@ def _some(inputs: Sequence[Tensor]) -> list[int]:
 
 
 def _calls(sublayer: nn.Module, run: Any, numbers: Sequence[int]) -> list[Call]:
-    """What the sub-layer is called with on these batches."""
+    """Arguments of the sub-layer on these batches."""
     found: list[Call] = []
     handle = sublayer.register_forward_pre_hook(lambda _, args, named: found.append((args, named)), with_kwargs=True)
     try:

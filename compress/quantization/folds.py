@@ -1,4 +1,4 @@
-"""Where a block lets a scale of input channels be folded into the operation before, so that it computes the same.
+"""Scale folding: scales of input channels are divided out of the operation before, so that the block is unchanged.
 
 A map that reads x diag(1/s) in place of x gives the same output once its columns are multiplied by s. What hands it x
 can carry the 1/s where it is linear in its own parameters, or passes a positive factor on:
@@ -66,7 +66,7 @@ class Fold:
 
 @dataclass
 class Folds:
-    """What was found in a block: folds, and for every other map the reason why nothing is folded before it."""
+    """Folds of a block, and for every other linear layer the reason why it has none."""
 
     found: list[Fold] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
@@ -243,7 +243,7 @@ class _removing:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """What it is scaled in: one rounding."""
+    """The dtype to scale in: one rounding."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

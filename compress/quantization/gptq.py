@@ -42,7 +42,7 @@ DAMPING_GROWTH, MOST_DAMPING = 10.0, 10.0
 
 
 class Factor(NamedTuple):
-    """What the solves over one Hessian share.
+    """Cholesky factor of one Hessian, shared by the solves over it.
 
     Attributes:
         upper: U (K, K), in the order of the solve.

@@ -1,5 +1,4 @@
-"""Which stored form runs on which device through which kernel: `TABLE`, read from the top; what is in no row is
-dequantized exactly and multiplied.
+"""Kernel dispatch of packed weights: `TABLE`, read from the top; other forms are dequantized exactly and multiplied.
 
     form         device   kernel                                up to rows   what it asks for
     packed_int   cpu      aten::_weight_int4pack_mm_for_cpu     128, AMX 48  2, 3, 4 bits, groups of a multiple of 32
@@ -151,7 +150,7 @@ def choose(
 def kernel_for(
     module: nn.Module, device: str | torch.device = "cpu", batch: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> Choice:
-    """What `module` runs through on `device` for `batch` tokens at once; a dense module runs through `aten::linear`."""
+    """The kernel of `module` on `device` for `batch` tokens at once; that of a dense module is `aten::linear`."""
     if form_of(module) is None:
         return Choice(None, "aten::linear", "dense weights")
     return module.choice(torch.device(device).type, batch, dtype)

@@ -132,7 +132,7 @@ def own_options(method: Quantizer) -> dict[str, Any]:
 
 
 def requested(method: Quantizer) -> dict[str, Any]:
-    """What a method was asked for, as JSON values: the records' `requested`."""
+    """The options of a method, its format included, as JSON values: the records' `requested`."""
     form = dataclasses.asdict(method.format) if method.format is not None else {}
     return {"method": method.kind, **form, **{name: _short(value) for name, value in own_options(method).items()}}
 

@@ -1,4 +1,4 @@
-"""Quantize a whole model: which method for which layer, and nothing left out without a reason."""
+"""Quantization of a whole model: a method for each layer, and a record with the reason for each that has none."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,10 +21,10 @@ from models.forms import described, form_of
 
 @dataclass(frozen=True)
 class Plan(Method):
-    """One method for the linear maps of the blocks, others for those that a pattern names, and for the two ends.
+    """One method for the linear layers of the blocks, others for those that a pattern names, and for the two ends.
 
     Args:
-        method: of the linear maps in the blocks; None leaves them as they are.
+        method: of the linear layers in the blocks; None leaves them as they are.
         overrides: pattern over module names (`blocks.0.*`, `*.attention.v`) -> the method for those, or None to leave
             them as they are. The last pattern that matches counts.
         embedding: method for the token embedding, which in a tied model is the head too.
@@ -67,7 +67,7 @@ class Plan(Method):
             ready[type(method)] = method
 
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
-        """What the method of this module asks for."""
+        """The statistic of this module's method."""
         method = self.choose(name)[0]
         return None if method is None else method.statistic(name, module)
 
@@ -123,13 +123,13 @@ def quantize_model(
 
     Args:
         model: the model, in any floating-point dtype; left in evaluation mode. What stays dense keeps its dtype.
-        method: `Rtn`, `Gptq` or another method for the linear maps of the blocks.
+        method: `Rtn`, `Gptq` or another method for the linear layers of the blocks.
         batches: calibration tokens, for methods that look at data.
         overrides, embedding, head, studying: see `Plan`.
         store, progress, device, autocast, minimum_tokens: see `compress.calibration.calibrate_sequentially`.
 
     Returns:
-        One record for every linear map and embedding, whether it was quantized or left, with the reason.
+        One record for every linear layer and embedding, whether it was quantized or left, with the reason.
 
     Raises:
         UserError: a pattern that matches nothing, weights or inputs that are not finite, no data where some is needed.

@@ -47,7 +47,7 @@ DENSE_BITS = 16  # of a weight that is left as it is
 
 @dataclass(frozen=True)
 class Indices:
-    """What the indices may cost.
+    """Size of the indices.
 
     Args:
         bits: of index a weight, at most.

@@ -85,7 +85,7 @@ def relative_error(weight: Tensor, quantized: Tensor) -> float:
 
 
 def group_note(format: IntFormat, weight: Tensor) -> str:
-    """What a group size that does not divide the width has come to."""
+    """Note on a group size that does not divide the width, or nothing."""
     width, size = weight.shape[1], format.group_size
     if isinstance(size, str) or width % size == 0:
         return ""

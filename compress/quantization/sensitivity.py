@@ -1,4 +1,4 @@
-"""How much each layer minds its bits: the divergence from the whole model when it alone is quantized.
+"""Per-layer sensitivity: KL to the original model when one layer alone is quantized, at each bit width.
 
     KL(p || q_lb) = sum_v p(v) log (p(v) / q_lb(v)),   mean over the tokens of a held-out text
 
@@ -34,7 +34,7 @@ _EXPERT = re.compile(r"(\.experts\.)\d+\.")
 
 @dataclass(frozen=True)
 class Unit:
-    """What is given one number of bits: a linear map, or the maps of one kind in all the experts of a layer.
+    """A unit of bit allocation: a linear layer, or the layers of one kind in all the experts of a block.
 
     Attributes:
         name: of the map, or a pattern that matches those of the experts: `blocks.1.feedforward.experts.*.up`.
@@ -50,7 +50,7 @@ class Unit:
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """Number of its weights."""
         return sum(rows * width for rows, width in self.shapes)
 
     def bytes(self) -> dict[int, int]:
@@ -65,7 +65,7 @@ def units_of(model: nn.Module, methods: Callable[[str], Mapping[int, Quantizer] 
     """The units of a model whose experts are apart, in its order.
 
     Args:
-        methods: name of a linear map in a block -> bits -> the method for it; None where its bits are settled.
+        methods: name of a linear layer in a block -> bits -> the method for it; None where its bits are settled.
 
     Raises:
         UserError: experts whose maps are one unit are not treated alike.
@@ -157,7 +157,7 @@ def _replaced(model: nn.Module, unit: Unit, method: Quantizer) -> Iterator[None]
 
 
 def _finished(model: nn.Module, first: int, x: Tensor, context: Any) -> Tensor:
-    """What the head sees (B, T, D) of the hidden states that enter a block."""
+    """Input of the head (B, T, D) for hidden states that enter block `first`."""
     for block in model.blocks[first:]:
         x = block(x, context)
     return model.finish(x)

@@ -1,4 +1,4 @@
-"""SqueezeLLM: a table of values for each row, fitted to the weights that the loss minds (arXiv 2306.07629).
+"""SqueezeLLM: a look-up table for each row, by k-means weighted with the Fisher information (arXiv 2306.07629).
 
     minimise  sum_j F_j (w_j - c_a(j))^2  over the 2^b values c of a row        (eq. 5; F is the Fisher diagonal)
 
@@ -149,7 +149,7 @@ def squeeze(
 
 
 def set_apart(weight: Tensor, importance: Tensor, sensitive: float, outliers: float) -> Tensor:
-    """Which weights (N, K) bool stay as they are: the most important, then the largest. Zeros need no such place."""
+    """Mask (N, K) of the sparse part: the most important weights, then the largest; no zeros."""
     apart = torch.zeros_like(weight, dtype=torch.bool)
     for share, score in ((sensitive, importance), (outliers, weight.abs())):
         score = score.masked_fill(apart | (weight == 0), 0).flatten()

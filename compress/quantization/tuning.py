@@ -50,7 +50,7 @@ class BlockTuning:
 
 
 class Tuned(nn.Module):
-    """A linear map of codewords whose codebooks are parameters, in fp32."""
+    """A linear layer of codewords whose codebooks are parameters, in fp32."""
 
     def __init__(self, layer: Product) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def tune_block(
 
 
 class _Batches:
-    """What enters the block, batch by batch, on the device that the block runs on."""
+    """Inputs of the block, batch by batch, on the device that the block runs on."""
 
     def __init__(self, step: BlockStep, device: torch.device) -> None:
         self.step, self.device = step, device
@@ -134,7 +134,7 @@ def _error(block: nn.Module, original: nn.Module, batches: _Batches) -> float:
 
 
 def _tokens(x: Tensor, context: Any) -> Tensor:
-    """What of x (B, T, D) belongs to tokens and not to padding, in fp32: (N, D)."""
+    """Rows of x (B, T, D) that are no padding, in fp32: (N, D)."""
     if context.documents is None:
         return x.float().flatten(0, 1)
     return x.float()[(context.documents >= 0).expand(x.shape[:2])]
