@@ -114,8 +114,18 @@ class Method(ABC):
         """Change the step in place: one record for every one of `step.linears`; call `step.report` with each."""
 
     def restore_block(self, step: BlockStep, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
-        """Bring a step into the state in which `compress_block` left it in an earlier run: tensors and stored forms."""
-        load_step(step, state, forms)
+        """Bring a step into the state in which `compress_block` left it in an earlier run.
+
+        Args:
+            state: the saved tensors, for dense modules of the shapes that they had when saved.
+            forms: the stored forms, which are installed first.
+        """
+        device = next(step.model.parameters()).device
+        with torch.device("meta"):
+            install(step.model, forms)
+        for prefix in step.prefixes:
+            own = {name[len(prefix) + 1 :]: t.to(device) for name, t in state.items() if name.startswith(prefix + ".")}
+            step.model.get_submodule(prefix).load_state_dict(own, assign=True)
 
 
 class LayerMethod(Method):
@@ -141,16 +151,6 @@ class LayerMethod(Method):
             records.append(record)
             step.report(record)
         return records
-
-
-def load_step(step: BlockStep, state: dict[str, Tensor], forms: dict[str, dict[str, Any]]) -> None:
-    """Install stored forms, then tensors, in a step whose dense modules have the shapes that they had when saved."""
-    device = next(step.model.parameters()).device
-    with torch.device("meta"):
-        install(step.model, forms)
-    for prefix in step.prefixes:
-        own = {name[len(prefix) + 1 :]: t.to(device) for name, t in state.items() if name.startswith(prefix + ".")}
-        step.model.get_submodule(prefix).load_state_dict(own, assign=True)
 
 
 def steps_of(model: nn.Module) -> list[BlockStep]:

@@ -62,7 +62,8 @@ class Plan(Method):
         """
         names = self.check_patterns(model)
         ready: dict[type, Quantizer] = {}
-        for method in _distinct([self.choose(name)[0] for name in names]):
+        methods = [self.choose(name)[0] for name in names]
+        for method in {id(method): method for method in methods if method is not None}.values():
             method.prepare(model, batches, like=ready.get(type(method)), progress=self.studying)
             ready[type(method)] = method
 
@@ -85,14 +86,6 @@ class Plan(Method):
                 records[name] = LayerRecord.skip(name, step.linears[name].weight.shape, reason)
                 step.report(records[name])
         return [records[name] for name in step.linears]
-
-
-def _distinct(methods: Sequence[Quantizer | None]) -> list[Quantizer]:
-    found: list[Quantizer] = []
-    for method in methods:
-        if method is not None and not any(method is other for other in found):
-            found.append(method)
-    return found
 
 
 def _groups(methods: Mapping[str, Quantizer]) -> list[list[str]]:

@@ -9,9 +9,8 @@ from typing import Any
 
 from app.evaluation.sensitivity import sentences
 from app.loading import Loaded, Source, load_model
-from compress.calibration import Method
 from compress.quantization import Rtn
-from compress.quantization.methods import GRID, grid_of, own_options, read_method, title_of, with_grid
+from compress.quantization.methods import GRID, Quantizer, grid_of, own_options, read_method, title_of, with_grid
 from compress.quantization.plan import Plan, quantize_model
 from compress.records import LayerRecord
 from compress.store import FolderStore
@@ -66,12 +65,12 @@ class Quantize(Stage[options.Quantize]):
             )
         return {"model": loaded}
 
-    def overrides(self) -> dict[str, Method | None]:
+    def overrides(self) -> dict[str, Quantizer | None]:
         """Layers with a method or a grid of their own, and layers to leave as they are."""
         found = {pattern: self.override(pattern, values) for pattern, values in self.options.layers.items()}
         return found | dict.fromkeys(options.names(self.options.skip))
 
-    def override(self, pattern: str, values: dict[str, Any]) -> Method | None:
+    def override(self, pattern: str, values: dict[str, Any]) -> Quantizer | None:
         """The method for layers that match `pattern`: what it does not say is as in the rest of the model."""
         where = f"layers, {pattern}"
         check_keys(values, {*GRID, "method"}, where)
@@ -91,7 +90,7 @@ class Quantize(Stage[options.Quantize]):
             rest.pop("bits", None)
         return with_grid(method, rest, where)
 
-    def end(self, bits: int, where: str) -> Method | None:
+    def end(self, bits: int, where: str) -> Quantizer | None:
         """The method for embedding or head: the blocks' where it can do them, otherwise rounding.
 
         Rounding to 8 bits takes one scale a row, as the kernels want it.
