@@ -28,6 +28,8 @@ from compress.observer import Enough, Observer
 from compress.records import LayerRecord
 from compress.statistics import Statistic, StatisticType
 from compress.store import Store
+from models.attention.protocol import Context
+from models.backbone import Hidden
 from models.errors import UserError
 from models.forms import described, install
 
@@ -77,6 +79,10 @@ class BlockStep:
     def module(self) -> nn.Module:
         """The block, or the whole model for the last step."""
         return self.model.get_submodule(self.prefixes[0]) if len(self.prefixes) == 1 else self.model
+
+    def run(self, x: Tensor, inputs: Context) -> Hidden:
+        """Run the block on the residual stream x (B, T, D)."""
+        return self.model.run(x, inputs, blocks=slice(self.index, self.index + 1))
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in the place of the module called `name` (full name)."""
@@ -193,20 +199,23 @@ class Activations:
         """Autocast of the forward passes, where a dtype was given."""
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
-    def run(self, module: Callable[[Tensor, Any], Tensor], keep: bool, begin: Callable[[int], None]) -> None:
-        """Pass every batch through `module`; with `keep` its outputs become the inputs of what follows."""
+    def run(self, run: Callable[[Tensor, Context], Hidden], keep: bool, begin: Callable[[int], None]) -> None:
+        """Pass every batch through blocks; with `keep` their outputs become the inputs of what follows."""
         for i, (x, context) in enumerate(zip(self.inputs, self.contexts, strict=True)):
             begin(i)
             with self.casting(), suppress(Enough):
-                y = module(moved(x, self.device), moved(context, self.device))  # (B, T, D)
+                hidden = run(moved(x, self.device), moved(context, self.device))  # (B, T, D)
             if keep:
-                self.inputs[i] = y.to(x)
+                self.inputs[i] = hidden.x.to(x)
+                self.contexts[i] = context._replace(state=moved(hidden.inputs.state, x.device))
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Tensors inside (named) tuples on `device`."""
+    """Tensors inside (named) tuples and dictionaries on `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
     if isinstance(value, tuple):
         items = tuple(moved(item, device) for item in value)
         return items if type(value) is tuple else type(value)(*items)
@@ -226,10 +235,10 @@ def _pass(step: BlockStep, observer: Observer, activations: Activations) -> None
     """Take every batch through a block; experts that were given too few tokens take more."""
     load = step.load
     with observer.watching(step.linears), load.counting(observer.real) if load else nullcontext():
-        activations.run(step.module, keep=False, begin=lambda i: observer.begin(activations.valid[i]))
+        activations.run(step.run, keep=False, begin=lambda i: observer.begin(activations.valid[i]))
     if load is None:
         return
-    further = load.further(lambda begin: activations.run(step.module, keep=False, begin=begin))
+    further = load.further(lambda begin: activations.run(step.run, keep=False, begin=begin))
     with observer.watching(step.linears), activations.casting():
         for expert, x in further.items():  # x (n, D)
             observer.begin(None)
@@ -243,11 +252,10 @@ def _gather(step: BlockStep, kinds: dict[str, StatisticType], activations: Activ
     step.inputs, step.contexts = activations.inputs, activations.contexts
     if last:
 
-        def observe(x: Tensor, context: Any) -> Tensor:
+        def observe(x: Tensor, context: Context) -> None:
             hidden = step.model.finish(x)  # (B, T, D)
             for name in kinds:
                 observer.take(name, hidden)
-            return hidden
 
         activations.run(observe, keep=False, begin=lambda i: observer.begin(activations.valid[i]))
     else:
@@ -309,7 +317,7 @@ def calibrate_sequentially(
         new = method.compress_block(step)
         new = step.load.noted(new) if step.load else new
         if step.index < last:
-            activations.run(step.module, keep=True, begin=lambda i: None)
+            activations.run(step.run, keep=True, begin=lambda i: None)
         step.module.to(home)
         records += new
         _keep(step, new, store, activations, last)

@@ -1,4 +1,4 @@
-"""A block: an attention and a feed-forward sub-layer (or one of them) around the residual stream.
+"""A block: sub-layers around the residual stream, in the order that the layer's config gives.
 
     attention_first     x = x + A(N(x)); x = x + F(N(x))
     feedforward_first   x = x + F(N(x)); x = x + A(N(x))
@@ -9,26 +9,33 @@ in place of one) the branches A(N(x)), F(N(x)) and, in a parallel block, their s
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.attention import Context, Place
+from models.attention.protocol import NOTHING, Context, Mixed
 from models.cache import LayerCache
+from models.config import LayerConfig, ModelConfig
 from models.depth import ShortenedCache
-from models.norms import AFTER, draw_deepnorm, residual_gain
+from models.norms import draw_deepnorm, residual_gain
+from models.specs import AFTER, Place
 
-if TYPE_CHECKING:
-    from models.config import LayerConfig, ModelConfig
-
-ORDERS = ("attention_first", "feedforward_first", "parallel")
+SUBLAYERS = {
+    "attention_first": ("attention", "feedforward"),
+    "feedforward_first": ("feedforward", "attention"),
+    "parallel": ("attention", "feedforward"),
+}
 
 
 class Block(nn.Module):
-    """One layer of the Transformer: x (B, T, D) -> (B, T, D); of a reversible one (B, T, 2D) -> (B, T, 2D)."""
+    """One layer of the Transformer: x (B, T, D) -> (B, T, D); of a reversible one (B, T, 2D) -> (B, T, 2D).
 
-    def __init__(self, layer: "LayerConfig", model: "ModelConfig", place: Place) -> None:
+    Attributes:
+        sublayers: names of those that the layer has, in their order; the norm of `NAME` is `NAME_norm`.
+    """
+
+    def __init__(self, layer: LayerConfig, model: ModelConfig, place: Place) -> None:
         super().__init__()
         self.place, self.order, self.norm_position = place, layer.order, model.norm.position
         self.reversible = model.residual == "reversible"
@@ -44,10 +51,11 @@ class Block(nn.Module):
             self.feedforward = self._drawn(lambda: self._feedforward(layer, model), None)
             if self.norm_position == "sandwich":
                 self.feedforward_out_norm = model.norm.build(model.width)
+        self.sublayers = tuple(name for name in SUBLAYERS[layer.order] if getattr(self, name) is not None)
         self.dropout = nn.Dropout(model.dropout)
         self.depth = None if layer.depth is None else layer.depth.build(place, layer.attention is not None)
 
-    def _feedforward(self, layer: "LayerConfig", model: "ModelConfig") -> nn.Module:
+    def _feedforward(self, layer: LayerConfig, model: ModelConfig) -> nn.Module:
         feedforwards = [other.feedforward for other in model.layers if other.feedforward is not None]
         alike = sum(other.kind == layer.feedforward.kind for other in feedforwards)
         return layer.feedforward.build(model.width, self.place.branches, layer=self.place.layer, layers=alike)
@@ -60,73 +68,70 @@ class Block(nn.Module):
             module = build()
         return draw_deepnorm(module, small, self.place.branches)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Mixed:
+        """The layer on x, with the losses and the state that its mechanisms return."""
         if self.depth is None:
             return self.run(x, context, cache)
         return self.depth(x, context, cache, self.run)
 
-    def run(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def run(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Mixed:
         """The layer on all tokens of x, or on those that take part."""
         if self.reversible:
             a, b = x.chunk(2, dim=-1)  # (B, T, D) each
-            for branch in self.branches(context, cache):
-                a, b = b, a + branch(b)
-            return torch.cat([a, b], dim=-1)  # (B, T, 2D)
-        if self.order == "parallel":
-            return x + self._attend(x, context, cache) + self._feed(x, context)
-        if self.order == "feedforward_first":
-            return self._attention_step(self._feedforward_step(x, context), context, cache)
-        return self._feedforward_step(self._attention_step(x, context, cache), context)
+            losses, state = NOTHING, NOTHING
+            for branch in self.branches():
+                y, more, left = branch(b, context, cache)
+                a, b = b, a + y
+                losses, state = _summed(losses, more), {**state, **left}
+            return Mixed(torch.cat([a, b], dim=-1), losses, state)  # (B, T, 2D)
+        start, losses, state = x, NOTHING, NOTHING
+        for name in self.sublayers:
+            y, more, left = self._branch(name, start if self.order == "parallel" else x, context, cache)
+            if self.norm_position in AFTER:
+                x = getattr(self, f"{name}_norm")(self.gain * x + y)
+            else:
+                x = x + y
+            losses, state = _summed(losses, more), {**state, **left} if left else state
+        return Mixed(x, losses, state)
 
-    def branches(self, context: Context, cache: LayerCache | None = None) -> list[Callable[[Tensor], Tensor]]:
+    def branches(self) -> list[Callable[[Tensor, Context, LayerCache | None], Mixed]]:
         """The branches of a reversible block in their order, each from (B, T, D) to (B, T, D).
 
         They compute in the dtype of the weights: the streams that they read and add to may be wider.
         """
 
-        def attend(x: Tensor) -> Tensor:
-            return self._attend(x.to(self.attention_norm.weight.dtype), context, cache)
+        def run(*names: str) -> Callable[[Tensor, Context, LayerCache | None], Mixed]:
+            def branch(x: Tensor, context: Context, cache: LayerCache | None = None) -> Mixed:
+                x = x.to(getattr(self, f"{names[0]}_norm").weight.dtype)
+                parts = [self._branch(name, x, context, cache) for name in names]
+                losses, state = NOTHING, NOTHING
+                for part in parts:
+                    losses, state = _summed(losses, part.losses), {**state, **part.state}
+                return Mixed(sum((part.y for part in parts[1:]), parts[0].y), losses, state)
 
-        def feed(x: Tensor) -> Tensor:
-            return self._feed(x.to(self.feedforward_norm.weight.dtype), context)
+            return branch
 
-        if self.order == "parallel":
-            return [lambda x: attend(x) + feed(x)]
-        present = ([attend] if self.attention is not None else []) + ([feed] if self.feedforward is not None else [])
-        return present[::-1] if self.order == "feedforward_first" else present
+        return [run(*self.sublayers)] if self.order == "parallel" else [run(name) for name in self.sublayers]
 
-    def _attend(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
-        """The attention branch, normalised as `pre` and `sandwich` want it: (B, T, D) -> (B, T, D)."""
-        y = self.attention(x if self.norm_position in AFTER else self.attention_norm(x), context, cache)
-        return self.dropout(self.attention_out_norm(y) if self.norm_position == "sandwich" else y)
+    def _branch(self, name: str, x: Tensor, context: Context, cache: LayerCache | None) -> Mixed:
+        """One sub-layer, normalised as `pre` and `sandwich` want it: (B, T, D) -> (B, T, D)."""
+        module = getattr(self, name)
+        x = x if self.norm_position in AFTER else getattr(self, f"{name}_norm")(x)
+        mixed = module(x, context, cache) if name == "attention" else module(x, context)
+        y, losses, state = mixed if isinstance(mixed, Mixed) else Mixed(mixed)
+        y = getattr(self, f"{name}_out_norm")(y) if self.norm_position == "sandwich" else y
+        return Mixed(self.dropout(y), losses, state)
 
-    def _feed(self, x: Tensor, context: Context) -> Tensor:
-        """The feed-forward branch, normalised likewise: (B, T, D) -> (B, T, D)."""
-        y = self.feedforward(x if self.norm_position in AFTER else self.feedforward_norm(x), context)
-        return self.dropout(self.feedforward_out_norm(y) if self.norm_position == "sandwich" else y)
+    def advance(self) -> None:
+        """Let the mechanisms take over what the latest forward in training counted; called before the next one."""
+        for module in (self.depth, self.feedforward):
+            if module is not None:
+                module.advance()
 
-    def _attention_step(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
-        if self.attention is None:
-            return x
-        y = self._attend(x, context, cache)
-        return self.attention_norm(self.gain * x + y) if self.norm_position in AFTER else x + y
-
-    def _feedforward_step(self, x: Tensor, context: Context) -> Tensor:
-        if self.feedforward is None:
-            return x
-        y = self._feed(x, context)
-        return self.feedforward_norm(self.gain * x + y) if self.norm_position in AFTER else x + y
-
-    @torch.enable_grad()
-    def take_losses(self) -> dict[str, Tensor]:
-        """The training losses that the mechanisms have left since they were last taken, summed by name."""
-        found: dict[str, Tensor] = {}
-        for part in (self.attention, self.feedforward):
-            if self.training and getattr(part, "auxiliary", None):
-                for name, loss in part.auxiliary.items():
-                    found[name] = found[name] + loss if name in found else loss
-                part.auxiliary = {}
-        return found
+    def after_step(self) -> None:
+        """Let the mechanisms follow that move once an optimizer step without a gradient."""
+        if self.feedforward is not None:
+            self.feedforward.after_step()
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache | None:
         """An empty cache for `capacity` tokens in each of `batch` rows, or None for a layer without attention."""
@@ -146,3 +151,10 @@ class Block(nn.Module):
         state = super().__getstate__()
         state.pop("run", None)  # compiled code belongs to this very module: a copy would run it with these weights
         return state
+
+
+def _summed(losses: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Losses of two sub-layers, added by name."""
+    if not more:
+        return losses
+    return {**losses, **{name: losses[name] + loss if name in losses else loss for name, loss in more.items()}}

@@ -17,17 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from models.attention import ATTENTIONS
-from models.block import ORDERS
-from models.depth import DEPTHS
+from models import catalog  # noqa: F401  fills the registries
+from models.early_exit import EXITS
 from models.errors import UserError, did_you_mean
-from models.exits import EXITS
-from models.experts import FEEDFORWARDS
-from models.norms import AFTER, NORMS, Rms
-from models.positions import POSITIONS, Rope
 from models.registry import dump_dataclass, read_dataclass
-from models.reversible import RESIDUALS
+from models.specs import AFTER, ATTENTIONS, DEPTHS, FEEDFORWARDS, NORMS, POSITIONS, AttentionSpec, PositionSpec
 
+ORDERS = ("attention_first", "feedforward_first", "parallel")
+RESIDUALS = ("standard", "reversible")
 HEADS = ("tied", "untied")
 DIRECTIONS = ("causal", "bidirectional")
 SQRT_WIDTH = "sqrt_width"  # of an embedding_scale
@@ -89,8 +86,8 @@ class ModelConfig:
     width: int
     layers: tuple[LayerConfig, ...]
     context: int = 1024
-    norm: Any = field(default_factory=Rms, metadata={"registry": NORMS})
-    position: Any = field(default_factory=Rope, metadata={"registry": POSITIONS})
+    norm: Any = field(default_factory=lambda: NORMS["rms"](), metadata={"registry": NORMS})
+    position: Any = field(default_factory=lambda: POSITIONS["rope"](), metadata={"registry": POSITIONS})
     head: str = "tied"
     embedding_scale: float | str = 1.0
     dropout: float = 0.0
@@ -127,7 +124,9 @@ class ModelConfig:
             self.exits.check(self.layers)
         if self.position.acts == "input":
             self._check_sizes(self.position)
-        object.__setattr__(self, "layers", tuple(self._resolved(layer) for layer in self.layers))
+        object.__setattr__(
+            self, "layers", tuple(self._resolved(layer, number) for number, layer in enumerate(self.layers))
+        )
         attentions = [layer.attention for layer in self.layers if layer.attention is not None]
         if self.position.acts not in ("input", "nothing") and attentions and not any(a.takes for a in attentions):
             raise UserError(
@@ -147,7 +146,7 @@ class ModelConfig:
                 "depth leaves out the tokens that a router chooses by the stream, and a reversible model computes the "
                 "stream anew with other rounding, by which it could choose others; leave one out"
             )
-        if any(getattr(layer.attention, "carry", 0) for layer in self.layers):
+        if any(layer.attention is not None and layer.attention.carries for layer in self.layers):
             raise UserError(
                 "carry brings gradients from layer to layer beside the stream, and a reversible model computes the "
                 "stream's alone; leave one out"
@@ -155,37 +154,36 @@ class ModelConfig:
         if self.exits is not None:
             raise UserError("exits read the stream between layers, and a reversible model keeps none; leave one out")
 
-    def _resolved(self, layer: LayerConfig) -> LayerConfig:
+    def _resolved(self, layer: LayerConfig, number: int) -> LayerConfig:
         if layer.depth is not None:
-            layer.depth.check(layer, getattr(layer.attention, "position", None) or self.position)
-        if hasattr(layer.feedforward, "check"):
+            layer.depth.check(layer, (layer.attention and layer.attention.position) or self.position)
+        if layer.feedforward is not None:
             layer.feedforward.check(self.direction, self.context)
         if layer.attention is None:
             return layer
-        attention = layer.attention.resolve(self.width)
+        attention = layer.attention.resolve(self.width, number)
         if self.direction not in attention.directions:
             raise UserError(f"attention {attention.kind!r} cannot be {self.direction}: {attention.directions_because}")
-        if hasattr(attention, "check"):
-            attention.check(self.direction)
+        attention.check(self.direction)
         if attention.takes:
             self._check_position(attention)
         return replace(layer, attention=attention)
 
-    def _check_position(self, attention: Any) -> None:
+    def _check_position(self, attention: AttentionSpec) -> None:
         if attention.position is not None and attention.position.acts == "input":
             raise UserError(f"position {attention.position.kind!r} acts on the embeddings: give it to the model")
         position = attention.position or self.position
         if position.acts == "input":
             return
         if position.acts not in ("nothing", *attention.takes):
-            because = f": {attention.takes_because}" if hasattr(attention, "takes_because") else ""
+            because = f": {attention.takes_because}" if attention.takes_because else ""
             raise UserError(
                 f"attention {attention.kind!r} works with positions that act on {' or '.join(attention.takes)}, "
                 f"and {position.kind!r} acts on {position.acts}{because}"
             )
         self._check_sizes(position, attention.head_width)
 
-    def _check_sizes(self, position: Any, head_width: int = 0) -> None:
+    def _check_sizes(self, position: PositionSpec, head_width: int = 0) -> None:
         position.check(width=self.width, head_width=head_width, bidirectional=self.direction == "bidirectional")
 
     def residual_branches(self) -> int:
@@ -230,8 +228,8 @@ class _Plain:
     vocab_size: int
     width: int
     context: int = 1024
-    norm: Any = field(default_factory=Rms, metadata={"registry": NORMS})
-    position: Any = field(default_factory=Rope, metadata={"registry": POSITIONS})
+    norm: Any = field(default_factory=lambda: NORMS["rms"](), metadata={"registry": NORMS})
+    position: Any = field(default_factory=lambda: POSITIONS["rope"](), metadata={"registry": POSITIONS})
     head: str = "tied"
     embedding_scale: float | str = 1.0
     dropout: float = 0.0

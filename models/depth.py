@@ -15,33 +15,29 @@ B batch, T new tokens, C places of the shortened rows, S tokens so far, D model 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.protocol import Context, Place, document_mask
+from models.attention.protocol import Context, Mixed, document_mask
 from models.attention.standard import training_bias
 from models.cache import LayerCache
 from models.errors import UserError
 from models.precision import ExactBuffers, exact, without_autocast
-from models.registry import Registry
+from models.specs import DEPTHS, DepthSpec, Place
 
-if TYPE_CHECKING:
-    from models.config import LayerConfig
-
-DEPTHS = Registry("depth")
 EXACT = ("threshold", "target")  # buffers of a layer that stay in at least fp32
 PAD = -1  # the document of padding, which nothing attends to
 ROUND = 16  # tokens to a multiple of which rows are shortened, at least
 
-Run = Callable[[Tensor, Context, LayerCache | None], Tensor]  # the layer on x (B, C, D)
+Run = Callable[[Tensor, Context, LayerCache | None], Mixed]  # the layer on x (B, C, D)
 
 
 @DEPTHS.register("mixture_of_depths")
 @dataclass(frozen=True)
-class MixtureOfDepths:
+class MixtureOfDepths(DepthSpec):
     """Tokens above a learned threshold take part in the layer.
 
     Args:
@@ -49,9 +45,7 @@ class MixtureOfDepths:
         rate: how far the threshold moves with a batch of training, as a fraction of the way to the batch's quantile.
     """
 
-    data_dependent = (
-        True  # how long the shortened rows are is known only at run time: torch.compile gets what is inside
-    )
+    data_dependent = True  # how long the shortened rows are is known only at run time
 
     capacity: float = 0.5
     rate: float = 0.3
@@ -64,7 +58,7 @@ class MixtureOfDepths:
         if not 0 < self.rate <= 1:
             raise UserError(f"rate must be above 0 and at most 1, got {self.rate}")
 
-    def check(self, layer: "LayerConfig", position: Any) -> None:
+    def check(self, layer: Any, position: Any) -> None:
         """Raise UserError where a layer cannot run on a part of the tokens; `position` is that of its attention.
 
         The shortened rows keep each token's own position, but not the number of tokens between two of them.
@@ -151,7 +145,7 @@ class DepthRouter(ExactBuffers):
         self.observed = None
         self.threshold.lerp_(self.target, self.spec.rate)
 
-    def forward(self, x: Tensor, context: Context, cache: "ShortenedCache | None", run: Run) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: "ShortenedCache | None", run: Run) -> Mixed:
         """The layer `run` on the chosen tokens of x (B, T, D); the others as they are."""
         documents = None if context.documents is None else context.documents[:, context.past :]  # (B or 1, T)
         r = self.logits(x)  # (B, T)
@@ -160,15 +154,16 @@ class DepthRouter(ExactBuffers):
         short = self._shorten(r, documents, cached=cache is not None)
         self.kept = short.kept
         if short.index.shape[1] == 0:
-            return x
+            return Mixed(x)
         where = short.index[..., None].expand(-1, -1, x.shape[-1])  # (B, C, D)
         before = x.gather(1, where)  # (B, C, D)
         inside = context._replace(documents=short.documents, past=0, block_masks={})
         if self.attends:
             inside = self._context(before, context, short, cache)
-        after = run(before, inside, cache and cache.inner)  # (B, C, D)
+        after, losses, state = run(before, inside, cache and cache.inner)  # (B, C, D)
         share = r.gather(1, short.index).sigmoid()[..., None].to(x.dtype)  # (B, C, 1)
-        return x.scatter(1, where, torch.where(short.kept[..., None], before + share * (after - before), before))
+        y = x.scatter(1, where, torch.where(short.kept[..., None], before + share * (after - before), before))
+        return Mixed(y, losses, state)
 
     @torch.no_grad()
     def _observe(self, r: Tensor, documents: Tensor | None) -> None:
@@ -231,11 +226,11 @@ def reference_mixture(router: DepthRouter, x: Tensor, context: Context, run: Run
     chosen = (r > router.threshold) & (documents != PAD)
     theirs = documents.expand_as(chosen).masked_fill(~chosen, PAD)
     mask = document_mask(theirs, theirs, not router.place.bidirectional)  # (B, 1, T, T)
-    y = run(x, context._replace(mask=mask, causal=False, bias=None, block_masks={}), None)  # (B, T, D)
+    y = run(x, context._replace(mask=mask, causal=False, bias=None, block_masks={}), None).y  # (B, T, D)
     return torch.where(chosen[..., None], x + r.sigmoid()[..., None].to(x.dtype) * (y - x), x)
 
 
-class ShortenedCache:
+class ShortenedCache(LayerCache):
     """The cache of a layer that not every token takes part in: its attention's own, and whose keys they are.
 
     It has room for all tokens, as nobody knows beforehand which will be chosen.

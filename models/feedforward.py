@@ -5,39 +5,29 @@ B batch, T tokens, D model width.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.protocol import Context
+from models.attention.protocol import Context, Mixed
 from models.errors import UserError, did_you_mean
-from models.linear import Linear, residual_std
-from models.registry import Registry
+from models.linear import Drawn, Linear, residual_std
+from models.specs import FEEDFORWARDS, FeedForwardSpec
 
-FEEDFORWARDS = Registry("feedforward", example="{kind: swiglu, width: 688}")
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
 
-class FeedForwardSpec(Protocol):
-    """What a feed-forward in a config offers.
+class FeedForward(Drawn):
+    """A built feed-forward: (B, T, D) -> (B, T, D)."""
 
-    It may also offer `check(direction, context)`, which raises UserError where it cannot be in a model of that
-    direction and so many tokens; and `active_parameters(width)`, those that one token passes where that is not all.
-    """
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor | Mixed:
+        raise NotImplementedError
 
-    def build(self, width: int, branches: int, *, layer: int = 0, layers: int = 1) -> nn.Module:
-        """The module: called with x (B, T, D) and the forward's `Context`, it gives (B, T, D).
+    def advance(self) -> None:
+        """Take over what the latest forward in training counted; called before the next one."""
 
-        Args:
-            width: D.
-            branches: sub-layers of the model that write into the residual stream.
-            layer: number of the layer.
-            layers: of the model that have a feed-forward of this kind.
-        """
-
-    def flops_per_token(self, width: int) -> int:
-        """Forward FLOPs of one token."""
+    def after_step(self) -> None:
+        """Follow an optimizer step; called behind each."""
 
 
 def _check(width: int, activation: str) -> None:
@@ -49,7 +39,7 @@ def _check(width: int, activation: str) -> None:
 
 @FEEDFORWARDS.register("swiglu")
 @dataclass(frozen=True)
-class Swiglu:
+class Swiglu(FeedForwardSpec):
     """down(act(gate(x)) * up(x)) (arXiv 2002.05202).
 
     Args:
@@ -76,7 +66,7 @@ class Swiglu:
 
 @FEEDFORWARDS.register("mlp")
 @dataclass(frozen=True)
-class Mlp:
+class Mlp(FeedForwardSpec):
     """down(act(up(x))).
 
     Args:
@@ -95,13 +85,13 @@ class Mlp:
         _check(self.width, self.activation)
 
     def build(self, width: int, branches: int, *, layer: int = 0, layers: int = 1) -> nn.Module:
-        return FeedForward(self, width, branches)
+        return PlainFeedForward(self, width, branches)
 
     def flops_per_token(self, width: int) -> int:
         return 2 * 2 * width * self.width
 
 
-class DenseFeedForward(nn.Module):
+class DenseFeedForward(FeedForward):
     """A feed-forward with hidden neurons: each is a row of the `writers()` and a column of the linear layer `down`.
 
     Attributes:
@@ -134,7 +124,7 @@ class GatedFeedForward(DenseFeedForward):
         return [self.gate, self.up]
 
 
-class FeedForward(DenseFeedForward):
+class PlainFeedForward(DenseFeedForward):
     """The module of `Mlp`: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, spec: Mlp, width: int, branches: int) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from models.cache import ModelCache
+from models.early_exit_decoding import EarlyExit, check_confidence
 from models.errors import UserError
-from models.exits import EarlyExit, check_confidence
 from models.finite import not_finite
 from models.transformer import Transformer
 
@@ -240,8 +240,7 @@ def _broken(model: Transformer, prompt: Sequence[int]) -> UserError:
 def _next_logits(model: Transformer, tokens: Tensor, documents: Tensor | None, cache) -> Tensor:
     """Feed tokens (B, T) to the model and its cache, and return the logits (B, V) after the last of them."""
     x, context = model.embed(tokens, documents=documents, cache=cache)
-    for block, layer in zip(model.blocks, cache.layers, strict=True):
-        x = block(x, context, layer)  # (B, T, D)
+    x = model.run(x, context, cache=cache).x  # (B, T, D)
     return model.project(model.finish(x[:, -1]))  # only the last position pays for the vocabulary
 
 

@@ -6,6 +6,16 @@ from torch import Tensor, nn
 from models.products import linear
 
 
+class Drawn(nn.Module):
+    """A module that may hold parameters and buffers of its own, beside those of torch's layers."""
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters, and compute the buffers; default: there are none."""
+
+    def draw_xavier(self, gain: float) -> None:
+        """From here on draw maps that are no modules from Xavier's normal distribution times the gain."""
+
+
 class Linear(nn.Linear):
     """`nn.Linear` whose `reset_parameters` draws from N(0, std^2), also after a start on the meta device."""
 

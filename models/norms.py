@@ -14,24 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models.errors import UserError, did_you_mean
-from models.registry import Registry
-
-NORMS = Registry("norm")
-NORM_POSITIONS = ("pre", "post", "sandwich", "deepnorm")
-AFTER = ("post", "deepnorm")  # the positions that normalise the stream itself, behind each sub-layer
-
-
-def _check(position: str, eps: float) -> None:
-    if position not in NORM_POSITIONS:
-        raise UserError(f"unknown norm position {position!r}{did_you_mean(position, NORM_POSITIONS)}")
-    if eps <= 0:
-        raise UserError(f"eps must be positive, got {eps}")
+from models.linear import Drawn
+from models.specs import NORMS, NormSpec
 
 
 @NORMS.register("rms")
 @dataclass(frozen=True)
-class Rms:
+class Rms(NormSpec):
     """Root mean square normalisation (arXiv 1910.07467).
 
     Args:
@@ -42,16 +31,13 @@ class Rms:
     eps: float = 1e-5
     position: str = "pre"
 
-    def __post_init__(self) -> None:
-        _check(self.position, self.eps)
-
     def build(self, width: int) -> nn.Module:
         return nn.RMSNorm(width, eps=self.eps)
 
 
 @NORMS.register("layer")
 @dataclass(frozen=True)
-class Layer:
+class Layer(NormSpec):
     """Layer normalisation (arXiv 1607.06450).
 
     Args:
@@ -63,9 +49,6 @@ class Layer:
     eps: float = 1e-5
     position: str = "pre"
     bias: bool = True
-
-    def __post_init__(self) -> None:
-        _check(self.position, self.eps)
 
     def build(self, width: int) -> nn.Module:
         return nn.LayerNorm(width, eps=self.eps, bias=self.bias)
@@ -89,10 +72,10 @@ def draw_deepnorm(module: nn.Module, names: tuple[str, ...] | None, branches: in
         if isinstance(part, nn.Linear):
             gain = small if names is None or name.rpartition(".")[2] in names else 1.0
             part.std = gain * (2 / (part.in_features + part.out_features)) ** 0.5
-        elif hasattr(part, "stds"):  # stacks of experts, whose maps are no modules
-            part.stds = {map: small * (2 / sum(getattr(part, map).shape[1:])) ** 0.5 for map in part.stds}
+        elif isinstance(part, Drawn):
+            part.draw_xavier(small)
     module.to_empty(device=torch.get_default_device())
     for part in module.modules():
-        if hasattr(part, "reset_parameters"):
+        if isinstance(part, Drawn | nn.Linear | nn.LayerNorm | nn.RMSNorm):
             part.reset_parameters()
     return module

@@ -5,7 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from models.linear import Drawn
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -18,7 +20,7 @@ def exact(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class ExactBuffers(nn.Module):
+class ExactBuffers(Drawn):
     """A module with buffers that stay in at least fp32, whatever the dtype of the model: in bf16 small steps are lost.
 
     Attributes:

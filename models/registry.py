@@ -67,7 +67,7 @@ class Registry:
         if not isinstance(kind, str) or kind not in self._specs:
             raise UserError(f"{where}: unknown {self.axis} {kind!r}{did_you_mean(kind, self._specs)}")
         arguments = {key: argument for key, argument in value.items() if key != "kind"}
-        return read_dataclass(self._specs[kind], arguments, where)
+        return read_dataclass(self._specs[kind], arguments, where, f" ({kind} needs it)")
 
     def dump(self, spec: Any) -> dict[str, Any]:
         return {"kind": spec.kind, **dump_dataclass(spec)}
@@ -106,8 +106,11 @@ class Single:
         return dump_dataclass(spec)
 
 
-def read_dataclass(cls: type, arguments: Mapping[str, Any], where: str) -> Any:
-    """Build `cls` from plain values, checking names and types; `registry` in a field's metadata reads a nested spec."""
+def read_dataclass(cls: type, arguments: Mapping[str, Any], where: str, needed: str = "") -> Any:
+    """Build `cls` from plain values, checking names and types; `registry` in a field's metadata reads a nested spec.
+
+    needed: what an error adds about a missing key.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = {}
@@ -123,8 +126,7 @@ def read_dataclass(cls: type, arguments: Mapping[str, Any], where: str) -> Any:
             values[name] = _checked(value, hints[name], f"{where}.{name}")
     for name, field in fields.items():
         if name not in values and _required(field):
-            needs = f" ({cls.kind} needs it)" if hasattr(cls, "kind") else ""
-            raise UserError(f"{where}: {name!r} is missing{needs}")
+            raise UserError(f"{where}: {name!r} is missing{needed}")
     try:
         return cls(**values)
     except UserError as error:

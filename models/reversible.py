@@ -12,7 +12,7 @@ computes what every branch read anew in the backward: one more forward of the bl
 The streams are fp32 also where the branches compute in bf16, since a difference of bf16 numbers does not give back what
 was added: 8 bytes for each token and channel in place of 2 in a bf16 stream, once for the whole model. What comes back
 is exact but for the rounding of the sums. A mechanism that decides something by what it reads keeps the decision in
-`Context.notes` for its recomputation, as that rounding could turn it over.
+`Context.state` for its recomputation, as that rounding could turn it over.
 
 B batch, T tokens, D model width.
 """
@@ -28,9 +28,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from models.attention import Context
-
-RESIDUALS = ("standard", "reversible")
+from models.attention.protocol import Context, Mixed
 
 
 def split(x: Tensor) -> Tensor:
@@ -57,7 +55,7 @@ def run_reversible(blocks: nn.ModuleList, x: Tensor, context: Context) -> tuple[
     Returns:
         (B, T, 2D), and in training mode the losses of the mechanisms, summed by name.
     """
-    run = Run(blocks, context._replace(notes={}))
+    run = Run(blocks, context._replace(recomputed=True))
     y, *sums = ReversibleStack.apply(run, x, *run.tables(), *run.parameters().values())
     return y, dict(zip(run.losses, sums, strict=True))
 
@@ -68,9 +66,9 @@ class Run:
 
     Attributes:
         blocks: the model's.
-        context: with the notes that layers leave for their recomputation.
+        context: of the forward; from its end on with what the layers decided.
         randomness: before each branch, in training mode (5 kB each on a CPU).
-        losses: names of the losses that mechanisms left.
+        losses: names of the losses that mechanisms returned.
         autocast: device type, dtype and whether it was on.
     """
 
@@ -85,12 +83,10 @@ class Run:
         return [leaf for leaf in tree_flatten(self.context)[0] if _learned(leaf)]
 
     def with_tables(self, tables: Sequence[Tensor]) -> Context:
-        """The context with others in their places; its notes are the very same ones."""
+        """The context with others in their places."""
         rest = iter(tables)
-        leaves, form = tree_flatten(self.context._replace(notes=None))
-        return tree_unflatten([next(rest) if _learned(leaf) else leaf for leaf in leaves], form)._replace(
-            notes=self.context.notes
-        )
+        leaves, form = tree_flatten(self.context)
+        return tree_unflatten([next(rest) if _learned(leaf) else leaf for leaf in leaves], form)
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.blocks.named_parameters())
@@ -113,16 +109,18 @@ class ReversibleStack(torch.autograd.Function):
             run.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         a, b = x.detach().chunk(2, dim=-1)  # (B, T, D) each
         sums: dict[str, Tensor] = {}
+        decided: dict[tuple[int, str], Tensor] = {}
         for block in run.blocks:
-            for branch in block.branches(run.context):
+            for branch in block.branches():
                 if block.training:
                     run.randomness.append(Randomness.now(x.device))
-                _, y = _graph(branch, b)
+                _, (y, losses, state) = _graph(branch, b, run.context)
                 a, b = b, a + y.detach()
-                del y  # or its graph would live until the next one is built
-                for name, loss in block.take_losses().items():
+                decided |= state
+                for name, loss in losses.items():
                     sums[name] = sums.get(name, 0) + loss.detach()
-        run.losses = list(sums)
+                del y, losses  # or their graph would live until the next one is built
+        run.losses, run.context = list(sums), run.context._replace(state=decided)
         y = torch.cat([a, b], dim=-1)  # (B, T, 2D)
         ctx.run = run
         ctx.save_for_backward(y, *learned)
@@ -152,10 +150,9 @@ def _go_back(run: Run, context: Context, y: Tensor, dy: Tensor, weights: dict[st
     (b, c), (db, dc) = y.chunk(2, dim=-1), dy.chunk(2, dim=-1)  # (B, T, D) each
     randomness = list(run.randomness)
     for block in reversed(run.blocks):
-        for branch in reversed(block.branches(context)):
+        for branch in reversed(block.branches()):
             with randomness.pop().again() if randomness else nullcontext():
-                read, found = _graph(branch, b)
-            losses = block.take_losses()
+                read, (found, losses, _) = _graph(branch, b, context)
             ends, gradients = [found, *losses.values()], [dc.to(found.dtype), *(weights[name] for name in losses)]
             torch.autograd.backward(ends, gradients)
             b, c = c - found.detach(), b
@@ -163,14 +160,14 @@ def _go_back(run: Run, context: Context, y: Tensor, dy: Tensor, weights: dict[st
     return torch.cat([db, dc], dim=-1)
 
 
-def _graph(branch: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _graph(branch: Any, x: Tensor, context: Context) -> tuple[Tensor, Mixed]:
     """x (B, T, D) cut loose, and what a branch makes of it.
 
     With a graph also in the forward, where it is dropped: kernels are chosen by whether there is one.
     """
     with torch.enable_grad():
         read = x.detach().requires_grad_()
-        return read, branch(read)
+        return read, branch(read, context)
 
 
 def _learned(leaf: Any) -> bool:

@@ -47,6 +47,10 @@ HARMLESS = {  # the keys that take a class, or a list of them -> the classes
     "model.compile": {
         "app.tasks.compile.CompileBlocks": Harmless("Its backend is one that torch knows.", ("mode", "backend")),
     },
+    "model.activation_checkpointing": {
+        "app.activation_checkpointing.CheckpointBlocks": Harmless("It has no options."),
+        "app.activation_checkpointing.CheckpointOperations": Harmless("It has no options."),
+    },
     "trainer.callbacks": {
         "lightning.pytorch.callbacks.DeviceStatsMonitor": Harmless("It logs the load of the devices."),
         "lightning.pytorch.callbacks.EarlyStopping": Harmless("It ends a run by a logged figure.", ("monitor", "mode")),

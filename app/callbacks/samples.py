@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from app.callbacks.metrics import log_text
+from app.strategies import FSDP2
 from models.errors import UserError
 from models.generation import generate
 
@@ -49,7 +50,7 @@ class Samples(Callback):
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
         if trainer.sanity_checking or not self.prompts or not trainer.loggers or tokenizer is None:
             return
-        sharded = getattr(trainer.strategy, "casts_parameters", False)
+        sharded = isinstance(trainer.strategy, FSDP2)
         if not (trainer.is_global_zero or sharded):  # a sharded model runs on all ranks together
             return
         log_text(trainer, "samples", "\n\n".join(self._continue(module, tokenizer)))

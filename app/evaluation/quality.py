@@ -181,10 +181,7 @@ def batches(blocks: Sequence[dict[str, Tensor]], size: int) -> Iterable[dict[str
 
 def final_hidden(model: nn.Module, tokens: Tensor, documents: Tensor | None) -> Tensor:
     """What the head sees, (B, T, D): the forward pass up to the final norm, so that logits can be made in chunks."""
-    x, context = model.embed(tokens, documents=documents)  # (B, T, D)
-    for block in model.blocks:
-        x = block(x, context)
-    return model.finish(x)
+    return model.hidden(tokens, documents=documents).x
 
 
 class Ledger:

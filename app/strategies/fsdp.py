@@ -34,8 +34,6 @@ class FSDP2(ModelParallelStrategy):
         process_group_backend: by default nccl on GPUs and gloo on CPU.
     """
 
-    casts_parameters = True  # the task must not cast them again
-
     def __init__(
         self,
         data_parallel_size: int | None = None,
@@ -55,7 +53,7 @@ class FSDP2(ModelParallelStrategy):
             self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
-    def parallelize(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def shard(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Shard `model` in place, block by block and then the rest; embedding, norm and (tied) head are one group.
 
         Raises:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from app.loading import Loaded, load_model
 from app.optim import Optimization, Schedule
+from app.strategies import FSDP2
 from app.strategies.checkpoint_io import METADATA
 from app.tasks.architecture import read_architecture, resolve_architecture
 from app.tasks.compile import Compile
@@ -103,7 +104,7 @@ class Distillation(LanguageModel):
 
     def setup(self, stage: str) -> None:
         """Load the teacher, and the student's architecture; raises UserError where their vocabularies differ."""
-        if hasattr(self.trainer.strategy, "parallelize"):
+        if isinstance(self.trainer.strategy, FSDP2):
             raise UserError("distillation runs on one device or with the strategy ddp, not with sharded weights")
         data = self.trainer.datamodule
         self._load()

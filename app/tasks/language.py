@@ -12,7 +12,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
+from app.activation_checkpointing import ActivationCheckpointing
 from app.optim import AdamW, Cosine, Optimization, Schedule
+from app.parallelize import parallelize
+from app.strategies import FSDP2
 from app.tasks.architecture import resolve_architecture
 from app.tasks.compile import Compile
 from app.tasks.gradients import scale_and_clip
@@ -53,6 +56,7 @@ class LanguageModel(LightningModule):
         z_loss: weight of the z-loss (PaLM, arXiv 2204.02311: 1e-4); 0 leaves it out.
         compute_dtype: of activations and of the weights as they are used; the weights that are trained stay fp32.
         compile: what torch.compile is applied to; nothing by default.
+        activation_checkpointing: which activations the backward computes again; by default all are kept.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class LanguageModel(LightningModule):
         z_loss: float = 0.0,
         compute_dtype: ComputeDtype = "float32",
         compile: Compile | None = None,
+        activation_checkpointing: ActivationCheckpointing | None = None,
     ) -> None:
         super().__init__()
         self.architecture = architecture
@@ -71,6 +76,7 @@ class LanguageModel(LightningModule):
         self.z_loss = z_loss
         self.compute_dtype = getattr(torch, compute_dtype)
         self.compiling = compile
+        self.activation_checkpointing = activation_checkpointing
         self.config: ModelConfig | None = None
         self.model: Transformer | None = None
         self._expected: tuple[Mapping[str, Any], Path] | None = None
@@ -117,17 +123,19 @@ class LanguageModel(LightningModule):
                 )
 
     def configure_model(self) -> None:
-        """Build the model, in the fixed order: build, compile the blocks in place, shard."""
+        """Build the model and apply what makes it train on this machine (app/parallelize.py)."""
         if self.model is not None:
             return
         if self.config is None:
             self._settle()
         self.model = self._build()
-        if self.compiling is not None:
-            self.compiling.apply(self.model)
-        parallelize = getattr(self._strategy(), "parallelize", None)
-        if parallelize is not None:
-            parallelize(self.model, self.compute_dtype)
+        parallelize(
+            self.model,
+            checkpointing=self.activation_checkpointing,
+            compile=self.compiling,
+            strategy=self._strategy(),
+            dtype=self.compute_dtype,
+        )
 
     def _build(self) -> Transformer:
         """The model with the weights that training starts from."""
@@ -138,7 +146,7 @@ class LanguageModel(LightningModule):
 
     def forward(self, tokens: Tensor, **options: Any) -> Output:
         """Run the model in the compute dtype: tokens (B, T) int64; options as `Transformer.forward` takes them."""
-        if getattr(self._strategy(), "casts_parameters", False):
+        if isinstance(self._strategy(), FSDP2):
             return self.model(tokens, **options)
         return call_in(self.compute_dtype, self.model, tokens, **options)
 
@@ -151,7 +159,7 @@ class LanguageModel(LightningModule):
             self._unit = targets.numel()
         self._window.append((output.loss.detach().float() * count, count))
         loss = output.loss if output.z_loss is None else output.loss + self.z_loss * output.z_loss
-        loss = loss + sum(output.auxiliary.values())
+        loss = loss + sum(output.losses.values())
         return loss * (count / self._unit)
 
     def configure_gradient_clipping(
@@ -175,9 +183,7 @@ class LanguageModel(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the mechanisms follow that move once a step without a gradient (loss-free balancing)."""
         super().optimizer_step(*args, **kwargs)
-        for module in self.model.modules():
-            if hasattr(module, "after_step"):
-                module.after_step()
+        self.model.after_step()
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value.clone(), reduce_op="sum")

@@ -104,22 +104,22 @@ class FeatureLoss(StateLoss):
         self.projector = Projector(len(pairs), student_width, teacher_width)
 
     @property
-    def student_blocks(self) -> tuple[int, ...]:
-        """Blocks of the student whose output is needed."""
-        return tuple(sorted({student for student, _ in self.pairs}))
+    def student_taps(self) -> tuple[str, ...]:
+        """Blocks of the student whose output is needed, by name."""
+        return tuple(sorted({f"blocks.{student}" for student, _ in self.pairs}))
 
     @property
-    def teacher_blocks(self) -> tuple[int, ...]:
-        """Blocks of the teacher whose output is needed."""
-        return tuple(sorted({teacher for _, teacher in self.pairs}))
+    def teacher_taps(self) -> tuple[str, ...]:
+        """Blocks of the teacher whose output is needed, by name."""
+        return tuple(sorted({f"blocks.{teacher}" for _, teacher in self.pairs}))
 
-    def forward(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], counted: Tensor) -> Tensor:
+    def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], counted: Tensor) -> Tensor:
         """See `StateLoss.forward`. Tokens outside `counted` have no influence; the teacher receives no gradient."""
         if not counted.any():
             return sum(parameter.sum() * 0.0 for parameter in self.projector.parameters())
         losses = []
         for index, (student_block, teacher_block) in enumerate(self.pairs):
-            projected = self.projector(index, student[student_block][counted])  # (N, E)
-            wanted = teacher[teacher_block][counted].detach()  # (N, E)
+            projected = self.projector(index, student[f"blocks.{student_block}"][counted])  # (N, E)
+            wanted = teacher[f"blocks.{teacher_block}"][counted].detach()  # (N, E)
             losses.append(self.distance(projected.float(), wanted.float()))
         return torch.stack(losses).mean()

@@ -20,14 +20,14 @@ class StateLoss(nn.Module):
     """A distillation loss over hidden states, with the projectors that it trains.
 
     Attributes:
-        student_blocks, teacher_blocks: numbers of the blocks whose outputs it needs.
+        student_taps, teacher_taps: names of what it needs of the two models (`Backbone.run`).
     """
 
-    student_blocks: tuple[int, ...] = ()
-    teacher_blocks: tuple[int, ...] = ()
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
 
-    def forward(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], counted: Tensor) -> Tensor:
-        """student {block: (B, T, D)}, teacher {block: (B, T, E)}, counted (B, T) bool -> scalar; 0 if none counts."""
+    def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], counted: Tensor) -> Tensor:
+        """student {tap: (B, T, D)}, teacher {tap: (B, T, E)}, counted (B, T) bool -> scalar; 0 if none counts."""
         raise NotImplementedError
 
 

@@ -3,7 +3,7 @@
 B sequences, T tokens, D the student's width, E the teacher's width, V vocabulary.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -50,15 +50,15 @@ class Objective(nn.Module):
         batch: tokens (B, T) int64, targets (B, T) int64 with -100 = none, optionally documents (B, T), -1 = padding.
         """
         documents = batch.get("documents")
-        student_blocks = {block for loss in self.states.values() for block in loss.student_blocks}
-        teacher_blocks = {block for loss in self.states.values() for block in loss.teacher_blocks}
+        student_taps = {tap for loss in self.states.values() for tap in loss.student_taps}
+        teacher_taps = {tap for loss in self.states.values() for tap in loss.teacher_taps}
         with torch.no_grad():
-            wanted, teacher_states = run_blocks(teacher, batch["tokens"], documents, teacher_blocks)  # (B, T, E)
-        hidden, student_states = run_blocks(student, batch["tokens"], documents, student_blocks)  # (B, T, D)
+            wanted = teacher.hidden(batch["tokens"], documents=documents, taps=teacher_taps)  # (B, T, E)
+        hidden = student.hidden(batch["tokens"], documents=documents, taps=student_taps)  # (B, T, D)
         terms = logit_terms(
-            hidden.flatten(0, 1),
+            hidden.x.flatten(0, 1),
             output_weight(student),
-            wanted.flatten(0, 1),
+            wanted.x.flatten(0, 1),
             teacher.project,
             batch["targets"].flatten(),
             self.logit.temperature,
@@ -67,28 +67,15 @@ class Objective(nn.Module):
         )
         logged = {"cross_entropy": terms.cross_entropy, "agreement": terms.agreement, "logit": terms.divergence}
         total = terms.total
-        for name, term in student.take_losses().items():
+        for name, term in hidden.losses.items():
             total = total + term
             logged[name] = term.detach()
         counted = batch["targets"] != IGNORED if documents is None else documents >= 0  # (B, T)
         for name, loss in self.states.items():
-            term = loss(student_states, teacher_states, counted)
+            term = loss(hidden.taps, wanted.taps, counted)
             total = total + self.combine.weight(name) * term
             logged[name] = term.detach()
         return {"total": total, **logged}
-
-
-def run_blocks(
-    model: Transformer, tokens: Tensor, documents: Tensor | None, keep: Collection[int]
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Hidden states after the last norm (B, T, D), and the outputs of the blocks in `keep`."""
-    x, context = model.embed(tokens, documents=documents)
-    states = {}
-    for index, block in enumerate(model.blocks):
-        x = block(x, context)  # (B, T, D)
-        if index in keep:
-            states[index] = model.stream(x)
-    return model.finish(x), states
 
 
 def output_weight(model: Transformer) -> Tensor:

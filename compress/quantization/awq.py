@@ -265,7 +265,7 @@ def scale_block(step: BlockStep, methods: dict[str, Awq]) -> tuple[Folds, list[t
 
     def run(chosen: Sequence[int] = numbers[:1]) -> None:
         for i in chosen:
-            block(moved(step.inputs[i], device), moved(step.contexts[i], device))
+            step.run(moved(step.inputs[i], device), moved(step.contexts[i], device))
 
     folds = find_folds(block, prefix, step.linears, run)
     calls = {branch: _calls(getattr(block, branch), run, numbers) for branch in {f.branch for f in folds.found}}

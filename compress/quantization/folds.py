@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from compress.experts import router_maps
 from models.attention.full import FullAttention
 from models.feedforward import DenseFeedForward
-from models.norms import AFTER
+from models.specs import AFTER
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative, of a branch that should not change
 COARSE = 1e-3  # in dtypes of 16 bits

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def measure(
                 if progress is not None:
                     progress(index + 1, len(units), unit.name)
             if any(entry is None for entry in found):
-                activations.run(model.blocks[block], keep=True, begin=lambda i: None)
+                activations.run(partial(model.run, blocks=slice(block, block + 1)), keep=True, begin=lambda i: None)
     return found
 
 
@@ -158,9 +159,7 @@ def _replaced(model: nn.Module, unit: Unit, method: Quantizer) -> Iterator[None]
 
 def _finished(model: nn.Module, first: int, x: Tensor, context: Any) -> Tensor:
     """Input of the head (B, T, D) for hidden states that enter block `first`."""
-    for block in model.blocks[first:]:
-        x = block(x, context)
-    return model.finish(x)
+    return model.finish(model.run(x, context, blocks=slice(first, None)).x)
 
 
 def divergence(model: nn.Module, whole: Tensor, hidden: Tensor) -> float:

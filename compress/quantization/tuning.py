@@ -92,8 +92,8 @@ def tune_block(
         for number in range(chosen.steps):
             x, context = batches[number % len(batches)]
             with torch.no_grad():
-                wanted = original(x, context)
-            loss = _tokens(step.module(x, context) - wanted, context).square().mean()
+                wanted = original(x, context).y
+            loss = _tokens(step.module(x, context).y - wanted, context).square().mean()
             gradients = torch.autograd.grad(loss, [one.codebooks for one in tuned.values()])
             for one, gradient in zip(tuned.values(), gradients, strict=True):
                 one.codebooks.grad = gradient
@@ -127,8 +127,8 @@ class _Batches:
 def _error(block: nn.Module, original: nn.Module, batches: _Batches) -> float:
     lost = total = 0.0
     for x, context in batches:
-        wanted = original(x, context)
-        lost += float(_tokens(block(x, context) - wanted, context).square().sum())
+        wanted = original(x, context).y
+        lost += float(_tokens(block(x, context).y - wanted, context).square().sum())
         total += float(_tokens(wanted - x, context).square().sum())
     return lost / max(total, 1e-30)
 

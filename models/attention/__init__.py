@@ -8,7 +8,7 @@ from models.attention.hierarchical import Hierarchical
 from models.attention.linformer import Linformer
 from models.attention.longformer import Longformer
 from models.attention.lsh import Lsh
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Attention, Context
 from models.attention.recursive import Recursive
 from models.attention.retention import Retention
 from models.attention.selective import Selective
@@ -19,7 +19,7 @@ from models.attention.transient import Transient
 from models.attention.window import Window
 
 __all__ = [
-    "ATTENTIONS",
+    "Attention",
     "BigBird",
     "Context",
     "Convolution",
@@ -29,7 +29,6 @@ __all__ = [
     "Linformer",
     "Longformer",
     "Lsh",
-    "Place",
     "Recursive",
     "Retention",
     "Selective",

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from models.attention.documents import document_ends, document_starts
 from models.attention.full import Full, FullAttention, token_distance
 from models.attention.places import take, tokens_at
-from models.attention.protocol import ATTENTIONS, Context, Place, document_mask
+from models.attention.protocol import Context, document_mask
 from models.attention.standard import Scoring, Visible, attend, logits
 from models.cache import Kept
 from models.errors import UserError
+from models.specs import ATTENTIONS, Place
 
 SMALL = 3  # blocks of a document, up to which every one sees every other
 

@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Attention, Context
 from models.cache import RecurrentCache, beginnings
 from models.errors import UserError
-from models.linear import Linear, residual_std
+from models.linear import Drawn, Linear, residual_std
+from models.specs import ATTENTIONS, AttentionSpec, Place
 
 
 @ATTENTIONS.register("convolution")
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(AttentionSpec):
     """A gated depthwise convolution over a token and those before it; it has no heads and reads no positions.
 
     Args:
@@ -29,11 +30,8 @@ class Convolution:
         channels: channels of the convolution. Nothing: the model's width.
     """
 
-    sees_all = False
     directions = ("causal",)
     directions_because = "its taps lie behind the token"
-    takes = ()
-    free_heads = False
     heads_because = "it has none"
 
     kernel: int = 4
@@ -44,7 +42,7 @@ class Convolution:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} of a convolution must be at least 1, got {getattr(self, name)}")
 
-    def resolve(self, width: int) -> Self:
+    def resolve(self, width: int, layer: int = 0) -> Self:
         """The same with its channels spelled out for a model of this width."""
         return replace(self, channels=self.channels or width)
 
@@ -60,7 +58,7 @@ class Convolution:
         return (self.kernel - 1) * self.channels
 
 
-class GatedConvolution(nn.Module):
+class GatedConvolution(Attention):
     """The module of `Convolution`."""
 
     def __init__(self, spec: Convolution, place: Place) -> None:
@@ -82,7 +80,7 @@ class GatedConvolution(nn.Module):
         return RecurrentCache((batch, self.kernel - 1, self.channels), device, dtype)
 
 
-class Taps(nn.Module):
+class Taps(Drawn):
     """The weights of a depthwise convolution, `()` -> (k, C), the newest token's first.
 
     They are stored in one dimension: like the weights of a norm they scale channels, and are no matrix to an optimizer.

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from models.attention.blocks import Band, Extra, attend_band
 from models.attention.documents import document_starts
 from models.attention.places import tokens_at
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Context
 from models.attention.standard import Scoring
 from models.attention.strided import TwoPatternAttention, TwoPatterns
 from models.cache import Kept
 from models.errors import UserError
+from models.specs import ATTENTIONS, Place
 
 
 @ATTENTIONS.register("fixed")

@@ -6,23 +6,25 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from models.attention.blocks import Band
 from models.attention.flash import tiled_attention
 from models.attention.flex import attend_flex
 from models.attention.learned import attend_causal, learns
 from models.attention.options import QK_NORMS, SINKS, check_dropout, head_width_of
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Attention, Context, Mixed
 from models.attention.standard import Scoring, ValueTerms, attend, reference_attention
 from models.cache import ContiguousCache, Kept, KeyValueCache
 from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
-from models.positions import POSITIONS, Positional
+from models.positions import Positional
+from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, Place
 
 KERNELS = ("sdpa", "flex", "tiled", "reference")
 
 
 @ATTENTIONS.register("full")
 @dataclass(frozen=True)
-class Full:
+class Full(AttentionSpec):
     """Full attention: of a decoder over all earlier tokens, of an encoder over all.
 
     Args:
@@ -44,7 +46,6 @@ class Full:
     """
 
     sees_all = True
-    directions = ("causal", "bidirectional")
     takes = ("rotation", "scores", "queries")
     free_heads = True
 
@@ -96,7 +97,7 @@ class Full:
         object.__setattr__(self, "takes", ("rotation",))
         object.__setattr__(self, "takes_because", f"kernel {self.kernel} adds nothing to the scores; take kernel sdpa")
 
-    def resolve(self, width: int) -> Self:
+    def resolve(self, width: int, layer: int = 0) -> Self:
         """The same attention with its head width spelled out for a model of this width."""
         return replace(self, head_width=head_width_of(self.head_width, self.heads, width))
 
@@ -117,7 +118,7 @@ class Full:
         return [name for name in ("scale", "qk_norm", "softcap", "sink") if getattr(self, name) is not None]
 
 
-class FullAttention(nn.Module):
+class FullAttention(Attention):
     """The module of `Full`: query head h reads key/value head h * kv_heads // heads.
 
     Attributes:
@@ -141,7 +142,7 @@ class FullAttention(nn.Module):
         self.normalises = spec.qk_norm is not None
         self.sink = None if spec.sink is None else SINKS[spec.sink](self.heads)
 
-    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor | Mixed:
         batch, new, _ = x.shape
         positional = context.positional[self.positional]
         q = self.q(x).view(batch, new, self.heads, self.head_width).transpose(1, 2)  # (B, H, T, head_width)
@@ -150,10 +151,12 @@ class FullAttention(nn.Module):
         if self.normalises:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = positional.rotate(q), positional.rotate(k)
-        y = self.mix(q, Kept(k, v, None) if cache is None else cache.append(k, v), context)  # (B, H, T, head_width)
-        return self.o(y.transpose(1, 2).reshape(batch, new, self.heads * self.head_width))  # (B, T, D)
+        mixed = self.mix(q, Kept(k, v, None) if cache is None else cache.append(k, v), context)  # (B, H, T, head_width)
+        y, losses, state = mixed if isinstance(mixed, Mixed) else Mixed(mixed)
+        y = self.o(y.transpose(1, 2).reshape(batch, new, self.heads * self.head_width))  # (B, T, D)
+        return Mixed(y, losses, state) if losses or state else y
 
-    def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
+    def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor | Mixed:
         """Attention of the new queries (B, H, T, head_width) over what is kept: (B, H, T, head_width)."""
         if self.kernel == "flex" and (mask := context.block_masks.get(None)) is not None:
             return attend_flex(q, kept.keys, kept.values, mask, self.scale)
@@ -180,6 +183,9 @@ class FullAttention(nn.Module):
             return Scoring(self.scale, None, self.softcap, sink)
         position, values = positioned(positional, q, k, distance, self.scale, context.past, self.reach)
         return Scoring(self.scale, position, self.softcap, sink, values)
+
+    def flex_bands(self) -> tuple[Band | None, ...]:
+        return (None,) if self.kernel == "flex" else ()
 
     def drop(self) -> float:
         return self.dropout if self.training else 0.0

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.pooling import POOLINGS, Han
-from models.attention.protocol import ATTENTIONS, Place
 from models.attention.standard import Visible, attend
 from models.attention.summaries import Summarising, SummaryAttention
 from models.attention.tree import Level, Nodes, Tree, join_heads, split_heads
@@ -29,6 +28,7 @@ from models.cache import Entries
 from models.errors import UserError
 from models.linear import Linear
 from models.positions import Positional
+from models.specs import ATTENTIONS, Place
 
 
 @ATTENTIONS.register("hierarchical")
@@ -63,8 +63,8 @@ class Hierarchical(Summarising):
     def tree(self) -> Tree:
         return Tree(self.segment, self.pooling.summaries, depth=1)
 
-    def resolve(self, width: int) -> Self:
-        return replace(super().resolve(width), segment_heads=self.segment_heads or self.heads)
+    def resolve(self, width: int, layer: int = 0) -> Self:
+        return replace(super().resolve(width, layer), segment_heads=self.segment_heads or self.heads)
 
     def build(self, place: Place) -> nn.Module:
         return HierarchicalAttention(self, place)

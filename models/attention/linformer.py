@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.options import check_dropout, head_width_of
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Attention, Context
 from models.attention.standard import Scoring, Visible, attend
 from models.cache import LayerCache
 from models.errors import UserError, did_you_mean
-from models.linear import Linear, residual_std
+from models.linear import Drawn, Linear, residual_std
+from models.specs import ATTENTIONS, AttentionSpec, Place
 
 SHARINGS = ("none", "headwise", "key_value", "layerwise")
 SUMS = ("linear", "convolution", "mean", "max")
@@ -28,7 +29,7 @@ SUMS = ("linear", "convolution", "mean", "max")
 
 @ATTENTIONS.register("linformer")
 @dataclass(frozen=True)
-class Linformer:
+class Linformer(AttentionSpec):
     """Attention to projections of the sequence.
 
     Args:
@@ -46,11 +47,8 @@ class Linformer:
         dropout: of the attention probabilities, in training.
     """
 
-    sees_all = False
     directions = ("bidirectional",)
     directions_because = "its sums run over the whole sequence, so each of them knows later tokens"
-    takes = ()
-    free_heads = False
     heads_because = "projections of the sequence belong to them"
 
     heads: int
@@ -79,7 +77,7 @@ class Linformer:
     def most_documents(self) -> int:
         return self.documents
 
-    def resolve(self, width: int) -> Self:
+    def resolve(self, width: int, layer: int = 0) -> Self:
         """The same with its head width spelled out for a model of this width."""
         return replace(self, head_width=head_width_of(self.head_width, self.heads, width))
 
@@ -126,7 +124,7 @@ class Columns:
         return Projection(self)
 
 
-class Projection(nn.Module):
+class Projection(Drawn):
     """The module of `Columns`."""
 
     def __init__(self, spec: Columns) -> None:
@@ -158,7 +156,7 @@ class Spans(NamedTuple):
     whole: bool
 
 
-class LinformerAttention(nn.Module):
+class LinformerAttention(Attention):
     """The module of `Linformer`."""
 
     def __init__(self, spec: Linformer, place: Place) -> None:

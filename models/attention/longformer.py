@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from models.attention.blocks import Anchors, Band, Extra, attend_band
 from models.attention.documents import document_starts
 from models.attention.full import Full, FullAttention
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Context
 from models.attention.standard import Scoring, Visible, attend
 from models.attention.window import Window
 from models.cache import Anchored, AnchoredCache, Kept
 from models.errors import UserError
 from models.linear import Linear
 from models.positions import Positional
+from models.specs import ATTENTIONS, Place
 
 
 @ATTENTIONS.register("longformer")

@@ -31,17 +31,17 @@ from torch import Tensor, nn
 from models.attention.near import SELF, Layout, Weighing, attend_near
 from models.attention.options import check_dropout, head_width_of
 from models.attention.places import of_heads
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import NOTHING, Attention, Context, Mixed
 from models.cache.hashed import HashedCache
 from models.errors import UserError
 from models.linear import Linear, residual_std
-from models.positions import POSITIONS
 from models.precision import without_autocast
+from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, Place
 
 
 @ATTENTIONS.register("lsh")
 @dataclass(frozen=True)
-class Lsh:
+class Lsh(AttentionSpec):
     """Locality-sensitive hashing attention with shared queries and keys.
 
     Args:
@@ -59,12 +59,10 @@ class Lsh:
         across_buckets: whether an encoder's query sees tokens of all buckets in its chunks, as in `transformers`.
         duplicates: whether a key counts as often as rounds bring it, as in `transformers`; of two rounds or more.
         seed: of the rotations, which are never trained.
+        layer_seed: the layer's own seed. Nothing: it follows from `seed` and the number of the layer.
     """
 
-    sees_all = False
-    directions = ("causal", "bidirectional")
     takes = ("rotation",)
-    free_heads = False
     heads_because = "each of them has a hash of its own"
 
     heads: int
@@ -80,6 +78,7 @@ class Lsh:
     across_buckets: bool = False
     duplicates: bool = False
     seed: int = 0
+    layer_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("heads", "chunk", "rounds"):
@@ -99,9 +98,10 @@ class Lsh:
             because = "which tokens of other buckets lie near (across_buckets) depends on later ones"
             object.__setattr__(self, "directions_because", because)
 
-    def resolve(self, width: int) -> Self:
+    def resolve(self, width: int, layer: int = 0) -> Self:
         """The same with its head width spelled out for a model of this width."""
-        return replace(self, head_width=head_width_of(self.head_width, self.heads, width))
+        layer_seed = self.seed * 65537 + layer if self.layer_seed is None else self.layer_seed
+        return replace(self, head_width=head_width_of(self.head_width, self.heads, width), layer_seed=layer_seed)
 
     def build(self, place: Place) -> nn.Module:
         return LshAttention(self, place)
@@ -126,7 +126,7 @@ class Lsh:
         return self.heads * self.rounds * tokens
 
 
-class LshAttention(nn.Module):
+class LshAttention(Attention):
     """The module of `Lsh`."""
 
     def __init__(self, spec: Lsh, place: Place) -> None:
@@ -141,25 +141,28 @@ class LshAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the rotations: those of the seed and the layer, without touching any other random numbers."""
+        """Draw the rotations of the layer's own seed, without touching any other random numbers."""
         if self.rotations.is_meta:
             return
-        generator = torch.Generator().manual_seed(self.spec.seed * 65537 + self.place.layer)
+        generator = torch.Generator().manual_seed(self.spec.layer_seed)
         drawn = torch.randn(self.rotations.shape, generator=generator, device="cpu")
         self.rotations.copy_(drawn)
 
-    def forward(self, x: Tensor, context: Context, cache: HashedCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: HashedCache | None = None) -> Tensor | Mixed:
         batch, new, _ = x.shape
         spec, positional = self.spec, context.positional[self.place.positional]
         q = self.qk(x).view(batch, new, spec.heads, spec.head_width).transpose(1, 2)  # (B, H, T, d)
         v = self.v(x).view(batch, new, spec.heads, spec.head_width).transpose(1, 2)  # (B, H, T, d)
-        buckets = self._buckets(q, context)  # (B, H, R, T)
+        key = self.place.layer, "buckets"  # near ties: those of the forward where the backward computes it again
+        buckets = context.state[key].long() if key in context.state else self._buckets(q)  # (B, H, R, T)
+        state = {key: buckets.int()} if context.recomputed else NOTHING
         q, k = positional.rotate(q), positional.rotate(unit(q))  # (B, H, T, d)
         if cache is not None:
             kept, buckets = cache.append_hashed(k, v, buckets)  # (B, H, S, d), (B, H, R, S)
             k, v = kept.keys.to(q.dtype), kept.values.to(q.dtype)
         y = self._mix(q, k, v, buckets, context.documents)  # (B, H, T, d)
-        return self.o(y.transpose(1, 2).reshape(batch, new, spec.heads * spec.head_width))  # (B, T, D)
+        y = self.o(y.transpose(1, 2).reshape(batch, new, spec.heads * spec.head_width))  # (B, T, D)
+        return Mixed(y, NOTHING, state) if state else y
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, documents: Tensor | None) -> Tensor:
         spec, seen, new = self.spec, k.shape[2], q.shape[2]
@@ -176,20 +179,13 @@ class LshAttention(nn.Module):
         layout = windows(buckets, documents, spec.chunk, spec.buckets)
         return attend_near(q, k, v, layout, scoring)[:, :, seen - new :]
 
-    def _buckets(self, q: Tensor, context: Context) -> Tensor:
-        """The buckets (B, H, R, T) of q (B, H, T, d); those of the forward where a training step computes it again."""
-        key = self.place.layer, "buckets"
-        keeps = context.notes is not None and torch.is_grad_enabled()
-        if keeps and key in context.notes:
-            return context.notes[key].long()
+    def _buckets(self, q: Tensor) -> Tensor:
+        """The buckets (B, H, R, T) of q (B, H, T, d)."""
         exact = torch.promote_types(q.dtype, torch.float32)
         with without_autocast(q.device):  # rounded to half, near ties fall into other buckets
             rotated = q.detach().to(exact) @ self.rotations.to(exact)  # (B, H, T, R * b / 2)
         rotated = rotated.unflatten(-1, (self.spec.rounds, -1))
-        buckets = torch.cat([rotated, -rotated], dim=-1).argmax(-1).transpose(2, 3)  # (B, H, R, T)
-        if keeps:
-            context.notes[key] = buckets.int()
-        return buckets
+        return torch.cat([rotated, -rotated], dim=-1).argmax(-1).transpose(2, 3)  # (B, H, R, T)
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> HashedCache:
         spec = self.spec

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import UserError
+from models.linear import Drawn
 from models.registry import Registry
 
 QK_NORMS = Registry("query and key norm")
@@ -45,7 +46,7 @@ class QkRms:
         return nn.RMSNorm(head_width, eps=self.eps)
 
 
-class LearnedSink(nn.Module):
+class LearnedSink(Drawn):
     """A learned logit of each head, beginning at 0 (arXiv 2309.17453, section 3.3; gpt-oss)."""
 
     def __init__(self, heads: int) -> None:

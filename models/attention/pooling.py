@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import UserError
-from models.linear import Linear
+from models.linear import Drawn, Linear
 from models.registry import Registry
 
 POOLINGS = Registry("pooling")
@@ -111,7 +111,7 @@ class MeanPooling(nn.Module):
         return (x * there).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)  # (B, X, 1, D)
 
 
-class QueryPooling(nn.Module):
+class QueryPooling(Drawn):
     """The module of `LearnedQueries`."""
 
     def __init__(self, summaries: int, width: int) -> None:

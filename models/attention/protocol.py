@@ -5,43 +5,34 @@ B batch, T new tokens, S tokens that can be seen (cached and new), D model width
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from models.attention.blocks import Band
 from models.attention.standard import Visible
 from models.cache import LayerCache
+from models.linear import Drawn
 from models.positions import Positional
-from models.registry import Registry
 
-ATTENTIONS = Registry("attention", example="{kind: full, heads: 4}")
+NOTHING: dict = {}  # never written to
 
 
-class Place(NamedTuple):
-    """Where in a model a mechanism is built.
+class Mixed(NamedTuple):
+    """What a sub-layer gives where there is more than its output.
 
     Attributes:
-        width: D.
-        branches: sub-layers of the model that write into the residual stream.
-        positional: which of `Context.positional` is this layer's.
-        layer: number of the layer, from 0.
-        context: tokens of the longest training sequence.
-        bidirectional: whether a token also sees those behind it.
-        layers: of the model that have an attention.
-        shared: which of `Context.shared` is this layer's.
+        y: (B, T, D).
+        losses: name -> weighted training loss of the mechanism, a scalar; empty in evaluation.
+        state: (layer, name) -> what later layers, or this one's recomputation in the backward, read in `Context.state`.
     """
 
-    width: int
-    branches: int = 2
-    positional: int = 0
-    layer: int = 0
-    context: int = 1024
-    bidirectional: bool = False
-    layers: int = 1
-    shared: int = 0
+    y: Tensor
+    losses: dict[str, Tensor] = NOTHING
+    state: dict[tuple[int, str], Tensor] = NOTHING
 
 
 class Context(NamedTuple):
@@ -55,8 +46,9 @@ class Context(NamedTuple):
         documents: (B or 1, S) of every token so far, the T new ones last, or None when all are of one document. The
             mask holds the same; mechanisms whose pattern is sparse read this instead, and then no mask is made.
         past: tokens before the new ones, S - T.
-        notes: what a layer leaves for its own recomputation or for later layers, by (layer, name); None where no layer
-            of the model does so.
+        state: (layer, name) -> what earlier layers returned (`Mixed.state`) or, where the backward computes a layer
+            again, what that layer itself did.
+        recomputed: whether the backward computes the layers again, so that they return what they decide.
         shared: weights that several layers have in common.
         block_masks: by how far a query sees (models/attention/flex.py), for layers of kernel `flex` on a device with
             it, where no token is cached.
@@ -68,7 +60,8 @@ class Context(NamedTuple):
     bias: Tensor | None = None
     documents: Tensor | None = None
     past: int = 0
-    notes: dict[tuple[int, str], Tensor] | None = None
+    state: Mapping[tuple[int, str], Tensor] = MappingProxyType({})
+    recomputed: bool = False
     shared: tuple[Tensor, ...] = ()
     block_masks: Mapping[Any, BlockMask] = MappingProxyType({})
 
@@ -77,53 +70,23 @@ class Context(NamedTuple):
         return Visible(self.mask, self.causal, self.bias)
 
 
-class AttentionSpec(Protocol):
-    """What an attention in a config offers; `heads` and `head_width` are those that its position encoding gets.
+class Attention(Drawn):
+    """A built mechanism: new tokens in, new tokens out."""
 
-    Attributes:
-        sees_all: whether it needs the mask of all pairs (`Context.mask`).
-        directions: of `causal` and `bidirectional`, what it can be; where it is one, `directions_because` says why.
-        takes: which position encodings it works with, by how they act (models/positions/protocol.py), beside those
-            that act on the embeddings or not at all. Empty: it ignores them. Where one of its numbers narrows them,
-            `takes_because` says which.
-        free_heads: whether any of its heads can be taken away; where not, `heads_because` says why.
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor | Mixed:
+        """Mix x (B, T, D) over the tokens that it may see; append to the cache when there is one.
 
-    It may also offer `leaves_notes`, whether the model must have `Context.notes`, and `cache_singles(tokens)`, how many
-    numbers its cache holds in fp32 whatever the dtype, beside `cache_elements`; `shared(context)`, a spec of weights
-    that all layers which name the same one have in common; `most_documents`, how many a row may hold; and
-    `check(direction)`, which raises UserError where its numbers are none of that direction.
-    """
-
-    sees_all: bool
-    directions: tuple[str, ...]
-    takes: tuple[str, ...]
-    free_heads: bool
-
-    def resolve(self, width: int) -> "AttentionSpec":
-        """The same with everything spelled out that follows from the model's width."""
-
-    def build(self, place: Place) -> nn.Module:
-        """The module, an `Attention`."""
-
-    def flops_per_token(self, width: int, length: int) -> int:
-        """Forward FLOPs of one token that sees `length` tokens."""
-
-    def cache_elements(self, tokens: int) -> int:
-        """Numbers that the cache holds for a sequence of so many tokens."""
-
-
-class Attention(Protocol):
-    """A built mechanism: new tokens in, new tokens out.
-
-    One with a training loss of its own leaves it, weighted, in an attribute `auxiliary` (name -> scalar) in every
-    forward in training mode, from where the model takes it.
-    """
-
-    def __call__(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        """Mix x (B, T, D) over the tokens that it may see; append to the cache when there is one."""
+        Returns (B, T, D), or `Mixed` where the mechanism has a training loss or leaves something for later layers.
+        """
+        raise NotImplementedError
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
         """An empty cache for `capacity` tokens."""
+        raise NotImplementedError
+
+    def flex_bands(self) -> tuple[Band | None, ...]:
+        """How far a query sees, where the kernel is `flex`, None being all of its document; empty for other kernels."""
+        return ()
 
 
 def document_mask(documents: Tensor, seen_documents: Tensor, causal: bool) -> Tensor:

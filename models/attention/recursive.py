@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.attention.protocol import ATTENTIONS, Place
 from models.attention.summaries import Summarising, SummaryAttention
 from models.attention.tree import Level, Nodes, Tree
 from models.cache import Entries
 from models.errors import UserError
 from models.linear import Embedding
 from models.positions import Positional
+from models.specs import ATTENTIONS, Place
 
 
 @ATTENTIONS.register("recursive")

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.options import head_width_of
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Attention, Context
 from models.cache import RecurrentCache, beginnings
 from models.errors import UserError
 from models.linear import Linear, residual_std
-from models.positions import POSITIONS
 from models.precision import without_autocast
 from models.registry import Registry
+from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, Place
 
 DECAYS = Registry("decay")
 GAIN = 2**-2.5  # of Xavier's distribution, for all maps that read the stream (torchscale, the authors' code)
@@ -71,7 +71,7 @@ class Range:
 
 @ATTENTIONS.register("retention")
 @dataclass(frozen=True)
-class Retention:
+class Retention(AttentionSpec):
     """Multi-scale gated retention: o(silu(gate(x)) * norm(heads)), each head with a decay of its own.
 
     Args:
@@ -84,11 +84,9 @@ class Retention:
         position: this layer's own position encoding. Nothing: the model's. The paper's is `rope`, interleaved.
     """
 
-    sees_all = False
     directions = ("causal",)
     directions_because = "it remembers what lies behind the token"
     takes = ("rotation",)
-    free_heads = False
     heads_because = "how fast each of them forgets follows from its number"
 
     heads: int
@@ -106,7 +104,7 @@ class Retention:
         if self.eps <= 0:
             raise UserError(f"eps must be positive, got {self.eps}")
 
-    def resolve(self, width: int) -> Self:
+    def resolve(self, width: int, layer: int = 0) -> Self:
         """The same with the widths of its heads spelled out for a model of this width."""
         head_width = head_width_of(self.head_width, self.heads, width)
         return replace(self, head_width=head_width, value_width=self.value_width or 2 * head_width)
@@ -130,7 +128,7 @@ class Retention:
         return self.heads * self.head_width * self.value_width
 
 
-class GatedRetention(nn.Module):
+class GatedRetention(Attention):
     """The module of `Retention`."""
 
     def __init__(self, spec: Retention, place: Place) -> None:

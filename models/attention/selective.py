@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from models.attention.full import Full, FullAttention
 from models.attention.learned import attend_causal, learns
 from models.attention.places import take
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import NOTHING, Context, Mixed
 from models.attention.standard import Scoring, Visible, attend
 from models.cache import Kept, Remembered, SelectiveCache
 from models.errors import UserError
 from models.precision import without_autocast
+from models.specs import ATTENTIONS, Place
 
 NOTE = "selection"  # under which a layer leaves its F for the layers above
 RUN = 64  # queries
@@ -68,7 +69,7 @@ class Selective(Full):
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     @property
-    def leaves_notes(self) -> bool:
+    def carries(self) -> bool:
         """Whether the layer leaves its F for those above."""
         return self.carry > 0
 
@@ -115,24 +116,24 @@ class SelectiveAttention(FullAttention):
         super().__init__(spec, place)
         self.budget, self.carry, self.memory_loss = spec.budget, spec.carry, spec.memory_loss
         self.layer, self.layers = place.layer, place.layers
-        self.auxiliary: dict[str, Tensor] = {}
 
-    def mix(self, q: Tensor, kept: Kept | Remembered, context: Context) -> Tensor:
+    def mix(self, q: Tensor, kept: Kept | Remembered, context: Context) -> Mixed:
         memory = kept if isinstance(kept, Remembered) else self._whole(kept)
         scoring = self._scoring_of(q, memory, context)
         chosen = self.select(q, memory, scoring, context)
         if memory.cache is not None:
             memory.cache.keep(memory, chosen.after, chosen.worthy)
-        if self.carry:
-            self._leave(chosen, memory.columns, context)
+        losses, state = NOTHING, self._left(chosen, memory.columns, context) if self.carry else NOTHING
         if self.training and self.memory_loss:
-            self.auxiliary = {"memory": self.memory_loss / self.layers * held(chosen, context.documents)}
+            losses = {"memory": self.memory_loss / self.layers * held(chosen, context.documents)}
         position = -chosen.masked[:, None]  # (B, 1, T, K)
         scoring = replace(scoring, position=position if scoring.position is None else scoring.position + position)
         visible, dropout = Visible(chosen.seen[:, None], causal=False), self.drop()
         if learns(q, scoring) and not dropout:
-            return attend_causal(q, memory.keys, memory.values, visible, scoring)
-        return attend(q, memory.keys, memory.values, visible, scoring, dropout)
+            y = attend_causal(q, memory.keys, memory.values, visible, scoring)
+        else:
+            y = attend(q, memory.keys, memory.values, visible, scoring, dropout)
+        return Mixed(y, losses, state)
 
     @staticmethod
     def _whole(kept: Kept) -> Remembered:
@@ -181,19 +182,19 @@ class SelectiveAttention(FullAttention):
         seen = seen & (steps[:, None] <= last[:, None])  # (B, T, K)
         return Selection(masked, seen, after.detach(), seen[:, -1] & (last == q.shape[2]))
 
-    def _leave(self, chosen: Selection, columns: Tensor, context: Context) -> None:
-        """Leave F (B, T, S) of all tokens for the layers above, 0 for those that a query does not see."""
+    def _left(self, chosen: Selection, columns: Tensor, context: Context) -> dict[tuple[int, str], Tensor]:
+        """F (B, T, S) of all tokens for the layers above, 0 for those that a query does not see."""
         masked = chosen.masked.masked_fill(~chosen.seen, 0.0)
         if self.budget is not None:
             spread = masked.new_zeros(*masked.shape[:2], 1 + context.past + masked.shape[1])  # the first: empty slots
             index = (columns + 1)[:, None].expand_as(masked)
             masked = spread.scatter(2, index, masked)[..., 1:]
-        context.notes[self.layer, NOTE] = masked
+        return {(self.layer, NOTE): masked}
 
     def _below(self, context: Context) -> Tensor | None:
         """F (B, T, S) of the nearest layer below that left it, None in the lowest."""
-        layers = [layer for layer in range(self.layer) if (layer, NOTE) in context.notes]
-        return context.notes[layers[-1], NOTE] if layers else None
+        layers = [layer for layer in range(self.layer) if (layer, NOTE) in context.state]
+        return context.state[layers[-1], NOTE] if layers else None
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> SelectiveCache:
         return SelectiveCache(batch, self.kv_heads, capacity, self.head_width, self.budget, device, dtype)

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from models.attention.full import positioned, token_distance
 from models.attention.options import check_dropout
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Attention, Context
 from models.attention.standard import PLAIN, Scoring, attend
 from models.cache import ContiguousCache, Kept, KeyValueCache
 from models.errors import UserError
 from models.linear import Linear, residual_std
-from models.positions import POSITIONS
+from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, Place
 
 
 @ATTENTIONS.register("single_heads")
 @dataclass(frozen=True)
-class SingleHeads:
+class SingleHeads(AttentionSpec):
     """Attention heads in parallel, joined without an output map.
 
     Args:
@@ -37,9 +37,7 @@ class SingleHeads:
     """
 
     sees_all = True
-    directions = ("causal", "bidirectional")
     takes = ("rotation", "scores", "queries")
-    free_heads = False
     heads_because = "without an output map each of them is a part of the model's width"
 
     heads: int
@@ -53,7 +51,7 @@ class SingleHeads:
             raise UserError(f"attention needs at least one head, got heads {self.heads}")
         check_dropout(self.dropout)
 
-    def resolve(self, width: int) -> Self:
+    def resolve(self, width: int, layer: int = 0) -> Self:
         """The same attention with its head width spelled out for a model of this width."""
         head_width = width // self.heads if self.head_width is None else self.head_width
         if self.heads * head_width != width:
@@ -88,7 +86,7 @@ class SingleHead(nn.Module):
         return self.q(x), self.k(x), self.v(x)
 
 
-class SingleHeadsAttention(nn.Module):
+class SingleHeadsAttention(Attention):
     """The module of `SingleHeads`."""
 
     def __init__(self, spec: SingleHeads, place: Place) -> None:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from models.attention.blocks import OUTSIDE, Band, attend_band
 from models.attention.full import Full, FullAttention
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Context
 from models.attention.standard import Scoring, Visible, attend
 from models.cache import Kept
 from models.errors import UserError
+from models.specs import ATTENTIONS, Place
 
 
 @dataclass(frozen=True, kw_only=True)

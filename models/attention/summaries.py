@@ -17,7 +17,7 @@ from torch import Tensor
 from models.attention.full import Full, FullAttention
 from models.attention.places import take
 from models.attention.pooling import POOLINGS, Mean
-from models.attention.protocol import Context, Place
+from models.attention.protocol import Context
 from models.attention.tree import (
     Level,
     Listed,
@@ -33,6 +33,7 @@ from models.attention.tree import (
 from models.cache import Entries, SummaryCache, Tail
 from models.errors import UserError
 from models.positions import Positional
+from models.specs import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,10 @@ class Summarising(Full):
         """What is summarised by what."""
         raise NotImplementedError
 
-    def resolve(self, width: int) -> Self:
+    def resolve(self, width: int, layer: int = 0) -> Self:
         if self.input_width not in (None, width):
             raise UserError(f"input_width must be the model's width of {width}, got {self.input_width}")
-        return replace(super().resolve(width), input_width=width)
+        return replace(super().resolve(width, layer), input_width=width)
 
     def inner_channels(self, level: Level) -> int:
         """Numbers that an entry of a level keeps beside its keys and values."""

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from models.attention.full import Full, FullAttention, token_distance
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Context
 from models.attention.standard import Scoring, Visible, logits, weigh
 from models.cache import Kept
 from models.errors import UserError
+from models.specs import ATTENTIONS, Place
 
 ROWS = 256  # queries of a causal block: fewer skip more keys and make more calls
 

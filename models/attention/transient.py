@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.attention.blocks import Extra, attend_band
 from models.attention.documents import document_ends, document_starts
 from models.attention.full import Full, token_distance
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Context
 from models.attention.standard import Visible, attend
 from models.attention.window import Window, WindowAttention
 from models.cache import Kept, TransientCache
@@ -31,6 +31,7 @@ from models.errors import UserError
 from models.linear import Embedding
 from models.positions import Positional
 from models.positions.t5 import bucket
+from models.specs import ATTENTIONS, Place
 
 
 @ATTENTIONS.register("transient")
@@ -69,10 +70,10 @@ class Transient(Window):
                 f"max_distance must be above {self.buckets // 2}, half the buckets, got {self.max_distance}"
             )
 
-    def resolve(self, width: int) -> Self:
+    def resolve(self, width: int, layer: int = 0) -> Self:
         if self.input_width not in (None, width):
             raise UserError(f"input_width must be the model's width of {width}, got {self.input_width}")
-        return replace(super().resolve(width), input_width=width)
+        return replace(super().resolve(width, layer), input_width=width)
 
     def build(self, place: Place) -> nn.Module:
         return TransientAttention(self, place)

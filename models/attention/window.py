@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from models.attention.blocks import Band, attend_band
 from models.attention.flex import attend_flex
 from models.attention.full import Full, FullAttention, token_distance
-from models.attention.protocol import ATTENTIONS, Context, Place
+from models.attention.protocol import Context
 from models.attention.standard import Visible, attend
 from models.cache import Kept, KeyValueCache, RollingCache
 from models.errors import UserError
+from models.specs import ATTENTIONS, Place
 
 
 @ATTENTIONS.register("window")
@@ -82,6 +83,9 @@ class WindowAttention(FullAttention):
         super().__init__(spec, place)
         self.window, self.span, self.band = spec.window, spec.span(), spec.band(place.bidirectional)
         self.reach = self.band.before * self.band.dilation
+
+    def flex_bands(self) -> tuple[Band | None, ...]:
+        return (self.band,) if self.kernel == "flex" else ()
 
     def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
         if self.kernel == "flex" and (mask := context.block_masks.get(self.band)) is not None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.cache.protocol import Kept
+from models.cache.protocol import Kept, LayerCache
 from models.cache.rolling import RollingCache
 
 
@@ -28,7 +28,7 @@ class Anchored(NamedTuple):
     starts: Tensor
 
 
-class AnchoredCache:
+class AnchoredCache(LayerCache):
     """Keys and values of one layer: the last `window` tokens, and two of each for `anchors` first ones."""
 
     def __init__(

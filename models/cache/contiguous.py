@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from models.cache.protocol import Kept
+from models.cache.protocol import Kept, KeyValueCache
 
 
-class ContiguousCache:
+class ContiguousCache(KeyValueCache):
     """Keys and values (B, G, capacity, head_width) of one layer, filled from the left."""
 
     def __init__(

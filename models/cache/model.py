@@ -35,7 +35,7 @@ class ModelCache:
     @property
     def forks(self) -> bool:
         """Whether every layer can `fork`."""
-        return all(layer is None or hasattr(layer, "fork") for layer in self.layers)
+        return all(layer is None or layer.forks for layer in self.layers)
 
     def fork(self, parents: Sequence[int]) -> None:
         """Let row i of the batch go on from where row `parents[i]` is; of layers in pages, which are then shared."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from models.cache.contiguous import ContiguousCache
-from models.cache.protocol import Kept
+from models.cache.protocol import Kept, KeyValueCache
 from models.errors import UserError
 
 
-class PagedCache:
+class PagedCache(KeyValueCache):
     """Keys and values of one layer in a pool of pages, each of them of `page` tokens and read by any number of rows.
 
     What a query sees is copied out of the pages in every step; a kernel that reads the table would save that.
@@ -25,6 +25,8 @@ class PagedCache:
         readers: how many rows read each page of the pool.
         free: pages that no row reads.
     """
+
+    forks = True
 
     def __init__(
         self, batch: int, kv_heads: int, page: int, head_width: int, device: torch.device, dtype: torch.dtype

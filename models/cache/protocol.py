@@ -1,6 +1,7 @@
 """What the cache of one layer offers to its attention, whichever tokens it keeps."""
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,15 +19,27 @@ class Kept(NamedTuple):
     columns: Tensor | None
 
 
-class LayerCache(Protocol):
-    """What one layer remembers of the tokens so far. Only the layer's own attention knows more about it than this."""
+class LayerCache:
+    """What one layer remembers of the tokens so far. Only the layer's own attention knows more about it than this.
+
+    Attributes:
+        forks: whether rows can go on from other rows (`fork`).
+    """
+
+    forks = False
 
     def bytes(self) -> int:
         """Bytes that the cache occupies."""
+        raise NotImplementedError
+
+    def fork(self, parents: Sequence[int]) -> None:
+        """Let row i go on from where row `parents[i]` is."""
+        raise NotImplementedError
 
 
-class KeyValueCache(LayerCache, Protocol):
+class KeyValueCache(LayerCache):
     """Keys and values of one layer."""
 
     def append(self, k: Tensor, v: Tensor) -> Kept:
         """Add k, v (B, G, T, head_width) of the next T tokens, and return what their queries can see."""
+        raise NotImplementedError

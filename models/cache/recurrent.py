@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.cache.protocol import LayerCache
 
-class RecurrentCache:
+
+class RecurrentCache(LayerCache):
     """The state of one layer, zero before the first token; its layer replaces it after every call."""
 
     def __init__(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from models.cache.protocol import Kept
+from models.cache.protocol import Kept, KeyValueCache
 
 
-class RollingCache:
+class RollingCache(KeyValueCache):
     """Keys and values (B, G, window, head_width) of one layer; token number n lies in slot n % window."""
 
     def __init__(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.cache.protocol import KeyValueCache
+
 NOTHING = -1  # the column of an empty slot
 
 
@@ -30,7 +32,7 @@ class Remembered(NamedTuple):
     cache: "SelectiveCache | None" = None
 
 
-class SelectiveCache:
+class SelectiveCache(KeyValueCache):
     """Keys, values and running sums F of one layer: of all tokens, or of `budget` of them in each row.
 
     With a budget, tokens that are not worth keeping leave their slot for good: memory stays that of `budget` tokens

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.cache.protocol import LayerCache
+
 ABSENT = -1  # where the document of an entry begins that is not there; padding begins below, and nothing else does
 
 
@@ -79,10 +81,11 @@ class Tail:
         return sum(buffer.nbytes for buffer in self.buffers[:3])
 
 
-class SummaryCache(NamedTuple):
+class SummaryCache(LayerCache):
     """The lists of one layer, its tokens first. Beside the bytes that it counts, two integers tell an entry's place."""
 
-    lists: list[Tail]
+    def __init__(self, lists: list[Tail]) -> None:
+        self.lists = lists
 
     def bytes(self) -> int:
         return sum(tail.bytes() for tail in self.lists)

@@ -6,11 +6,11 @@ B batch, G key/value heads, T new tokens, N summaries, C of them new, d channels
 import torch
 from torch import Tensor
 
-from models.cache.protocol import Kept
+from models.cache.protocol import Kept, LayerCache
 from models.cache.rolling import RollingCache
 
 
-class TransientCache:
+class TransientCache(LayerCache):
     """Of one layer: the last `window` keys and values, those of the summaries, and the last `block` - 1 inputs.
 
     The inputs, and not their running sum, since they are exact in every dtype.

@@ -12,11 +12,9 @@ from models.experts.router_softmax import GShard, Softmax, Switch
 from models.experts.separate import SeparateExperts
 from models.experts.spec import LAYOUTS, Experts
 from models.experts.stacked import StackedExperts
-from models.feedforward import FEEDFORWARDS
 
 __all__ = [
     "BALANCES",
-    "FEEDFORWARDS",
     "LAYOUTS",
     "ROUTERS",
     "Auxiliary",

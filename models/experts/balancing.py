@@ -16,7 +16,7 @@ B batch, T tokens of a row, N = B T tokens, E experts, k experts of a token, R r
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,12 +58,11 @@ class Routed(NamedTuple):
         return zeros.scatter_add(1, chosen.reshape(groups, -1), real.reshape(groups, -1))
 
 
-class Balance(Protocol):
-    """A way to balance that is a training loss.
+class Balance:
+    """A way to balance the load of the experts.
 
     Attributes:
-        name: of the loss in what is recorded.
-        weight: of the loss.
+        name, weight: of the loss, where it is one.
         needs: `counts`, of what tokens choose; `load`, a router with an estimate of it; or `logits`, which all have.
     """
 
@@ -71,8 +70,9 @@ class Balance(Protocol):
     weight: float
     needs: str
 
-    def loss(self, routed: Routed) -> Tensor:
-        """The scalar, unweighted."""
+    def loss(self, routed: Routed) -> Tensor | None:
+        """The scalar, unweighted; None where it is no training loss."""
+        return None
 
 
 def _check_weight(weight: float) -> None:
@@ -87,7 +87,7 @@ def _check_word(key: str, word: str, words: tuple[str, ...]) -> None:
 
 @BALANCES.register("auxiliary")
 @dataclass(frozen=True)
-class Auxiliary:
+class Auxiliary(Balance):
     """E sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eqs. 4 to 6).
 
     f_e is the share of the choices that went to expert e, before anything is dropped, and is not differentiated; P_e is
@@ -135,7 +135,7 @@ class Auxiliary:
 
 @BALANCES.register("importance_and_load")
 @dataclass(frozen=True)
-class ImportanceAndLoad:
+class ImportanceAndLoad(Balance):
     """CV(importance)^2 + CV(load)^2 (arXiv 1701.06538, eqs. 6 to 11): router `noisy_top_k` alone estimates a load.
 
     Importance is the sum of an expert's weights, load that of the probabilities that it is chosen. CV is the standard
@@ -166,7 +166,7 @@ def _squared_variation(values: Tensor) -> Tensor:
 
 @BALANCES.register("z_loss")
 @dataclass(frozen=True)
-class ZLoss:
+class ZLoss(Balance):
     """mean logsumexp(logits)^2, which keeps the router's logits small (ST-MoE, arXiv 2202.08906, eq. 5).
 
     Args:
@@ -187,7 +187,7 @@ class ZLoss:
 
 @BALANCES.register("bias")
 @dataclass(frozen=True)
-class Bias:
+class Bias(Balance):
     """b_e += rate sign(mean load - load_e) after each optimizer step (loss-free balancing, arXiv 2408.15664).
 
     b is added to the scores where experts are chosen, and to no weight. The load is that of all micro-batches since the

@@ -3,22 +3,21 @@
 B batch, T new tokens, N = B T tokens, P pairs of a token and an expert, D model width, E experts, k experts of a token.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.attention import Context
+from models.attention.protocol import NOTHING, Mixed
 from models.experts.balancing import Auxiliary, Routed
 from models.experts.pairs import Pairs, token_pairs
 from models.experts.router import Routing
 from models.experts.separate import SeparateExperts
 from models.experts.stacked import StackedExperts
+from models.feedforward import FeedForward
 
-if TYPE_CHECKING:
-    from models.experts.spec import Experts
-
-NOTES = ("experts", "kept")  # under which a layer leaves its decisions for its recomputation
+DECISIONS = ("experts", "kept")  # names of the state that a recomputation repeats
 
 
 class Statistics(NamedTuple):
@@ -38,7 +37,7 @@ class Statistics(NamedTuple):
     balance: Tensor
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(FeedForward):
     """The module of `Experts`: (B, T, D) -> (B, T, D).
 
     Args:
@@ -52,24 +51,22 @@ class MixtureOfExperts(nn.Module):
         router: chooses the experts.
         experts: their networks.
         shared: the network that sees every token, or None.
-        auxiliary: weighted losses of the latest forward in training, by name, until they are taken.
     """
 
-    def __init__(self, spec: "Experts", width: int, branches: int, *, layer: int = 0, layers: int = 1) -> None:
+    def __init__(self, spec: Any, width: int, branches: int, *, layer: int = 0, layers: int = 1) -> None:
         super().__init__()
         self.spec, self.layer, self.layers, self.layout = spec, layer, layers, spec.layout
         self.router = spec.build_router(width)
         kind = StackedExperts if spec.layout == "stacked" else SeparateExperts
         self.experts = kind(spec.count, spec.expert, width, branches)
         self.shared = None if spec.shared is None else spec.shared.build(width, branches)
-        self.auxiliary: dict[str, Tensor] = {}
         self._latest: tuple[Routed, Tensor] | None = None  # of the latest forward, and the pairs' experts (P,)
         self._counts: Tensor | None = None  # (E,) choices of the latest forward in training
         self._seen: Tensor | None = None  # (E,) choices of the forwards before it since the last step
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Mixed:
         real = self._real(x, context.documents)  # (B, T) or None
-        routing, kept = self._route(x, real, context)
+        routing, kept, state = self._route(x, real, context)
         if kept is not None:
             chosen = torch.where(kept, routing.chosen, self.spec.count)
         else:
@@ -77,31 +74,30 @@ class MixtureOfExperts(nn.Module):
         pairs = token_pairs(chosen, routing.weights)
         if routing.tokens is not None:
             pairs = Pairs(routing.tokens, pairs.experts, pairs.weights)
-        self._observe(routing, real, pairs, x)
+        losses = self._observe(routing, real, pairs, x)
         y = self.experts(x.flatten(0, 1), pairs).view(x.shape)
-        return y if self.shared is None else y + self.shared(x, context)
+        return Mixed(y if self.shared is None else y + self.shared(x, context), losses, state)
 
     @staticmethod
     def _real(x: Tensor, documents: Tensor | None) -> Tensor | None:
         """Which tokens (B, T) of x (B, T, D) are no padding; None: all."""
         return None if documents is None else (documents[:, -x.shape[1] :] >= 0).expand(x.shape[:2])
 
-    def _route(self, x: Tensor, real: Tensor | None, context: Context) -> tuple[Routing, Tensor | None]:
-        """The choices for x (B, T, D), and which of them hold (as `Routing.chosen`; None: all).
+    def _route(
+        self, x: Tensor, real: Tensor | None, context: Context
+    ) -> tuple[Routing, Tensor | None, dict[tuple[int, str], Tensor]]:
+        """The choices for x (B, T, D), which of them hold (as `Routing.chosen`; None: all), and both as state.
 
-        A reversible model computes x again in the backward, with other rounding: it repeats what is in the notes.
+        A reversible model computes x again in the backward, with other rounding: it repeats what was decided.
         """
-        keys = [(self.layer, note) for note in NOTES]
-        keeps = context.notes is not None and torch.is_grad_enabled()
-        if keeps and keys[0] in context.notes:
-            return self.router(x, real, context.notes[keys[0]]), context.notes.get(keys[1])
+        decided, held = ((self.layer, name) for name in DECISIONS)
+        if decided in context.state:
+            return self.router(x, real, context.state[decided]), context.state.get(held), NOTHING
         routing = self.router(x, real)
         kept = self._kept(routing, real, x)
-        if keeps:
-            context.notes[keys[0]] = routing.decision
-            if kept is not None:
-                context.notes[keys[1]] = kept
-        return routing, kept
+        if not context.recomputed:
+            return routing, kept, NOTHING
+        return routing, kept, {decided: routing.decision, **({} if kept is None else {held: kept})}
 
     def _kept(self, routing: Routing, real: Tensor | None, x: Tensor) -> Tensor | None:
         """Of the choices those of real tokens, that the router accepts, within the capacity."""
@@ -117,20 +113,19 @@ class MixtureOfExperts(nn.Module):
             kept = within if kept is None else kept & within
         return kept
 
-    def _observe(self, routing: Routing, real: Tensor | None, pairs: Pairs, x: Tensor) -> None:
-        """Leave the losses, and what the statistics are computed from."""
+    def _observe(self, routing: Routing, real: Tensor | None, pairs: Pairs, x: Tensor) -> dict[str, Tensor]:
+        """The weighted losses by name, in training; keeps what the statistics are computed from."""
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
-        routed = Routed(routing, real, self._seen)
+        routed, losses = Routed(routing, real, self._seen), {}
         if self.training:
-            self.auxiliary = {}
             for balance in self.spec.balance:
-                if hasattr(balance, "loss"):
-                    loss = balance.weight / self.layers * balance.loss(routed)
-                    self.auxiliary[balance.name] = self.auxiliary.get(balance.name, 0) + loss
+                if (loss := balance.loss(routed)) is not None:
+                    losses[balance.name] = losses.get(balance.name, 0) + balance.weight / self.layers * loss
             if routing.tokens is None:
                 self._counts = routed.counts()[0].detach()
         detached = Routing(*(None if one is None else one.detach() for one in routing))
         self._latest = Routed(detached, real, None), pairs.experts
+        return losses
 
     @property
     @torch.no_grad()

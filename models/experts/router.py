@@ -82,6 +82,8 @@ class TopKSpec:
     per_token = True
     estimates_load = False
     groups = 1
+    weights: str = "probability"
+    jitter: float = 0.0
 
     def check(self, count: int, top_k: int) -> None:
         pass
@@ -155,7 +157,7 @@ class Router(ExactBuffers):
             real: (B, T) bool, which tokens are no padding; None: all.
             decision: that of an earlier forward, which is then repeated.
         """
-        logits = self.projection(jittered(x, getattr(self.spec, "jitter", 0.0), self.training).flatten(0, 1))  # (N, E)
+        logits = self.projection(jittered(x, self.spec.jitter, self.training).flatten(0, 1))  # (N, E)
         probabilities = logits.softmax(-1)
         chosen = self.choose(probabilities) if decision is None else decision
         weights = self.weigh(probabilities.gather(1, chosen))

@@ -12,8 +12,8 @@ from models.experts.capacity import Capacity
 from models.experts.mixture import MixtureOfExperts
 from models.experts.router import ROUTERS
 from models.experts.router_softmax import Softmax
-from models.feedforward import FEEDFORWARDS
 from models.registry import Several, Single
+from models.specs import FEEDFORWARDS, FeedForwardSpec
 
 LAYOUTS = ("stacked", "separate")
 MOST_SEPARATE = 4096  # experts with a module each
@@ -22,7 +22,7 @@ NETWORKS = ("swiglu", "mlp")  # what an expert can be
 
 @FEEDFORWARDS.register("experts")
 @dataclass(frozen=True)
-class Experts:
+class Experts(FeedForwardSpec):
     """A router sends each token to a few of many feed-forwards, and sums what they make of it by its weights.
 
     A token's experts and their weights depend, to the bit, on that token alone unless the router or the capacity says
@@ -110,9 +110,8 @@ class Experts:
         router = self.router.flops_per_token(width, self.count)
         return router + sum(network.flops_per_token(width) for network in networks)
 
-    def active_parameters(self, width: int) -> int:
-        """Parameters that one token passes: the router's, those of k experts and the shared one's."""
+    def idle_parameters(self, width: int) -> int:
+        """Parameters of the experts that a token does not choose."""
         with torch.device("meta"):
-            parts = [(self.top_k, self.expert.build(width, 1)), (1, self.build_router(width))]
-            parts += [] if self.shared is None else [(1, self.shared.build(width, 1))]
-        return sum(times * parameter.numel() for times, part in parts for parameter in part.parameters())
+            expert = self.expert.build(width, 1)
+        return (self.count - self.top_k) * sum(parameter.numel() for parameter in expert.parameters())

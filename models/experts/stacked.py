@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from models.experts.dispatch import group, grouped_linear, sum_pairs, take_rows
 from models.experts.pairs import Pairs
 from models.feedforward import ACTIVATIONS, Mlp, Swiglu
-from models.linear import residual_std
+from models.linear import Drawn, residual_std
 from models.products import linear
 
 FEW = 4  # pairs an expert, on average, up to which one padded product for all experts is quicker than one for each
 
 
-class StackedExperts(nn.Module):
+class StackedExperts(Drawn):
     """E feed-forwards of one shape: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
 
     Attributes:
@@ -46,6 +46,9 @@ class StackedExperts(nn.Module):
             nn.init.normal_(getattr(self, name), std=std)
             if (bias := getattr(self, f"{name}_bias")) is not None:
                 nn.init.zeros_(bias)
+
+    def draw_xavier(self, gain: float) -> None:
+        self.stds = {name: gain * (2 / sum(getattr(self, name).shape[1:])) ** 0.5 for name in self.stds}
 
     def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
         """x (N, D) -> (N, D): the sum over a token's pairs of weight times what the expert makes of it.

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.positions.protocol import POSITIONS, Encoding, Positional
+from models.positions.protocol import Position, Positional
+from models.specs import POSITIONS, PositionSpec
 
 
 @POSITIONS.register("alibi")
 @dataclass(frozen=True)
-class Alibi(Encoding):
+class Alibi(PositionSpec):
     """q.k / sqrt(d) - m (i - j) with a fixed slope m of each query head; nothing is learned."""
 
     acts = "scores"
@@ -21,7 +22,7 @@ class Alibi(Encoding):
         return LinearBiases(heads)
 
 
-class LinearBiases(nn.Module):
+class LinearBiases(Position):
     """Owns no state: the slopes follow from the number of heads."""
 
     def __init__(self, heads: int) -> None:

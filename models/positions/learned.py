@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.linear import Embedding
-from models.positions.protocol import POSITIONS, Encoding, Positional
+from models.positions.protocol import Position, Positional
+from models.specs import POSITIONS, PositionSpec
 
 
 @POSITIONS.register("learned")
 @dataclass(frozen=True)
-class Learned(Encoding):
+class Learned(PositionSpec):
     """One learned vector per position below the context length; longer inputs are an error."""
 
     acts = "input"
@@ -20,7 +21,7 @@ class Learned(Encoding):
         return LearnedPositions(width, context)
 
 
-class LearnedPositions(nn.Module):
+class LearnedPositions(Position):
     """Table of learned positions (context, D)."""
 
     def __init__(self, width: int, context: int) -> None:

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.positions.protocol import POSITIONS, Encoding, Positional
+from models.positions.protocol import Position, Positional
+from models.specs import POSITIONS, PositionSpec
 
 
 @POSITIONS.register("none")
 @dataclass(frozen=True)
-class NoPosition(Encoding):
+class NoPosition(PositionSpec):
     """No position encoding."""
 
     acts = "nothing"
@@ -18,6 +19,6 @@ class NoPosition(Encoding):
         return _None()
 
 
-class _None(nn.Module):
+class _None(Position):
     def forward(self, positions: Tensor) -> Positional:
         return Positional()

@@ -9,32 +9,7 @@ B batch, T queries, S keys, H query heads, G key/value heads, d channels of a he
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-
-from models.registry import Registry
-
-POSITIONS = Registry("position")
-
-
-class Encoding:
-    """What holds of a position encoding that says nothing else.
-
-    Attributes:
-        per_head: whether each query head has numbers of its own.
-        per_layer: whether each layer has a module of its own.
-        bounded: whether positions end at the context length.
-    """
-
-    per_head = False
-    per_layer = False
-    bounded = False
-
-    def check(self, *, width: int, head_width: int, bidirectional: bool) -> None:
-        """Raise UserError for a model width, a head width (0 on the embeddings) or a direction that will not do."""
-
-    def flops_per_token(self, width: int, heads: int, head_width: int, length: int) -> int:
-        """Forward FLOPs of the products with one query that sees `length` tokens, in one layer."""
-        return 0
+from torch import Tensor, nn
 
 
 class Relative(Protocol):
@@ -126,8 +101,9 @@ class Positional(NamedTuple):
         return self.relative.terms(q, k, distance, scale, past, reach)
 
 
-class Position(Protocol):
+class Position(nn.Module):
     """A built position encoding."""
 
-    def __call__(self, positions: Tensor) -> Positional:
+    def forward(self, positions: Tensor) -> Positional:
         """Turn positions (B or 1, T) int64 into this forward's tables."""
+        raise NotImplementedError

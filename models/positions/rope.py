@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import UserError, did_you_mean
-from models.positions.protocol import POSITIONS, Encoding, Positional
+from models.positions.protocol import Position, Positional
 from models.registry import Registry
+from models.specs import POSITIONS, PositionSpec
 
 ROPE_SCALINGS = Registry("RoPE scaling", example="{kind: linear, factor: 2.0}")
 LAYOUTS = ("half", "interleaved")
@@ -135,7 +136,7 @@ class Llama3Scaling:
 
 @POSITIONS.register("rope")
 @dataclass(frozen=True)
-class Rope(Encoding):
+class Rope(PositionSpec):
     """Rotary position embedding.
 
     Args:
@@ -172,7 +173,7 @@ class Rope(Encoding):
         return RotaryPositions(self, int(head_width * self.fraction))
 
 
-class RotaryPositions(nn.Module):
+class RotaryPositions(Position):
     """Makes the rotation tables of one forward; owns no state, so there is nothing to save or to re-initialise."""
 
     def __init__(self, spec: Rope, rotated: int) -> None:

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from models.errors import UserError, did_you_mean
 from models.linear import Embedding
-from models.positions.protocol import POSITIONS, Encoding, Positional
+from models.positions.protocol import Position, Positional
+from models.specs import POSITIONS, PositionSpec
 
 TERMS = ("keys", "keys_and_values")
 
 
 @POSITIONS.register("shaw")
 @dataclass(frozen=True)
-class Shaw(Encoding):
+class Shaw(PositionSpec):
     """A vector for each distance, shared by the heads of a layer; each layer has its own.
 
     Args:
@@ -52,7 +53,7 @@ class Shaw(Encoding):
         return (2 if self.terms == "keys" else 4) * heads * head_width * (self.clip + 1)
 
 
-class DistanceVectors(nn.Module):
+class DistanceVectors(Position):
     """The learned tables (N, d)."""
 
     def __init__(self, spec: Shaw, head_width: int, bidirectional: bool) -> None:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import UserError
-from models.positions.protocol import POSITIONS, Encoding, Positional
+from models.positions.protocol import Position, Positional
+from models.specs import POSITIONS, PositionSpec
 
 
 @POSITIONS.register("sinusoidal")
 @dataclass(frozen=True)
-class Sinusoidal(Encoding):
+class Sinusoidal(PositionSpec):
     """Sines and cosines of the position in geometrically growing wavelengths, for inputs of any length.
 
     Args:
@@ -35,7 +36,7 @@ class Sinusoidal(Encoding):
         return SinusoidalPositions(self.base, width)
 
 
-class SinusoidalPositions(nn.Module):
+class SinusoidalPositions(Position):
     """PE(p, 2c) = sin(p / base^(2c / D)), PE(p, 2c + 1) = cos of the same; computed in fp32, nothing to save."""
 
     def __init__(self, base: float, width: int) -> None:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from models.errors import UserError
 from models.linear import Embedding
-from models.positions.protocol import POSITIONS, Encoding, Positional
+from models.positions.protocol import Position, Positional
+from models.specs import POSITIONS, PositionSpec
 
 
 @POSITIONS.register("t5")
 @dataclass(frozen=True)
-class T5(Encoding):
+class T5(PositionSpec):
     """One learned addend of the scores for each head and bucket, shared by all layers that name the same encoding.
 
     T5 itself does not divide the scores by sqrt(d): give its attention `scale: 1.0`.
@@ -49,7 +50,7 @@ class T5(Encoding):
         return BucketBiases(self, heads, bidirectional)
 
 
-class BucketBiases(nn.Module):
+class BucketBiases(Position):
     """The learned table (buckets, H)."""
 
     def __init__(self, spec: T5, heads: int, bidirectional: bool) -> None:

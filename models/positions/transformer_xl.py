@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import UserError
-from models.positions.protocol import POSITIONS, Encoding, Positional
+from models.positions.protocol import Position, Positional
+from models.specs import POSITIONS, PositionSpec
 
 BASE = 10000.0
 
 
 @POSITIONS.register("transformer_xl")
 @dataclass(frozen=True)
-class TransformerXl(Encoding):
+class TransformerXl(PositionSpec):
     """Biases u and v of each head and a map W of the distances; each layer has its own (as XLNet's do)."""
 
     acts = "queries"
@@ -42,7 +43,7 @@ class TransformerXl(Encoding):
         return 2 * heads * head_width * (width + 1 + length)
 
 
-class DistanceMap(nn.Module):
+class DistanceMap(Position):
     """Owns u and v (H, d) and W (H * d, D)."""
 
     def __init__(self, width: int, heads: int, head_width: int, bidirectional: bool) -> None:

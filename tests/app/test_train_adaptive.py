@@ -67,9 +67,11 @@ def test_early_exits_learn(tmp_path, cache):
     batch = next(iter(data.val_dataloader()))
     model = task.model.eval()
     with torch.no_grad():
-        output = model(batch["tokens"], targets=batch["targets"], documents=batch.get("documents"), keep=[0, 1])
-        losses = [model.loss(model.exits(i, output.states[i]), batch["targets"])[0] for i in (0, 1)]
-    assert output.auxiliary == {}
+        output = model(
+            batch["tokens"], targets=batch["targets"], documents=batch.get("documents"), taps=["blocks.0", "blocks.1"]
+        )
+        losses = [model.loss(model.exits(i, output.taps[f"blocks.{i}"]), batch["targets"])[0] for i in (0, 1)]
+    assert output.losses == {}
     assert all(loss < 5.0 for loss in (*losses, output.loss))  # ln 300 = 5.7 says nothing
     used = []
     generate(load(tmp_path / "model"), [[5, 6, 7]], max_new_tokens=8, exit_confidence=0.3, layers_used=used)

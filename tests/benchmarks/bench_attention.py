@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from models.attention import ATTENTIONS
-from models.attention.protocol import Context, Place
+from models.attention.protocol import Context, Mixed
 from models.positions import Positional
+from models.specs import ATTENTIONS, Place
 from tests.benchmarks.timing import Row, rate_row, take_turns
 
 NAME = "attention"
@@ -144,7 +144,8 @@ def built(settings: Lengths, mechanism: Mechanism, length: int) -> tuple[nn.Modu
 
 def step(module: nn.Module, x: Tensor, context: Context) -> None:
     """One forward and backward."""
-    module(x, context).sum().backward()
+    mixed = module(x, context)
+    (mixed.y if isinstance(mixed, Mixed) else mixed).sum().backward()
     x.grad = None
     for parameter in module.parameters():
         parameter.grad = None

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention.protocol import Context, Place
-from models.positions import POSITIONS, Positional
+from models.attention.protocol import Context
+from models.positions import Positional
+from models.specs import POSITIONS, Place
 from tests.benchmarks.bench_attention import resolved
 from tests.benchmarks.timing import Row, rate_row, say, take_turns
 

@@ -1,7 +1,7 @@
 """Golden figures: losses, logits, statistics and packed tensors of fixed inputs, to compare two commits on one machine.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.golden --out before.json      # at one commit
-    OMP_NUM_THREADS=1 python -m tests.benchmarks.golden --compare before.json  # at another: exit status 1 where one differs
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.golden --compare before.json  # at another; status 1 where one differs
 
 Everything is fp64 on the CPU, so a figure that changes says that the arithmetic has changed, and not only its rounding.
 The bits belong to one machine and one version of torch.
@@ -69,13 +69,11 @@ def train(model: Transformer) -> list[float]:
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for batch in batches(STEPS):
         output = model(**batch)
-        loss = output.loss + sum(output.auxiliary.values())
+        loss = output.loss + sum(output.losses.values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        for module in model.modules():
-            if hasattr(module, "after_step"):
-                module.after_step()
+        model.after_step()
         losses.append(loss.item())
     return losses
 

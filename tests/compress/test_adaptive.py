@@ -78,7 +78,7 @@ def test_calibration_sees_the_tokens_that_take_part_and_no_others():
     for batch in data:
         documents = batch.get("documents", torch.zeros_like(batch["tokens"]))
         with torch.no_grad():
-            x = model(batch["tokens"], documents=batch.get("documents"), keep=[0]).states[0]
+            x = model(batch["tokens"], documents=batch.get("documents"), taps=["blocks.0"]).taps["blocks.0"]
         chosen = (block.depth.logits(x) > block.depth.threshold) & (documents >= 0)
         read["attention.q"].append(block.attention_norm(x[chosen]))
     expected = torch.cat(read["attention.q"])

@@ -100,7 +100,7 @@ def test_a_tied_embedding_sees_the_input_of_the_projection():
         for batch in data:
             x, context = model.embed(batch["tokens"])
             for block in model.blocks:
-                x = block(x, context)
+                x = block(x, context).y
             hidden.append(model.norm(x).flatten(0, 1))
     x = torch.cat(hidden)
     assert torch.allclose(look.seen["embedding"].matrix(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)

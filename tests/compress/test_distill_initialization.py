@@ -7,7 +7,7 @@ from compress.distillation import logit
 from compress.distillation.initialization import INITIALIZATIONS, Layers
 from compress.distillation.layer_map import Explicit
 from compress.distillation.losses import Combine, parse_losses
-from compress.distillation.objective import Objective, output_weight, require_same_vocabulary, run_blocks
+from compress.distillation.objective import Objective, output_weight, require_same_vocabulary
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
@@ -98,14 +98,14 @@ def test_copied_blocks_can_be_chosen():
 
 
 @pytest.mark.parametrize("residual", ["standard", "reversible"])
-def test_run_blocks_is_the_forward(residual):
+def test_hidden_states_and_taps_are_those_of_the_forward(residual):
     model = tiny(3, residual=residual)
     data = batch(padded=True)
-    hidden, states = run_blocks(model, data["tokens"], data["documents"], {0, 2})
-    output = model(data["tokens"], documents=data["documents"], keep=(0, 2))
-    assert torch.equal(model.project(hidden), output.logits)
-    assert states.keys() == output.states.keys()
-    assert all(torch.equal(states[block], output.states[block]) for block in states)
+    hidden = model.hidden(data["tokens"], documents=data["documents"], taps=("blocks.0", "blocks.2"))
+    output = model(data["tokens"], documents=data["documents"], taps=("blocks.0", "blocks.2"))
+    assert torch.equal(model.project(hidden.x), output.logits)
+    assert hidden.taps.keys() == output.taps.keys() == {"blocks.0", "blocks.2"}
+    assert all(torch.equal(hidden.taps[name], output.taps[name]) for name in hidden.taps)
 
 
 def objective(student, teacher, losses=("logit", "feature"), **combine):
@@ -198,7 +198,7 @@ def test_an_upcycled_student_computes_what_its_dense_teacher_does(layout, biased
     with torch.no_grad():  # the teacher of the two blocks that were copied
         x, context = teacher.embed(batch()["tokens"])
         for number in (1, 3):
-            x = teacher.blocks[number](x, context)
+            x = teacher.blocks[number](x, context).y
         expected = teacher.project(teacher.finish(x))
     torch.testing.assert_close(student(batch()["tokens"]).logits, expected, rtol=0, atol=1e-5)
 

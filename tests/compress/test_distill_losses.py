@@ -112,9 +112,12 @@ def test_bfloat16_autocast_stays_near_full_precision():
     assert float(rough.total) == pytest.approx(float(exact.total), rel=0.02)
 
 
+FIRST = "blocks.0"
+
+
 def states(width, blocks, seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    return {block: torch.randn(3, 5, width, generator=generator, dtype=dtype) for block in blocks}
+    return {f"blocks.{i}": torch.randn(3, 5, width, generator=generator, dtype=dtype) for i in blocks}
 
 
 @pytest.mark.parametrize("distance", [MeanSquared(), Cosine()])
@@ -126,28 +129,28 @@ def test_feature_loss_against_an_explicit_loop_and_padding_without_influence(dis
     expected = []
     for index, (ours, theirs) in enumerate(loss.pairs):
         for row, column in counted.nonzero().tolist():
-            projected = loss.projector.maps[index].weight @ student[ours][row, column]
-            wanted = teacher[theirs][row, column]
+            projected = loss.projector.maps[index].weight @ student[f"blocks.{ours}"][row, column]
+            wanted = teacher[f"blocks.{theirs}"][row, column]
             if isinstance(distance, MeanSquared):
                 expected.append(float((projected - wanted).square().mean()))
             else:
                 expected.append(1 - float(projected @ wanted / projected.norm() / wanted.norm()))
     value = loss(student, teacher, counted)
     assert float(value) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    student[1][2, 4] = 1e6
-    teacher[3][2, 3] = -1e6
+    student["blocks.1"][2, 4] = 1e6
+    teacher["blocks.3"][2, 3] = -1e6
     assert torch.equal(loss(student, teacher, counted), value)
 
 
 def test_feature_gradients_reach_student_and_projector_but_not_the_teacher():
     loss = FeatureLoss(MeanSquared(), [(0, 0)], 4, 6).double()
-    student = {0: states(4, (0,), 1)[0].requires_grad_()}
-    teacher = {0: states(6, (0,), 2)[0].requires_grad_()}
+    student = {FIRST: states(4, (0,), 1)[FIRST].requires_grad_()}
+    teacher = {FIRST: states(6, (0,), 2)[FIRST].requires_grad_()}
     counted = torch.ones(3, 5, dtype=torch.bool)
     loss(student, teacher, counted).backward()
-    assert student[0].grad.abs().sum() > 0
+    assert student[FIRST].grad.abs().sum() > 0
     assert loss.projector.maps[0].weight.grad.abs().sum() > 0
-    assert teacher[0].grad is None
+    assert teacher[FIRST].grad is None
     assert float(loss(student, teacher, ~counted)) == 0.0
 
 
@@ -157,14 +160,14 @@ def test_feature_loss_does_not_grow_with_length_or_width():
         torch.manual_seed(0)
         loss = FeatureLoss(Cosine(), [(0, 0)], width, width)
         student, teacher = torch.randn(4, length, width), torch.randn(4, length, width)
-        values.append(float(loss({0: student}, {0: teacher}, torch.ones(4, length, dtype=torch.bool))))
+        values.append(float(loss({FIRST: student}, {FIRST: teacher}, torch.ones(4, length, dtype=torch.bool))))
     assert all(value == pytest.approx(1.0, abs=0.05) for value in values)
 
 
 def test_equal_widths_start_from_the_identity():
     loss = FeatureLoss(Cosine(), [(0, 0)], 8, 8)
     same = torch.randn(2, 3, 8)
-    assert float(loss({0: same}, {0: same}, torch.ones(2, 3, dtype=torch.bool))) == pytest.approx(0.0, abs=1e-6)
+    assert float(loss({FIRST: same}, {FIRST: same}, torch.ones(2, 3, dtype=torch.bool))) == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,12 @@ import json
 import pytest
 import yaml
 
-from models.attention import ATTENTIONS
 from models.attention.pooling import POOLINGS
 from models.config import ModelConfig
-from models.depth import DEPTHS
 from models.errors import UserError
-from models.feedforward import FEEDFORWARDS
-from models.norms import NORMS
-from models.positions import POSITIONS
 from models.positions.rope import ROPE_SCALINGS
 from models.presets import PRESETS, preset
+from models.specs import ATTENTIONS, DEPTHS, FEEDFORWARDS, NORMS, POSITIONS
 
 SHORT = {
     "vocab_size": 64,

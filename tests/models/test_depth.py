@@ -71,8 +71,8 @@ def test_the_shortened_layer_equals_one_that_runs_on_all_tokens(direction, docum
     settled(model, tokens, documents=documents)
     block = model.blocks[1]
     _, context = model.embed(tokens, documents=documents)
-    x = model(tokens, documents=documents, keep=[0]).states[0].detach().requires_grad_()
-    y, theirs = block(x, context), reference_mixture(block.depth, x, context, block.run)
+    x = model(tokens, documents=documents, taps=["blocks.0"]).taps["blocks.0"].detach().requires_grad_()
+    y, theirs = block(x, context).y, reference_mixture(block.depth, x, context, block.run)
     torch.testing.assert_close(y, theirs)
     assert 0.4 < block.depth.kept.sum() / (80 if documents is None else 75) < 0.6
     upstream, learned = torch.randn_like(y), [x, *block.parameters()]
@@ -120,7 +120,7 @@ def test_padding_does_not_count_for_the_threshold():
     documents = torch.tensor([[0] * 8, [0, 0] + [-1] * 6])
     model(tokens, documents=documents)
     router = model.blocks[1].depth
-    x = model.eval()(tokens, documents=documents, keep=[0]).states[0]
+    x = model.eval()(tokens, documents=documents, taps=["blocks.0"]).taps["blocks.0"]
     expected = router.logits(x)[documents == 0].quantile(0.5)
     torch.testing.assert_close(router.target[0], expected.detach())
 
@@ -237,7 +237,7 @@ def test_a_choice_depends_on_the_past_alone():
     chosen = {}
     for length in (20, 48):
         with torch.no_grad():
-            states = model(tokens[:, :length], keep=[0]).states[0]
+            states = model(tokens[:, :length], taps=["blocks.0"]).taps["blocks.0"]
         chosen[length] = model.blocks[1].depth.logits(states) > model.blocks[1].depth.threshold
     assert torch.equal(chosen[48][:, :20], chosen[20])
     assert 0 < chosen[48].sum() < 48
@@ -253,8 +253,8 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights():
         other.blocks[1].feedforward.down.weight.zero_()
         other.blocks[1].attention.o.weight.zero_()
         x, context = other.embed(tokens)
-        torch.testing.assert_close(other.blocks[1](x, context), x)
-        assert not torch.equal(model.blocks[1](x, context), x)
+        torch.testing.assert_close(other.blocks[1](x, context).y, x)
+        assert not torch.equal(model.blocks[1](x, context).y, x)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from models.config import ModelConfig
+from models.early_exit_decoding import EarlyExit
 from models.errors import UserError
-from models.exits import EarlyExit
 from models.generation import generate
 from models.transformer import Transformer
 
@@ -49,8 +49,8 @@ various = pytest.mark.parametrize("changes", VARIETY.values(), ids=VARIETY)
 def exit_logits(model, tokens, **arguments):
     """After how many layers -> the logits (B, T, V) there, in one forward of the whole model."""
     with torch.no_grad():
-        output = model(tokens, keep=range(DEPTH), **arguments)
-        early = {end: model.project(model.exits(i, output.states[end - 1])) for i, end in enumerate((2, 4))}
+        output = model(tokens, taps=[f"blocks.{i}" for i in range(DEPTH)], **arguments)
+        early = {end: model.project(model.exits(i, output.taps[f"blocks.{end - 1}"])) for i, end in enumerate((2, 4))}
     return early | {DEPTH: output.logits}
 
 
@@ -72,10 +72,10 @@ def test_training_adds_the_weighted_losses_of_the_exits():
     found = exit_logits(model, tokens)
     nll = {end: F.cross_entropy(x.flatten(0, 1), targets.flatten(), ignore_index=-100) for end, x in found.items()}
     torch.testing.assert_close(output.loss, nll[DEPTH])
-    torch.testing.assert_close(output.auxiliary["exits"], 0.3 * (2 * nll[2] + 4 * nll[4]) / 6)
-    assert output.states == {}
-    assert list(model(tokens, targets=targets, keep=[1, 2]).states) == [1, 2]
-    output.auxiliary["exits"].backward()
+    torch.testing.assert_close(output.losses["exits"], 0.3 * (2 * nll[2] + 4 * nll[4]) / 6)
+    assert output.taps == {}
+    assert list(model(tokens, targets=targets, taps=["blocks.1", "blocks.2"]).taps) == ["blocks.1", "blocks.2"]
+    output.losses["exits"].backward()
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert all(name == "norm.weight" or name.startswith("blocks.4.") for name in idle)
     assert model.exits.norms[0].weight.grad.any()
@@ -90,7 +90,7 @@ def test_the_exits_cost_a_head_each_in_training_alone():
 
 def test_evaluation_is_that_of_the_last_layer_alone():
     model, tokens = build(), random_tokens(2, 9)
-    assert model(tokens, targets=tokens).auxiliary == {}
+    assert model(tokens, targets=tokens).losses == {}
     plain = build(exits=None)
     plain.load_state_dict({name: x for name, x in model.state_dict().items() if not name.startswith("exits.")})
     assert torch.equal(plain(tokens).logits, model(tokens).logits)

@@ -14,9 +14,10 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from models.attention import Context
 from models.config import ModelConfig
 from models.errors import UserError
-from models.experts import BALANCES, FEEDFORWARDS, ROUTERS, Capacity
+from models.experts import BALANCES, ROUTERS, Capacity
 from models.experts.balancing import Routed
 from models.folder import load, save_model, writing
+from models.specs import FEEDFORWARDS
 from models.transformer import Transformer
 
 WIDTH, COUNT = 16, 8
@@ -100,7 +101,8 @@ def test_gshard_is_the_loop_of_the_paper(factor, random):
     gates = (x[0] @ module.router.projection.weight.T).softmax(-1).detach()
     theirs, loss = gshard(gates, math.ceil(factor * 40 * 2 / COUNT), uniform)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
-    unweighted = module.auxiliary["balance"] / 0.01
+    torch.manual_seed(3)
+    unweighted = module(x, CONTEXT).losses["balance"] / 0.01
     torch.testing.assert_close(unweighted, loss * COUNT**2, atol=1e-6, rtol=1e-6)
     dropped = 1 - (theirs > 0).sum() / 80
     torch.testing.assert_close(module.statistics.dropped, dropped)
@@ -123,7 +125,7 @@ def test_switch_is_that_of_transformers(places):
             mine.down.weight.copy_(their.wo.weight.normal_(std=0.3))
     expected = theirs.eval()(x)
     expected = expected[0] if isinstance(expected, tuple) else expected
-    torch.testing.assert_close(ours(x, CONTEXT), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours(x, CONTEXT).y, expected, atol=1e-6, rtol=1e-5)
     assert (ours.statistics.dropped > 0) == (places < 20)
 
 
@@ -225,7 +227,7 @@ def test_noise_is_of_training_alone_and_begins_even():
     assert not module.router.noise.weight.any()
     module(x, CONTEXT)
     assert (module.statistics.load - 1 / COUNT).abs().max() < 0.02
-    assert torch.equal(module.eval()(x, CONTEXT), module(x, CONTEXT))
+    assert torch.equal(module.eval()(x, CONTEXT).y, module(x, CONTEXT).y)
 
 
 def test_importance_and_load_are_squared_coefficients_of_variation():
@@ -284,25 +286,25 @@ def test_balance_over_a_step_counts_its_earlier_micro_batches():
     first, second = inputs(2, 12), inputs(2, 12, seed=9)
     module(first, CONTEXT)
     module.advance()
-    module(second, CONTEXT)
+    losses = module(second, CONTEXT).losses
     counts = sum(
         Routed(module.router(x), torch.ones(2, 12, dtype=torch.bool), None).counts()[0] for x in (first, second)
     )
     mean = module.router(second).probabilities.mean(0)
-    torch.testing.assert_close(module.auxiliary["balance"], COUNT * (counts / counts.sum() * mean).sum())
+    torch.testing.assert_close(losses["balance"], COUNT * (counts / counts.sum() * mean).sum())
     module.after_step()
-    module(second, CONTEXT)
-    torch.testing.assert_close(module.auxiliary["balance"], module.statistics.balance)
+    losses = module(second, CONTEXT).losses
+    torch.testing.assert_close(losses["balance"], module.statistics.balance)
 
 
 def test_losses_are_averaged_over_the_layers_that_have_experts():
     tokens = torch.randint(30, (2, 12), generator=torch.Generator().manual_seed(0))
     decoder = model({"balance": [{"kind": "auxiliary", "weight": 0.5}, {"kind": "z_loss", "weight": 0.1}]})
-    found = decoder(tokens).auxiliary
+    found = decoder(tokens).losses
     assert set(found) == {"balance", "router_z"}
     mean = sum(block.feedforward.statistics.balance for block in decoder.blocks) / 2
     torch.testing.assert_close(found["balance"], 0.5 * mean)
-    assert decoder.eval()(tokens).auxiliary == {}
+    assert decoder.eval()(tokens).losses == {}
 
 
 def test_padding_is_no_part_of_losses_statistics_or_capacity():
@@ -312,8 +314,8 @@ def test_padding_is_no_part_of_losses_statistics_or_capacity():
     other[documents < 0] = inputs(7, seed=5)
     found = []
     for one in (x, other):
-        y = module(one, CONTEXT._replace(documents=documents))
-        found.append((y[documents >= 0], *module.auxiliary.values(), *module.statistics, module._counts))
+        y, losses, _ = module(one, CONTEXT._replace(documents=documents))
+        found.append((y[documents >= 0], *losses.values(), *module.statistics, module._counts))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert module._counts.sum() == 2 * 17
 
@@ -362,7 +364,7 @@ def test_places_are_rounded_up_and_at_least_1():
 
 def test_dropped_tokens_pass_by_and_evaluation_drops_nothing():
     module, x = mixture(capacity={"factor": 0.25}), inputs(2, 16)
-    y = module(x, CONTEXT)
+    y = module(x, CONTEXT).y
     weights = combined(module, x)
     nothing = ~weights.any(-1).view(2, 16)
     assert nothing.any()
@@ -370,7 +372,7 @@ def test_dropped_tokens_pass_by_and_evaluation_drops_nothing():
     assert module.statistics.dropped > 0.5
     module.eval()
     plain = mixture()
-    torch.testing.assert_close(module(x, CONTEXT), plain.eval()(x, CONTEXT))
+    torch.testing.assert_close(module(x, CONTEXT).y, plain.eval()(x, CONTEXT).y)
     assert module.statistics.dropped == 0
 
 
@@ -378,7 +380,7 @@ def test_a_capacity_that_nothing_exceeds_changes_neither_outputs_nor_gradients()
     found = []
     for capacity in (None, {"factor": COUNT}):
         module, x = mixture(capacity=capacity), inputs(2, 12).requires_grad_()
-        module(x, CONTEXT).square().sum().backward()
+        module(x, CONTEXT).y.square().sum().backward()
         found.append([x.grad, *(parameter.grad for parameter in module.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -390,13 +392,13 @@ def test_no_later_token_changes_a_route_where_earlier_ones_come_first(router):
     module, x = mixture(router, capacity={"factor": 0.5}), inputs(2, 16)
     for training in (True, False):
         module.train(training)
-        routes, before = combined(module, x).view(2, 16, -1), module(x, CONTEXT)
+        routes, before = combined(module, x).view(2, 16, -1), module(x, CONTEXT).y
         assert (module.statistics.dropped > 0.2) == training
         for t in (3, 9, 15):
             changed = x.clone()
             changed[:, t:] = inputs(2, 16 - t, seed=t)
             assert torch.equal(combined(module, changed).view(2, 16, -1)[:, :t], routes[:, :t])
-            torch.testing.assert_close(module(changed, CONTEXT)[:, :t], before[:, :t], atol=1e-7, rtol=1e-6)
+            torch.testing.assert_close(module(changed, CONTEXT).y[:, :t], before[:, :t], atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("priority", ["choice", "probability"])
@@ -453,10 +455,10 @@ def step(decoder, tokens):
     found = []
     for micro_batch in tokens:
         output = decoder(micro_batch, targets=micro_batch)
-        (output.loss + sum(output.auxiliary.values())).backward()
+        (output.loss + sum(output.losses.values())).backward()
         for block in decoder.blocks:
             found += [*block.feedforward.statistics]
-        found += [output.loss, *output.auxiliary.values()]
+        found += [output.loss, *output.losses.values()]
     for block in decoder.blocks:
         block.feedforward.advance()
         found.append(block.feedforward._seen)
@@ -495,12 +497,12 @@ def test_a_reversible_model_chooses_once(name):
     decoder = model(MIXTURES[name] | {"balance": ["auxiliary", "bias"]}, residual="reversible").double()
     tokens = torch.randint(30, (2, 12), generator=torch.Generator().manual_seed(0))
     grads = []
-    for keep in ((), (0,)):  # with a state kept, all activations are
+    for taps in ((), ("blocks.0",)):  # with a tap, all activations are kept
         decoder.zero_grad()
         torch.manual_seed(1)
-        output = decoder(tokens, targets=tokens, keep=keep)
+        output = decoder(tokens, targets=tokens, taps=taps)
         before = [block.feedforward._counts.clone() for block in decoder.blocks]
-        (output.loss + sum(output.auxiliary.values())).backward()
+        (output.loss + sum(output.losses.values())).backward()
         assert all(torch.equal(b.feedforward._counts, c) for b, c in zip(decoder.blocks, before, strict=True))
         grads.append([parameter.grad.clone() for parameter in decoder.parameters()])
     for mine, theirs in zip(*grads, strict=True):
@@ -508,9 +510,9 @@ def test_a_reversible_model_chooses_once(name):
 
 
 def test_a_recomputation_repeats_the_decision_that_it_is_told():
-    module, notes = mixture(capacity={"factor": 0.5}), {}
-    context = CONTEXT._replace(notes=notes)
+    module = mixture(capacity={"factor": 0.5})
     x, other = inputs(2, 12), inputs(2, 12, seed=4)
+    context = CONTEXT._replace(state=module(x, CONTEXT._replace(recomputed=True)).state)
     first = combined(module, x, context) > 0
     assert torch.equal(combined(module, other, context) > 0, first)
     assert not torch.equal(combined(module, other) > 0, first)
@@ -523,14 +525,14 @@ def test_gradients_of_fixed_choices_are_those_of_finite_differences(router):
     balance += ["importance_and_load"] if router == "noisy_top_k" else []
     spec = {"kind": "switch", "jitter": 0.0} if router == "switch" else router
     module = mixture(spec, dtype=torch.float64, balance=balance, capacity={"factor": 0.8})
-    x, notes = inputs(1, 6, dtype=torch.float64).requires_grad_(), {}
-    context = CONTEXT._replace(notes=notes)
+    x = inputs(1, 6, dtype=torch.float64).requires_grad_()
     torch.manual_seed(2)
-    module(x, context)
+    context = CONTEXT._replace(state=module(x, CONTEXT._replace(recomputed=True)).state)
 
     def run(x, *_):
         torch.manual_seed(2)
-        return module(x, context), sum(module.auxiliary.values())
+        y, losses, _ = module(x, context)
+        return y, sum(losses.values())
 
     assert torch.autograd.gradcheck(run, (x, *module.parameters()), fast_mode=True)
 
@@ -542,7 +544,7 @@ def test_the_router_is_exact_in_a_small_dtype_and_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(module.router(x).logits, expected)
         assert module.router(x).weights.dtype == torch.float32
-    assert module(x, CONTEXT).dtype == torch.bfloat16
+    assert module(x, CONTEXT).y.dtype == torch.bfloat16
 
 
 def test_statistics_are_those_of_the_pairs():

@@ -14,9 +14,9 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from models.config import ModelConfig
 from models.errors import UserError
-from models.positions import POSITIONS
 from models.positions.alibi import slopes
 from models.positions.t5 import bucket
+from models.specs import POSITIONS
 from models.transformer import Transformer
 
 
@@ -89,9 +89,9 @@ def test_t5_biases_can_be_those_of_a_layer(per_layer):
     model = Transformer(ModelConfig.from_dict(values)).eval()
     assert len(model.positions) == (3 if per_layer else 1)
     tokens = torch.arange(6)[None]
-    before = [model(tokens, keep=range(3)).states[i] for i in range(3)]
+    before = [model(tokens, taps=[f"blocks.{i}" for i in range(3)]).taps[f"blocks.{i}"] for i in range(3)]
     model.positions[-1].table.weight.data += torch.randn(32, 2)
-    after = [model(tokens, keep=range(3)).states[i] for i in range(3)]
+    after = [model(tokens, taps=[f"blocks.{i}" for i in range(3)]).taps[f"blocks.{i}"] for i in range(3)]
     changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert changed == ([False, False, True] if per_layer else [True, True, True])
 

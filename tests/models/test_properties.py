@@ -13,19 +13,14 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from models.attention import ATTENTIONS
 from models.attention.linformer import SHARINGS, SUMS
-from models.block import ORDERS
-from models.config import HEADS, SQRT_WIDTH, ModelConfig
-from models.depth import DEPTHS
+from models.config import HEADS, ORDERS, RESIDUALS, SQRT_WIDTH, ModelConfig
 from models.errors import UserError
 from models.experts import ROUTERS
-from models.feedforward import ACTIVATIONS, FEEDFORWARDS
+from models.feedforward import ACTIVATIONS
 from models.generation import generate
-from models.norms import NORM_POSITIONS, NORMS
-from models.positions import POSITIONS
 from models.positions.rope import ROPE_SCALINGS
-from models.reversible import RESIDUALS
+from models.specs import ATTENTIONS, DEPTHS, FEEDFORWARDS, NORM_POSITIONS, NORMS, POSITIONS
 from models.transformer import Transformer
 
 VOCAB, WIDTH, CONTEXT = 40, 16, 24

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.attention import Context, Place
+from models.attention import Context
 from models.attention.retention import GatedRetention, Powers, Range, Retention, chunkwise, parallel, recurrent
 from models.cache import beginnings
 from models.config import ModelConfig
 from models.errors import UserError
 from models.positions import Positional
+from models.specs import Place
 from models.transformer import Transformer
 from tests.benchmarks.bench_attention_peers import import_retnet
 

@@ -5,10 +5,10 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 from torch.func import functional_call
 
 from app.strategies.fsdp import FSDP2
+from models.attention.protocol import Attention, Mixed
 from models.config import ModelConfig
 from models.errors import UserError
 from models.families import family_of
@@ -44,7 +44,7 @@ def plainly(model, x):
     """The logits with every intermediate result kept by autograd: blocks called one after another."""
     h, context = model.embed(x)
     for block in model.blocks:
-        h = block(h, context)
+        h = block(h, context).y
     return model.project(model.finish(h))
 
 
@@ -169,37 +169,40 @@ def test_streams_stay_fp32_in_a_bf16_model():
 
 def test_states_and_merged_streams_have_the_width_of_the_model():
     model, x = build().eval(), tokens()
-    output = model(x, keep=(0, 2))
+    output = model(x, taps=("blocks.0", "blocks.2"))
     h, context = model.embed(x)
     for i, block in enumerate(model.blocks):
-        h = block(h, context)
+        h = block(h, context).y
         if i in (0, 2):
-            assert torch.equal(output.states[i], merge(h))
-    assert output.states[2].shape == (2, 9, 16)
-    torch.testing.assert_close(model.project(model.norm(output.states[2])), output.logits)
+            assert torch.equal(output.taps[f"blocks.{i}"], merge(h))
+    assert output.taps["blocks.2"].shape == (2, 9, 16)
+    torch.testing.assert_close(model.project(model.norm(output.taps["blocks.2"])), output.logits)
 
 
 def test_losses_of_mechanisms_reach_the_parameters():
-    class Watched(nn.Module):
+    class Watched(Attention):
         def __init__(self, inner):
             super().__init__()
             self.inner = inner
 
         def forward(self, x, *rest):
             y = self.inner(x, *rest)
-            self.auxiliary = {"size": y.square().mean()}
-            return y
+            return Mixed(y, {"size": y.square().mean()})
 
     model, x = build(torch.float64), tokens()
     for block in model.blocks:
         block.attention = Watched(block.attention)
     found = model(x)
-    assert set(found.auxiliary) == {"size"}
+    assert set(found.losses) == {"size"}
     plain = copy.deepcopy(model)
-    logits = plainly(plain, x)
-    loss = sum(block.attention.auxiliary["size"] for block in plain.blocks)
-    torch.testing.assert_close(found.auxiliary["size"], loss)
-    mine, theirs = found.logits.sum() + 3 * found.auxiliary["size"], logits.sum() + 3 * loss
+    h, context = plain.embed(x)
+    loss = 0
+    for block in plain.blocks:
+        h, losses, _ = block(h, context)
+        loss = loss + losses["size"]
+    logits = plain.project(plain.finish(h))
+    torch.testing.assert_close(found.losses["size"], loss)
+    mine, theirs = found.logits.sum() + 3 * found.losses["size"], logits.sum() + 3 * loss
     same(
         torch.autograd.grad(mine, list(model.parameters())),
         torch.autograd.grad(theirs, list(plain.parameters())),
@@ -229,7 +232,7 @@ def test_what_cannot_be_taken_back_is_refused():
 
 def test_shards_that_its_backward_would_not_gather_are_refused():
     with pytest.raises(UserError, match="the fsdp strategy cannot train a model with residual: reversible"):
-        FSDP2().parallelize(build(), torch.float32)
+        FSDP2().shard(build(), torch.float32)
 
 
 def test_no_family_holds_it():

@@ -110,7 +110,7 @@ def test_a_whole_sequence_is_as_one_token_at_a_time(budget, kv_heads, packed, po
     documents = torch.tensor([[0] * 7 + [1] * 10 + [2], [-1] * 3 + [4] * 14 + [5]]) if packed else None
     context = context_of(model, 2, 18, documents)
     slopes = context.positional[0].slopes if position == "alibi" else torch.zeros(4)
-    y = model.blocks[0].attention.mix(q, Kept(k, v, None), context)
+    y = model.blocks[0].attention.mix(q, Kept(k, v, None), context).y
     numbers = torch.zeros(2, 18) if documents is None else documents
     expected = torch.stack([token_by_token(q[i], k[i], v[i], numbers[i], budget, slopes.double()) for i in range(2)])
     real = (numbers >= 0)[:, None, :, None]
@@ -198,21 +198,21 @@ def test_the_memory_loss_counts_what_every_document_needs_at_its_worst(packed):
                     ]
                     needed = needed + max(each)
         expected = expected + 0.1 / 2 * needed / (documents >= 0).sum()
-        x = block(x, context)
+        x = block(x, context).y
     out = model(tokens, documents=documents if packed else None)
-    torch.testing.assert_close(out.auxiliary["memory"], expected)
+    torch.testing.assert_close(out.losses["memory"], expected)
     assert 0.01 < float(expected.detach()) < 0.1
-    out.auxiliary["memory"].backward()
+    out.losses["memory"].backward()
     gradient = torch.stack([block.attention.q.weight.grad for block in model.blocks])
     assert gradient[:, :4].any()  # of head 0
     assert not gradient[1, 4:].any()
-    assert model.eval()(tokens).auxiliary == {}
+    assert model.eval()(tokens).losses == {}
 
 
 def test_a_model_can_be_copied_between_two_steps_with_a_memory_loss():
     model = build(memory_loss=0.1).train()
-    loss = model(random_tokens(2, 9)).auxiliary["memory"]
-    assert copy.deepcopy(model)(random_tokens(2, 9)).auxiliary["memory"] == loss
+    loss = model(random_tokens(2, 9)).losses["memory"]
+    assert copy.deepcopy(model)(random_tokens(2, 9)).losses["memory"] == loss
 
 
 def test_what_the_layer_below_masks_is_carried():
@@ -225,10 +225,11 @@ def test_what_the_layer_below_masks_is_carried():
             q, k = (m(h).view(2, 9, 4, 4).transpose(1, 2) for m in (block.attention.q, block.attention.k))
             own = selection(block.attention, q, k, context).masked.tril()
             block.attention.carry = 0.5
-        x = block(x, context)
+        x, _, left = block(x, context)
+        context = context._replace(state={**context.state, **left})
         if number:
-            torch.testing.assert_close(context.notes[number, NOTE], own + 0.5 * context.notes[number - 1, NOTE])
-    assert build().embed(tokens)[1].notes is None
+            torch.testing.assert_close(context.state[number, NOTE], own + 0.5 * context.state[number - 1, NOTE])
+    assert not build().run(*build().embed(tokens)).inputs.state
 
 
 def test_sums_stay_fp32_in_bf16():

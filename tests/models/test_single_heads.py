@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from models.attention import ATTENTIONS, Context, Place
+from models.attention import Context
 from models.attention.single_heads import SingleHeads
 from models.config import ModelConfig
 from models.errors import UserError
 from models.positions import Positional
+from models.specs import ATTENTIONS, Place
 from models.transformer import Transformer
 
 INPUTS = torch.tensor(

@@ -71,7 +71,7 @@ def test_parallel_wiring_equals_the_formula():
     block = model.blocks[0]
     attended = block.attention(block.attention_norm(x), context)
     expected = x + attended + block.feedforward(block.feedforward_norm(x), context)
-    torch.testing.assert_close(block(x, context), expected)
+    torch.testing.assert_close(block(x, context).y, expected)
 
 
 def test_learned_positions_end_at_the_context():
@@ -103,9 +103,9 @@ def test_fresh_model_predicts_about_uniformly():
 def test_states_are_the_outputs_of_the_blocks():
     model = Transformer(tiny()).eval()
     tokens = torch.randint(50, (1, 6))
-    output = model(tokens, keep=(0, 1))
-    torch.testing.assert_close(model.project(model.norm(output.states[1])), output.logits)
-    assert output.states[0].shape == (1, 6, 32)
+    output = model(tokens, taps=("blocks.0", "blocks.1"))
+    torch.testing.assert_close(model.project(model.norm(output.taps["blocks.1"])), output.logits)
+    assert output.taps["blocks.0"].shape == (1, 6, 32)
 
 
 def test_documents_that_begin_behind_cached_tokens_without_any_are_refused():
