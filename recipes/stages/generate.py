@@ -60,7 +60,7 @@ def encoded(tokenizer: Tokenizer, prompt: str, special_tokens: bool) -> list[int
         raise UserError("the prompt holds bytes that are no text in the encoding of this terminal; give it in UTF-8")
     if not special_tokens and (named := tokenizer.special_tokens_in(prompt)):
         print(
-            f"{', '.join(named)} in the prompt: read as characters, not as special tokens; "
+            f"{printable(', '.join(named))} in the prompt: read as characters, not as special tokens; "
             "--special_tokens true reads them as such",
             file=sys.stderr,
         )

@@ -66,6 +66,20 @@ def test_an_infinite_gradient_stops_it_too_and_no_checkpoint_is_spoilt(tmp_path,
     assert newest_checkpoint(tmp_path / "run.run" / "checkpoints") is None
 
 
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_weights_that_are_not_finite_are_not_evaluated_in_silence(tmp_path, cache, verb):
+    class Broken(LanguageModel):
+        def configure_model(self):
+            super().configure_model()
+            torch.nn.init.constant_(self.model.norm.weight, float("nan"))
+
+    template = language_model()
+    model = Broken(template.architecture, template.optimizer, template.schedule)
+    trainer = make_trainer(tmp_path / "run", limit_test_batches=1, limit_predict_batches=1)
+    with pytest.raises(UserError, match="loss is nan: the weights hold NaN"):
+        getattr(trainer, verb)(model, datamodule=text_data(cache))
+
+
 def test_checkpoints_keep_the_newest_and_the_best(tmp_path, cache):
     trainer = make_trainer(tmp_path / "run", max_steps=12)
     own = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
