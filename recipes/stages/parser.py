@@ -12,6 +12,7 @@ import jsonargparse
 
 from models.errors import UserError, did_you_mean
 from models.parsing import Malformed, parse_yaml, read_plain
+from recipes.values import check_finite
 
 Options = TypeVar("Options")
 COMMAND_LINE = ("overwrite", "trust")  # a recipe may come from anybody, and neither replaces a folder nor trusts itself
@@ -185,7 +186,9 @@ def _parsed(options: type, parse: Callable[[], jsonargparse.Namespace], where: s
         namespace = parse()
     except argparse.ArgumentError as error:
         raise UserError(f"{where}: {_sentence(str(error), options)}") from None
-    return {field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)}
+    values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)}
+    check_finite(values)
+    return values
 
 
 def _sentence(message: str, options: type) -> str:
