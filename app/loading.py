@@ -151,8 +151,12 @@ def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype 
     return Loaded(model, _tokenizer_of(path.absolute()), source)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, sharded: bool = True) -> dict[str, Any]:
     """Return the content of a Lightning checkpoint, a file or a sharded folder, loaded with weights_only=True.
+
+    Args:
+        path: file or folder.
+        sharded: whether to read what a folder holds of sharded tensors; its files are checked anyhow.
 
     Raises:
         UserError: it is corrupt, truncated, no checkpoint, or holds objects that would have to be unpickled.
@@ -160,12 +164,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     from app.strategies import checkpoint_io  # imports Lightning
 
     try:
-        content = checkpoint_io.read_checkpoint(path)
+        whole = sharded or path.is_file()
+        content = checkpoint_io.read_checkpoint(path) if whole else checkpoint_io.read_metadata(path)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is no checkpoint that can be read without unpickling objects, which is never done"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no readable checkpoint: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is no Lightning checkpoint: it holds {type(content).__name__}, not a mapping")

@@ -77,8 +77,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{target} already holds something; name another folder or pass --overwrite")
-    here = Path.cwd()
-    if target in (here, *here.parents, Path.home(), *Path.home().parents) or (target / ".git").exists():
+    here, home = Path.cwd(), Path(os.path.expanduser("~"))  # a user without an account and HOME has none
+    if target in (here, *here.parents, home, *home.parents) or (target / ".git").exists():
         raise UserError(f"{target} is the working directory, a home or a repository, and is never replaced")
 
 

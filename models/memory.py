@@ -10,9 +10,11 @@ from models.errors import UserError
 
 def check_memory(tensors: Iterable[Tensor]) -> None:
     """Raise UserError where tensors on the meta device call for more bytes than this machine has."""
-    needed = sum(tensor.nbytes for tensor in tensors)
+    check_bytes(sum(tensor.nbytes for tensor in tensors), "a model of these sizes")
+
+
+def check_bytes(needed: int, what: str) -> None:
+    """Raise UserError where `what` takes more bytes than this machine has."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        raise UserError(
-            f"a model of these sizes takes {needed:,} bytes, and this machine has {there:,}; make it smaller"
-        )
+        raise UserError(f"{what} takes {needed:,} bytes, and this machine has {there:,}; make it smaller")

@@ -1,7 +1,8 @@
 """The command `espalier`: a table of verbs, and what becomes of an error.
 
 Nothing heavy is imported before a verb runs, so that help answers at once. Exit status: 0 done, 2 the input is wrong
-(one sentence on stderr), 1 a fault of ours, 130 interrupted, 143 terminated.
+(one sentence on stderr), 1 a fault of ours, 130 interrupted, 141 nobody read the output
+to its end (`| head`), 143 terminated.
 """
 
 import errno
@@ -71,12 +72,17 @@ def main(argv: list[str] | None = None) -> int:
     verb = VERBS.get(argv[0]) if argv else None
     try:
         with terminable():
-            return _run(argv)
+            status = _run(argv)
+            sys.stdout.flush()  # here, where a closed pipe is no fault
+            return status
     except UserError as error:
         return _complain(str(error), 2)
     except BaseException as error:
         if (how := _ended(error)) is not None:
             return _complain(how[0] if verb is None else f"{how[0]}; {verb.again}", how[1])
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left must not fail at the exit
+            return 141
         if isinstance(error, SystemExit) and isinstance(error.code, int):  # argparse's --help
             return error.code
         if debug:

@@ -45,8 +45,18 @@ from app.tasks.language import LanguageModel
 from models.errors import UserError, did_you_mean
 from recipes.fit_arguments import prepare, trusting
 from recipes.fit_errors import explained
-from recipes.fit_state import Plan, describe, describe_checkpoint, differences, find_checkpoint, plan_fit, run_folder
+from recipes.fit_state import (
+    Plan,
+    describe,
+    describe_checkpoint,
+    differences,
+    find_checkpoint,
+    flatten,
+    plan_fit,
+    run_folder,
+)
 from recipes.trust import check_recipe, local_files_only, place_below, restrict_imports
+from recipes.values import check_finite, check_nulls, check_numbers
 
 DEFAULTS = {  # of the trainer, where a recipe says nothing
     "use_distributed_sampler": False,  # the data module shards by itself, in an order that can be resumed
@@ -140,11 +150,14 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        self.recipe = self._plain_recipe()
+        check_finite(self.recipe)
+        check_nulls(self.recipe)
+        check_numbers(flatten(self.recipe))
         check_device(config.trainer.accelerator)
         check_strategy(config.trainer.strategy)
         check_max_norm(config.trainer.gradient_clip_val)
         resolve_architecture(config.model.architecture, 1, config.data.sequence_length)  # 1: no tokenizer is known yet
-        self.recipe = self._plain_recipe()
         out = None if config.out is None else Path(config.out).expanduser()
         self.root = run_folder(out) if out is not None else None
         place_below(config.trainer, self.root)

@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+import traceback
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ KINDS = {
     "str": "text",
     "bool": "true or false",
     "dict": "keys and values",
+    "list": "a list",
+    "NoneType": "null",
+    "timedelta": "a time (DD:HH:MM:SS)",
 }
 
 
@@ -31,10 +35,18 @@ def explained(verb: str) -> Iterator[None]:
         raise UserError(f"espalier {verb}: {sentence(str(error))}") from None
     except MisconfigurationException as error:
         raise UserError(f"espalier {verb}: {' '.join(str(error).split())}") from None
-    except ValueError as error:  # the parser wraps what an option object says about its own arguments
-        if (own := _user_error(error)) is None:
+    except (ValueError, TypeError) as error:  # the parser wraps what an option object says about its own arguments
+        if (own := _user_error(error)) is not None:
+            raise UserError(f"espalier {verb}: {own}") from None
+        if not _raised_in(error, "lightning", "jsonargparse"):
             raise
-        raise UserError(f"espalier {verb}: {own}") from None
+        raise UserError(f"espalier {verb}: {' '.join(str(error).split())}") from None
+
+
+def _raised_in(error: BaseException, *packages: str) -> bool:
+    """Whether one of the packages, which know our options alone, has raised the error itself."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in packages
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
@@ -74,10 +86,14 @@ def _option_value(key: str, message: str, class_path: str, option: str, kind: st
 
 
 def _value(key: str, message: str, kind: str, value: str) -> str:
-    if choices := re.search(r"Literal\[(.*?)\]", kind):
-        return f"{key} must be one of {choices[1]}, not {value}"
-    names = re.findall(r"<class '([\w.]+)'>", kind)
-    return f"{key} must be {' or '.join(KINDS.get(name, name) for name in names) or kind}, not {value}"
+    words = []
+    for choices, name, plain in re.findall(r"Literal\[(.*?)\]|<class '(?:[\w.]+\.)?(\w+)'>|\b(list|dict)\[", kind):
+        words.append(f"one of {choices}" if choices else KINDS.get(name or plain, name))
+    return f"{key} must be {' or '.join(dict.fromkeys(words)) or kind}, not {'null' if value == 'None' else value}"
+
+
+def _mapping(key: str, message: str, value: str) -> str:
+    return f"{key} must be keys and values, not {value}"
 
 
 def _class(key: str, message: str, name: str) -> str:
@@ -122,6 +138,8 @@ _EXPLANATIONS = (
     ),
     (r"Expected a dot import path string: (\w+)", _class),
     (r"Not a valid subclass of \w+", _specification),
+    (r"^Parser key \"[\w.]+\": Unable to load config '(.*?)'", _mapping),
+    (r"^Parser key \"[\w.]+\": Does not validate .*? Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", _value),
     (r"^Parser key \"[\w.]+\": Expected an? (.+?)\. Got value: (.*)$", _value),
     (r"the following arguments are required: (.*)$", _required),
 )

@@ -224,7 +224,7 @@ def describe_checkpoint(path: Path) -> Trained:
     Raises:
         UserError: corrupt, truncated, or of another version.
     """
-    content = read_checkpoint(path / METADATA if path.is_dir() else path)
+    content = read_checkpoint(path, sharded=False)
     record = content.get(KEY, {})
     version = record.get("format_version")
     if version != FORMAT_VERSION:

@@ -2,10 +2,12 @@
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from torch import nn
 from app.data.blocks import TokenBlocks, token_blocks
 from app.data.corpus import MemoryCorpus, python_corpus
 from app.data.tokenizer import load_tokenizer, train_tokenizer
-from app.evaluation.quality import Part
+from app.evaluation.quality import Part, Quality, Segments, evaluate_quality
 from models import folder
 from models.config import ModelConfig
 from models.transformer import Transformer
@@ -36,10 +38,26 @@ class Trained(NamedTuple):
     train: TokenBlocks
     calibration: list[dict[str, Any]]  # 4 batches of 16 x 128 tokens of the training text
     held_out: Part  # 200 blocks of 128 tokens, evenly spaced over the test text
+    splits: tuple[TokenBlocks, TokenBlocks]  # all of the test and of the validation text
 
     def fit(self, model: nn.Module, steps: int, rate: float, loss_of: Callable, attach: Callable | None = None) -> None:
         """Train any model on the training text, see `train_steps`."""
         train_steps(model, self.train, steps, rate, loss_of, attach)
+
+    def pooled(self, models: Sequence[nn.Module]) -> Quality:
+        """Quality on both held-out splits, of several models the mean loss of each segment.
+
+        For orders whose differences are small beside what the blocks of one split, the draw of the calibration text,
+        or the last bits of the training (which the number of threads decides about) make of them.
+        """
+        found = [[evaluate_quality(model, split) for split in self.splits] for model in models]
+        means = [replace(ones[0], nll=np.mean([one.nll for one in ones], axis=0)) for ones in zip(*found, strict=True)]
+        shift = np.concatenate([np.full(len(one.nll), 10**6 * number) for number, one in enumerate(means)])
+        block, document, tokens = (
+            np.concatenate([getattr(one.segments, name) for one in means]) for name in ("block", "document", "tokens")
+        )
+        segments = Segments(block + shift, document + shift, tokens)
+        return replace(means[0], segments=segments, nll=np.concatenate([one.nll for one in means]))
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +77,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def load_decoder(place: Path, cache: Path, seed: int = 0) -> Trained:
     """What `train_decoder` wrote, with its text; the calibration text is drawn by the seed."""
     tokenizer, corpus = load_tokenizer(place), _corpus()
-    train, test = (token_blocks(corpus, tokenizer, split, LENGTH, cache_dir=cache) for split in ("train", "test"))
+    train, test, validation = (
+        token_blocks(corpus, tokenizer, split, LENGTH, cache_dir=cache) for split in ("train", "test", "validation")
+    )
     calibration = token_blocks(corpus, tokenizer, "train", LENGTH, samples=64, seed=1 + seed, cache_dir=cache)
-    return Trained(folder.load(place), train, list(calibration.batches(ROWS)), Part.spread(test, 200))
+    drawn, held_out = list(calibration.batches(ROWS)), Part.spread(test, 200)
+    return Trained(folder.load(place), train, drawn, held_out, (test, validation))
 
 
 def _corpus() -> MemoryCorpus:

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from app.callbacks.checkpoints import Checkpoints
+from models.errors import UserError
 
 SHOWN = 32  # rows of the batch that are listed
 
@@ -20,7 +22,8 @@ class FiniteGuard(Callback):
     """Raises `NonFiniteLoss` after the optimizer step whose loss or gradient norm is not finite.
 
     The test needs the value on the host. On a GPU it is looked at one step later, when it has long arrived, and always
-    before a checkpoint is written, so that no checkpoint holds spoilt weights.
+    before a checkpoint is written, so that no checkpoint holds spoilt weights. Where nothing is trained (validate,
+    test, predict) the weights were given, and a loss that is not finite is a `UserError`.
     """
 
     def __init__(self) -> None:
@@ -47,6 +50,24 @@ class FiniteGuard(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.check(trainer)
 
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            _check_given(trainer.callback_metrics["validation/loss"], "validation")
+
+    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+        _check_given(trainer.callback_metrics["test/loss"], "test")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: dict[str, Tensor],
+        batch: dict[str, Tensor],
+        batch_index: int,
+        loader: int = 0,
+    ) -> None:
+        _check_given(outputs["nll"].sum(), "predicted")
+
     def check(self, trainer: Trainer) -> None:
         """Look at the latest step's figures. Raises NonFiniteLoss; the norm is global, so every rank does."""
         if self._pending is None:
@@ -62,6 +83,14 @@ class FiniteGuard(Callback):
         raise NonFiniteLoss(
             f"{what} at step {step}, on documents {rows}; "
             + (f"the last good checkpoint is {last}" if last else "there is no checkpoint yet")
+        )
+
+
+def _check_given(loss: Tensor, split: str) -> None:
+    if not bool(loss.isfinite()):
+        raise UserError(
+            f"the {split} loss is {float(loss)}: the weights hold NaN or infinity, or activations are too large for "
+            "the precision; espalier inspect CHECKPOINT names a tensor that is not finite"
         )
 
 

@@ -18,11 +18,20 @@ _SHOWN_FROM = 4_000_000  # bytes of text: below that, work is over before a bar 
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """Return the cache folder: `cache_dir`, else $ESPALIER_CACHE, else `espalier` in the user's cache folder."""
-    if cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache_dir = os.environ.get("ESPALIER_CACHE") or Path(home) / "espalier"
-    return Path(cache_dir).expanduser().resolve()
+    """Return the cache folder: `cache_dir`, else $ESPALIER_CACHE, else `espalier` in the user's cache folder.
+
+    Raises:
+        UserError: none is named, and the user has no home.
+    """
+    cache_dir = cache_dir or os.environ.get("ESPALIER_CACHE")
+    try:
+        if cache_dir is None:
+            cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espalier"
+        return Path(cache_dir).expanduser().resolve()
+    except RuntimeError:  # pathlib's, for a user without an account and without HOME
+        raise UserError(
+            "this user has no home folder for the cache; name a folder with the environment variable ESPALIER_CACHE"
+        ) from None
 
 
 def build_once(place: Path, build: Callable[[Path], None]) -> Path:

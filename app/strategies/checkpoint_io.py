@@ -1,17 +1,32 @@
-"""Checkpoints that are whole or absent: written beside their name and renamed."""
+"""Checkpoints that are whole or absent: written beside their name and renamed. Nothing in one is unpickled.
 
+A sharded checkpoint is a folder: safetensors files, in which each rank wrote its part of every sharded tensor, and
+`meta.pt` (plain values and tensors) with all the rest and the SHA-256 of each of these files.
+"""
+
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
+from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.tensor import DTensor
 
-METADATA = _METADATA_FILENAME  # of a sharded checkpoint: everything but the tensors
+from models.errors import UserError
+from models.files import inside
+
+METADATA = "meta.pt"  # of a sharded checkpoint: everything but the sharded tensors
+SHARDS = "shards"  # in METADATA: file -> SHA-256 (hex)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -71,21 +86,86 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     A sharded folder is put together as one process would have written it. Nothing is unpickled but plain values and
     tensors (`weights_only=True`).
+
+    Raises:
+        UserError: damaged, or a folder with anything in it that its METADATA does not name.
     """
-    if path.is_dir():
-        return _joined(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return _joined(path) if path.is_dir() else _read_archive(path)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Return what a sharded checkpoint holds beside its sharded tensors, whose files are checked."""
+    content = _read_archive(folder / METADATA)
+    shards = content.pop(SHARDS, None) if isinstance(content, dict) else None
+    if not isinstance(shards, Mapping) or not all(isinstance(text, str) for item in shards.items() for text in item):
+        raise UserError(f"{folder} is no sharded checkpoint of this version: its {METADATA} names no files")
+    if other := sorted({file.name for file in folder.iterdir()} ^ {METADATA, *shards}):
+        raise UserError(f"{folder} is no sharded checkpoint: its {METADATA} and its files disagree about {other[0]}")
+    for name, digest in shards.items():
+        if file_hash(inside(folder, name)) != digest:
+            raise UserError(f"{folder / name} is damaged: its SHA-256 is not the one in {METADATA}")
+    return content
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_archive(path: Path) -> Any:
+    """What `torch.save` wrote. Its own reader neither compares checksums nor notices that a record is compressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            stored = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is no checkpoint, or a truncated one: {error}") from None
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: the checksum of {damaged} in it does not match")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
 
 
 def _joined(folder: Path) -> dict[str, Any]:
     """A sharded checkpoint as a whole one: optimizer states keyed by number, in the order of the parameter groups."""
-    checkpoint = _load_distributed_checkpoint(folder)
+    checkpoint = read_metadata(folder)
+    tensors: dict[str, Tensor] = {}
+    try:
+        reader = HuggingFaceStorageReader(str(folder))
+        _load_state_dict(tensors, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    except CheckpointException as error:
+        raise UserError(f"{folder} is no readable checkpoint: {' '.join(str(error).split())[:200]}") from None
+    checkpoint = with_sharded(checkpoint, tensors)
     optimizers = []
     while f"optimizer_{len(optimizers)}" in checkpoint:
         optimizers.append(numbered(checkpoint.pop(f"optimizer_{len(optimizers)}")))
     if optimizers:
         checkpoint["optimizer_states"] = optimizers
     return checkpoint
+
+
+def without_sharded(tree: Mapping[str, Any], sharded: dict[str, DTensor], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings without their sharded tensors, which go into `sharded` by their keys, joined by `/`."""
+    rest = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            rest[key] = without_sharded(value, sharded, f"{prefix}{key}/")
+        elif isinstance(value, DTensor):
+            sharded[f"{prefix}{key}"] = value
+        else:
+            rest[key] = value
+    return rest
+
+
+def with_sharded(tree: dict[str, Any], sharded: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Put tensors by their joined keys into nested mappings, in place: the inverse of `without_sharded`."""
+    for name, tensor in sharded.items():
+        *parents, last = name.split("/")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = tensor
+    return tree
 
 
 def numbered(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,24 +1,38 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`) over every process of a run."""
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.strategies.model_parallel import _distributed_checkpoint_save
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import distributed, nn
+from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from app.strategies.checkpoint_io import METADATA, appearing_whole, named, numbered, read_checkpoint
+from app.strategies.checkpoint_io import (
+    METADATA,
+    SHARDS,
+    appearing_whole,
+    file_hash,
+    named,
+    numbered,
+    read_checkpoint,
+    read_metadata,
+    with_sharded,
+    without_sharded,
+)
 from models.errors import UserError
 
 
@@ -95,7 +109,7 @@ class FSDP2(ModelParallelStrategy):
         """Load shards, or a file that any other strategy wrote, of which every rank takes its part."""
         path = Path(self.broadcast(str(checkpoint_path)))
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only=True)
+            return self._load_shards(path)
         checkpoint = read_checkpoint(path)
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
@@ -103,6 +117,22 @@ class FSDP2(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
             order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
             set_optimizer_state_dict(self.model, optimizer, named(state, order), options=options)
+        return checkpoint
+
+    def _load_shards(self, folder: Path) -> dict[str, Any]:
+        """Load what this rank needs of every sharded tensor, whichever ranks wrote them; return all the rest."""
+        checkpoint = read_metadata(folder)
+        states = {"state_dict": get_model_state_dict(self.model)}
+        for i, optimizer in enumerate(self.optimizers):
+            states[f"optimizer_{i}"] = get_optimizer_state_dict(self.model, optimizer)
+        tensors: dict[str, DTensor] = {}
+        without_sharded(states, tensors)
+        sharded.load(tensors, storage_reader=sharded.HuggingFaceStorageReader(str(folder)))
+        with_sharded(checkpoint, tensors)
+        self.model.load_state_dict(checkpoint.pop("state_dict"), strict=self.lightning_module.strict_loading)
+        options = StateDictOptions(cpu_offload=True)
+        for i, optimizer in enumerate(self.optimizers):
+            set_optimizer_state_dict(self.model, optimizer, checkpoint.pop(f"optimizer_{i}"), options=options)
         return checkpoint
 
     def save_checkpoint(
@@ -113,16 +143,28 @@ class FSDP2(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(str(filepath)))
-        tensors = {"state_dict": checkpoint.pop("state_dict")}
         for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
-            tensors[f"optimizer_{i}"] = state
+            checkpoint[f"optimizer_{i}"] = state
+        tensors: dict[str, DTensor] = {}
+        rest = without_sharded(checkpoint, tensors)
         if self.global_rank == 0:
             with appearing_whole(path) as temporary:
                 temporary.mkdir()
                 self.barrier()
-                _distributed_checkpoint_save(tensors, temporary)
-                torch.save(checkpoint, temporary / METADATA)
+                rest[SHARDS] = self._save_shards(tensors, temporary)
+                with (temporary / METADATA).open("wb") as file:
+                    torch.save(rest, file)
+                    file.flush()
+                    os.fsync(file.fileno())
         else:
             self.barrier()
-            _distributed_checkpoint_save(tensors, path.with_name(f".{path.name}.writing"))
+            self._save_shards(tensors, path.with_name(f".{path.name}.writing"))
         self.barrier()
+
+    def _save_shards(self, tensors: dict[str, DTensor], folder: Path) -> dict[str, str]:
+        """Save this rank's part of the tensors; returns the SHA-256 of every rank's file, each computed by one rank."""
+        sharded.save(tensors, storage_writer=sharded.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        files = sorted(folder.glob("*.safetensors"))[self.global_rank :: self.world_size]
+        hashes: list[dict[str, str]] = [{}] * self.world_size
+        distributed.all_gather_object(hashes, {file.name: file_hash(file) for file in files})
+        return {name: digest for own in hashes for name, digest in own.items()}

@@ -106,6 +106,6 @@ def require_same_vocabulary(
     if student_tokens is not None and teacher_tokens is not None and dict(student_tokens) != dict(teacher_tokens):
         different = len(dict(student_tokens).items() ^ dict(teacher_tokens).items())
         raise UserError(
-            f"teacher and student have tokenizers that differ in {different} entries, although both vocabularies have "
-            f"{student_size} tokens; the student must use the teacher's tokenizer"
+            f"teacher and student have tokenizers of {len(teacher_tokens)} and {len(student_tokens)} tokens which "
+            f"differ in {different} entries; the student must use the teacher's tokenizer"
         )

@@ -8,6 +8,7 @@ from app.data.tokenizer import Tokenizer
 from app.loading import load_model, resolve_device, resolve_dtype
 from models.errors import UserError, printable
 from models.generation import Sampling, stream
+from models.memory import check_bytes
 from recipes.stages import options
 
 
@@ -18,6 +19,9 @@ def main(chosen: options.Generate) -> None:
     loaded = load_model(chosen.model, resolve_device(chosen.device), resolve_dtype(chosen.dtype))
     tokenizer = loaded.text_tokenizer()
     prompt = encoded(tokenizer, chosen.prompt, chosen.special_tokens)
+    if chosen.page_size is None:
+        tokens = len(prompt) + chosen.max_new_tokens
+        check_bytes(loaded.model.cache_bytes(tokens), f"the cache of {tokens} tokens")
     new: list[int] = []
     used: list[int] = []
     shown = ""
@@ -60,7 +64,7 @@ def encoded(tokenizer: Tokenizer, prompt: str, special_tokens: bool) -> list[int
         raise UserError("the prompt holds bytes that are no text in the encoding of this terminal; give it in UTF-8")
     if not special_tokens and (named := tokenizer.special_tokens_in(prompt)):
         print(
-            f"{', '.join(named)} in the prompt: read as characters, not as special tokens; "
+            f"{printable(', '.join(named))} in the prompt: read as characters, not as special tokens; "
             "--special_tokens true reads them as such",
             file=sys.stderr,
         )

@@ -7,7 +7,7 @@ parser, `cli.py` says which function a verb calls with the result.
 # ruff: noqa: RUF009 (the calls in the defaults return dataclass fields)
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from models.errors import UserError
@@ -21,9 +21,15 @@ Spec = str | dict[str, Any]  # a name, or {kind: name, ...its own options}
 MODEL = "model folder, Lightning checkpoint, or Hugging Face folder"
 
 
-def option(help: str, default: Any = MISSING, *, factory: Any = MISSING) -> Any:
-    """Return a dataclass field with the sentence that `--help` shows; without a default the option must be given."""
-    return field(default=default, default_factory=factory, metadata={"help": help})
+LARGEST = 2**53  # of a whole number
+
+
+def option(help: str, default: Any = MISSING, *, factory: Any = MISSING, least: float | None = None) -> Any:
+    """Return a dataclass field with the sentence that `--help` shows; without a default the option must be given.
+
+    A number below `least` is refused before any work.
+    """
+    return field(default=default, default_factory=factory, metadata={"help": help, "least": least})
 
 
 def positional(help: str, metavar: str, *, many: bool = False) -> Any:
@@ -54,6 +60,16 @@ def settle(chosen: Options, key: str, own: Mapping[str, Mapping[str, Any]]) -> O
             right = " or ".join(other for other, defaults in own.items() if name in defaults)
             raise UserError(f"{name} is an option of {key} {right}, not of {choice}; leave it out, or choose {right}")
     return replace(chosen, **{name: default for name, default in has.items() if getattr(chosen, name) is None})
+
+
+def check_numbers(chosen: Any) -> None:
+    """Raise UserError for a whole number that is too large, or a number below the least that its option takes."""
+    for one in fields(chosen):
+        value, least = getattr(chosen, one.name), one.metadata.get("least")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UserError(f"{one.name} is {value}; a whole number here is at most 2^53")
+        if least is not None:
+            check_least(chosen, **{one.name: least})
 
 
 def check_least(chosen: Any, **least: float) -> None:
@@ -88,12 +104,18 @@ class Measure(Compute):
         "python",
     )
     column: str | None = option("column or field of --data with the text, where there is more than one", None)
-    sequence_length: int | None = option("tokens of one block; default: the model's context, at most 1024", None)
+    sequence_length: int | None = option(
+        "tokens of one block; default: the model's context, at most 1024", None, least=2
+    )
     seed: int = option("seed of everything that is drawn at random", 0)
-    batch_size: int | None = option("blocks of text that run at once; default: chosen from the vocabulary", None)
+    batch_size: int | None = option(
+        "blocks of text that run at once; default: chosen from the vocabulary", None, least=1
+    )
     evaluation_data: str | None = option("held-out text; default: the test split of --data", None)
-    speed_rounds: int = option("timed rounds of generation for each model; 0 leaves speed out", 7)
-    evaluation_blocks: int | None = option("measure on the first N held-out blocks only; default: all of them", None)
+    speed_rounds: int = option("timed rounds of generation for each model; 0 leaves speed out", 7, least=0)
+    evaluation_blocks: int | None = option(
+        "measure on the first N held-out blocks only; default: all of them", None, least=1
+    )
 
 
 @dataclass(kw_only=True)
@@ -133,6 +155,7 @@ class Quantize(StageOptions):
         "blocks of the validation split of --data on which each layer is tried at each of the bits; default: 32 with a "
         "budget, otherwise none",
         None,
+        least=1,
     )
     group_size: int | Literal["channel", "tensor"] | None = option(
         "weights of one row that share a scale; `channel` or -1: the whole row, `tensor`: all of them; default: 64, "
@@ -146,11 +169,14 @@ class Quantize(StageOptions):
     embedding_bits: Literal[2, 3, 4, 8, 16] = option("bits of the token embedding; 16 leaves it as it is", 16)
     head_bits: Literal[2, 3, 4, 8, 16] = option("bits of an untied output head; 16 leaves it as it is", 16)
     skip: Names = option("layers to leave as they are, by name or pattern (`blocks.0.*`), comma-separated", "")
-    samples: int = option("calibration blocks of --sequence_length tokens, from the training split of --data", 128)
+    samples: int = option(
+        "calibration blocks of --sequence_length tokens, from the training split of --data", 128, least=1
+    )
     minimum_tokens: int | None = option(
         "calibration tokens that every expert is to see: where its router gives it fewer, it takes the likeliest "
         "others; default: as many as its widest matrix has inputs",
         None,
+        least=0,
     )
     layers: dict[str, dict[str, Any]] = option(
         "layers with a method, bits, group_size or symmetric of their own, by name or pattern: {'*.down': {bits: 8}}",
@@ -192,7 +218,9 @@ class Prune(StageOptions):
     allocation: Spec | None = option(
         "structured: uniform (the default) takes as much out of every layer, global compares layers", None
     )
-    round_to: int | None = option("structured: the number of neurons that stay is a multiple of this; default: 8", None)
+    round_to: int | None = option(
+        "structured: the number of neurons that stay is a multiple of this; default: 8", None, least=1
+    )
     compensation: Literal["none", "existing", "add"] | None = option(
         "structured: whether an output bias takes over the mean of what goes: none, existing where there is one (the "
         "default), or add one",
@@ -202,11 +230,14 @@ class Prune(StageOptions):
         "context: share of the cache that stays, above 0 and below 1; this, tolerance, or whichever comes first", None
     )
     tolerance: float | None = option("context: nats per token by which the loss may rise at most", None)
-    step: int | None = option("context: tokens by which one layer's budget is lowered at a time; default: 32", None)
+    step: int | None = option(
+        "context: tokens by which one layer's budget is lowered at a time; default: 32", None, least=1
+    )
     samples: int = option(
         "calibration blocks of --sequence_length tokens, from the training split of --data; of context, which compares "
         "losses, from its validation split",
         128,
+        least=1,
     )
 
 
@@ -231,23 +262,23 @@ class Distill(StageOptions):
         "what the student imitates, comma-separated: logit, feature", "logit"
     )
     temperature: float | None = option(
-        "logit: divides the logits of both models before they are compared; default: 2", None
+        "logit: divides the logits of both models before they are compared; default: 2", None, least=0
     )
     alpha: float = option("share of the loss on the text itself; the logit loss has the rest", 0.5)
     weights: dict[str, float] = option("factors of further losses by name: {feature: 0.1}", factory=dict)
-    max_steps: int = option("optimizer steps", 1000)
-    train_batch_size: int = option("blocks of text in one optimizer step", 16)
+    max_steps: int = option("optimizer steps", 1000, least=1)
+    train_batch_size: int = option("blocks of text in one optimizer step", 16, least=1)
     learning_rate: float = option("the highest learning rate of AdamW", 1e-3)
-    warmup_steps: int = option("steps in which the learning rate rises from 0", 50)
-    weight_decay: float = option("AdamW's weight decay of the matrices", 0.1)
-    clip: float = option("the largest norm of the gradient", 1.0)
+    warmup_steps: int = option("steps in which the learning rate rises from 0", 50, least=0)
+    weight_decay: float = option("AdamW's weight decay of the matrices", 0.1, least=0)
+    clip: float = option("the largest norm of the gradient", 1.0, least=0)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "number format of activations while training; the weights that are trained stay float32; auto: as the teacher",
         "auto",
     )
     zeros: Literal["held", "free"] = option("whether weights of the student that are exactly 0 stay 0", "held")
     compile: Literal["nothing", "blocks"] = option("what torch.compile is applied to in the student", "nothing")
-    checkpoint_every: int = option("steps between two checkpoints from which an interrupted run goes on", 100)
+    checkpoint_every: int = option("steps between two checkpoints from which an interrupted run goes on", 100, least=1)
 
 
 @dataclass(kw_only=True)
@@ -279,16 +310,18 @@ class Generate(Compute):
         "--special_tokens says otherwise"
     )
     special_tokens: bool = option("read names of special tokens in the prompt as these tokens", False)
-    max_new_tokens: int = option("the most tokens to add", 100)
-    temperature: float = option("0 takes the likeliest token, 1 samples from the model's distribution", 0.8)
-    top_k: int | None = option("sample from the K likeliest tokens only", None)
+    max_new_tokens: int = option("the most tokens to add", 100, least=1)
+    temperature: float = option("0 takes the likeliest token, 1 samples from the model's distribution", 0.8, least=0)
+    top_k: int | None = option("sample from the K likeliest tokens only", None, least=1)
     top_p: float | None = option("sample from the fewest tokens that hold this much probability", None)
     seed: int = option("seed of the sampling", 0)
     exit_confidence: float | None = option(
         "leave a model with early exits where the likeliest token has this probability; default: run all layers", None
     )
     page_size: int | None = option(
-        "keep keys and values in pages of so many tokens, taken as the text grows; default: all room at once", None
+        "keep keys and values in pages of so many tokens, taken as the text grows; default: all room at once",
+        None,
+        least=1,
     )
 
 
@@ -349,4 +382,4 @@ class Sweep(Written):
     """Train one small recipe with one choice changed at a time, each with several seeds; the same command goes on."""
 
     recipe: str = positional("a sweep file: recipes/sweep/NAME.yaml", "RECIPE")
-    parallel: int = option("runs at a time; each gets its share of the cores", 1)
+    parallel: int = option("runs at a time; each gets its share of the cores", 1, least=1)

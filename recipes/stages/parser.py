@@ -6,12 +6,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import jsonargparse
 
 from models.errors import UserError, did_you_mean
 from models.parsing import Malformed, parse_yaml, read_plain
+from recipes.stages.options import check_numbers
+from recipes.values import check_finite
 
 Options = TypeVar("Options")
 COMMAND_LINE = ("overwrite", "trust")  # a recipe may come from anybody, and neither replaces a folder nor trusts itself
@@ -75,12 +77,13 @@ def parse_arguments(verb: str, options: type[Options], argv: list[str]) -> Optio
         values = read_recipe(recipe)
         check_keys(values, keys, recipe)
         refuse_keys(values, COMMAND_LINE, recipe)
+        check_given(options, values, recipe)
         check = build_parser(verb, options, partial=True)
         _parsed(options, lambda: check.parse_object(values), recipe)  # noqa: B023 (called at once)
     _check_flags(verb, rest, keys)
     parser = build_parser(verb, options)
     argv = [f"--config={recipe}" for recipe in recipes] + rest
-    return options(**_parsed(options, lambda: parser.parse_args(argv), parser.prog))
+    return _checked(options(**_parsed(options, lambda: parser.parse_args(argv), parser.prog)), parser.prog)
 
 
 def parse_values(verb: str, options: type[Options], values: dict[str, Any], where: str) -> Options:
@@ -90,8 +93,9 @@ def parse_values(verb: str, options: type[Options], values: dict[str, Any], wher
         UserError: as `parse_arguments`; `where` names the file and the stage.
     """
     check_keys(values, {field.name for field in dataclasses.fields(options)}, where)
+    check_given(options, values, where)
     parser = build_parser(verb, options)
-    return options(**_parsed(options, lambda: parser.parse_object(values), where))
+    return _checked(options(**_parsed(options, lambda: parser.parse_object(values), where)), where)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -156,6 +160,21 @@ def _class_in(value: Any) -> str | None:
     return next((named for one in inner if (named := _class_in(one)) is not None), None)
 
 
+def check_given(options: type, values: dict[str, Any], where: str | os.PathLike[str]) -> None:
+    """Raise UserError for `null` where an option must have a value; jsonargparse takes it for one that is not given."""
+    for field in dataclasses.fields(options):
+        if values.get(field.name, field) is None and type(None) not in get_args(field.type):
+            raise UserError(f"{where}: {field.name} must be {_describe(field.type)}, not null")
+
+
+def _checked(chosen: Options, where: str) -> Options:
+    try:
+        check_numbers(chosen)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return chosen
+
+
 def _split_recipes(verb: str, argv: list[str]) -> tuple[list[str], list[str]]:
     """Take `-c FILE` out of the arguments: recipes come first, so that the command line wins wherever it stands."""
     recipes, rest, arguments = [], [], iter(argv)
@@ -185,7 +204,9 @@ def _parsed(options: type, parse: Callable[[], jsonargparse.Namespace], where: s
         namespace = parse()
     except argparse.ArgumentError as error:
         raise UserError(f"{where}: {_sentence(str(error), options)}") from None
-    return {field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)}
+    values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)}
+    check_finite(values)
+    return values
 
 
 def _sentence(message: str, options: type) -> str:
@@ -205,9 +226,18 @@ def _sentence(message: str, options: type) -> str:
 
 def _describe(kind: Any) -> str:
     """Return a type as a person would say it."""
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
-    if kind in words:
-        return words[kind]
+    words = {
+        dict: "a mapping",
+        list: "a list",
+        Any: "anything",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "nothing",
+    }
+    if (plain := kind if kind in words else get_origin(kind)) in words:
+        return words[plain]
     arguments = get_args(kind)
     if arguments and all(isinstance(argument, str | int) for argument in arguments):  # a Literal
         return "one of " + ", ".join(str(argument) for argument in arguments)

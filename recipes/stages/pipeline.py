@@ -68,7 +68,9 @@ def read_pipeline(path: Path, out: Path, model: Path | None, device: str | None,
     stages = values.get("stages")
     if not isinstance(stages, list) or not stages:
         raise UserError(f"{path}: stages must list at least one stage")
-    common = values.get("common") or {}
+    common = {} if values.get("common") is None else values["common"]
+    if not isinstance(common, dict):
+        raise UserError(f"{path}: common must be a mapping of options to values, not {common!r}")
     every = {field.name for kind in OPTIONS.values() for field in dataclasses.fields(kind)} - {"out", "overwrite"}
     check_keys(common, every, f"{path}: common")
     common = {"device": "auto"} | common | ({} if device is None else {"device": device})
@@ -102,6 +104,8 @@ class _Reader:
         out = self.out / f"{number:02d}-{name}"
         refuse_keys(values, COMMAND_LINE, where)
         config = values.pop("config", None)
+        if config is not None and not isinstance(config, str):
+            raise UserError(f"{where}: config must be the name of a recipe, not {config!r}")
         recipe = {} if config is None else read_recipe(find_recipe(config, self.path, where))
         if verb == PRETRAIN:
             flags = self._shared_flags() | values

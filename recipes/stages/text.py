@@ -10,6 +10,7 @@ from app.data.sources import open_source
 from app.evaluation.speed import SpeedProtocol
 from app.loading import Loaded
 from models.errors import UserError
+from models.memory import check_bytes
 from recipes.stages.options import Measure
 from recipes.stages.terminal import say
 
@@ -41,6 +42,7 @@ class Text:
         self.length = chosen.sequence_length or min(config.context, LONGEST)
         if self.length < 2:
             raise UserError(f"sequence_length {self.length} is too short: a prediction needs a token before it")
+        check_bytes(4 * self.length * config.width, f"one block of {self.length} tokens")
         if config.position.acts == "input" and self.length > config.context:
             raise UserError(
                 f"sequence_length {self.length} is more than the model's context of {config.context} tokens"

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from app.data.corpus import HELD_OUT, SPLITS, assign_splits, place_of, python_corpus, synthetic
+from app.data.corpus import HELD_OUT, SPLITS, Digest, assign_splits, place_of, python_corpus, synthetic
 from app.data.tokenizer import END_OF_TEXT, cached_tokenizer, load_tokenizer, train_tokenizer
 from models.errors import UserError
 
@@ -177,3 +177,28 @@ def test_the_cache_trains_once(tmp_path):
     again = cached_tokenizer(texts(), "a" * 64, 280, tmp_path)
     assert (first.sha256, used) == (again.sha256, [1])
     assert [path.name for path in Path(tmp_path).iterdir() if path.is_dir()] == ["a" * 32 + "-280"]
+
+
+def test_the_splits_leave_the_training_a_document():
+    assert assign_splits([0.5]) == ["train"]
+    assert assign_splits([0.6, 0.5]) == ["train", "validation"]
+    assert assign_splits([0.6, 0.5, 0.7]) == ["test", "validation", "train"]
+    assert assign_splits([0.01, 0.06, 0.5]) == ["validation", "test", "train"]
+    assert assign_splits([0.049, 0.05, 0.099, 0.1]) == ["validation", "test", "test", "train"]
+
+
+def test_the_hash_of_a_corpus_covers_splits_texts_and_where_they_end():
+    def sha256(*documents):
+        digest = Digest()
+        for split, text in documents:
+            digest.add(split, text)
+        return digest.hexdigest()
+
+    found = [
+        sha256(("train", "ab"), ("test", "c")),
+        sha256(("train", "ab"), ("train", "c")),
+        sha256(("train", "a"), ("test", "bc")),
+        sha256(("test", "c"), ("train", "ab")),
+        sha256(("train", "ab")),
+    ]
+    assert len(set(found)) == len(found)

@@ -1,15 +1,19 @@
 """TextData: what a LightningModule gets, what the command line shows, and what is refused."""
 
+from pathlib import Path
+
 import jsonargparse
 import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from app.data.blocks import IGNORED
+from app.data.cache import cache_root
 from app.data.corpus import synthetic
 from app.data.module import TextData
 from app.data.tokenizer import train_tokenizer
 from models.errors import UserError
+from models.files import writing
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +98,24 @@ def test_what_is_not_read_is_said(tmp_path, capsys):
     data = text_data(str(tmp_path / "cache"), source=str(tmp_path / "a.csv"))
     assert "1 of 63 documents are empty and left out" in capsys.readouterr().err
     assert "1 of 63" in data.left_out
+
+
+def test_a_user_without_a_home_needs_a_cache_to_be_named(monkeypatch, tmp_path):
+    """As in a container that runs under a number that has no account."""
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    monkeypatch.delenv("ESPALIER_CACHE")
+    with pytest.raises(UserError, match="no home folder for the cache; name a folder with .* ESPALIER_CACHE"):
+        cache_root()
+    assert cache_root(tmp_path / "given") == tmp_path / "given"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with writing(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]

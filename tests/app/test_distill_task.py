@@ -94,25 +94,32 @@ def test_a_student_learns_and_every_term_is_logged(place, tmp_path):
 
 
 def test_validation_figures_are_over_all_targets(place, tmp_path):
+    """Batches of unequal numbers of targets: each target counts once, not each batch."""
     module = task(place, losses=["logit"])
-    trainer = fit(module, place, tmp_path, 1)
-    held = data(place)
-    held.setup("validate")
+    fit(module, place, tmp_path, 1)
+    held = data(place, batch_size=3)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.validate(module, held, verbose=False)
-    nll = count = agreed = 0.0
+    nll = agreed = divergence = 0.0
+    counts = []
     module.eval()
     with torch.no_grad():
-        for index, batch in enumerate(held.val_dataloader()):
-            if index == 2:  # limit_val_batches
-                break
-            targets = batch["targets"]
-            ours = module.model(batch["tokens"], documents=batch["documents"]).logits
-            theirs = module.teacher(batch["tokens"], documents=batch["documents"]).logits
-            nll += float(torch.nn.functional.cross_entropy(ours.flatten(0, 1), targets.flatten(), reduction="sum"))
-            agreed += float((ours.argmax(-1) == theirs.argmax(-1))[targets != -100].sum())
-            count += int((targets != -100).sum())
-    assert trainer.callback_metrics["validation/loss"] == pytest.approx(nll / count, rel=1e-4)
-    assert trainer.callback_metrics["validation/agreement"] == pytest.approx(agreed / count, abs=1e-6)
+        for batch in held.val_dataloader():
+            kept = batch["targets"] != -100
+            ours, theirs = (
+                model(batch["tokens"], documents=batch["documents"]).logits[kept]
+                for model in (module.model, module.teacher)
+            )
+            nll += float(torch.nn.functional.cross_entropy(ours, batch["targets"][kept], reduction="sum"))
+            agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            p, q = ((logits / 2).log_softmax(-1) for logits in (theirs, ours))  # at the temperature of 2
+            divergence += 4 * float((p.exp() * (p - q)).sum())
+            counts.append(int(kept.sum()))
+    assert len(set(counts)) > 1
+    metrics, count = trainer.callback_metrics, sum(counts)
+    assert metrics["validation/loss"] == pytest.approx(nll / count, rel=1e-4)
+    assert metrics["validation/agreement"] == pytest.approx(agreed / count, abs=1e-6)
+    assert metrics["validation/logit"] == pytest.approx(divergence / count, rel=1e-4)
 
 
 def test_the_teacher_stays_out_and_the_projector_in_the_checkpoint(place, tmp_path):

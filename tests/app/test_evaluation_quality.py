@@ -1,6 +1,7 @@
 """Perplexity, divergence and baselines: against explicit loops and torchmetrics, and what must not change them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from torchmetrics.text import Perplexity
 
 from app.evaluation import quality as quality_module
 from app.evaluation.baselines import baselines, count_tokens, unigram, untrained
-from app.evaluation.quality import Part, evaluate_qualities, evaluate_quality, paired
+from app.evaluation.figures import change_of_quality
+from app.evaluation.quality import Part, Quality, Segments, evaluate_qualities, evaluate_quality, paired
 from models.errors import UserError
 
 
@@ -216,3 +218,46 @@ def test_a_part_of_a_split_is_spread_over_it():
     assert part.indices[-1] == len(text) - 1
     assert part.tokens == text.tokens
     assert len(Part.first(text, 10**6)) == len(text)
+
+
+@pytest.mark.parametrize(("documents", "unit"), [(19, "19 blocks"), (20, "20 documents"), (21, "21 documents")])
+def test_documents_are_the_clusters_from_20_on(documents, unit):
+    numbers = np.arange(documents)
+    segments = Segments(numbers, numbers, np.full(documents, 5))
+    assert f"{unit} as clusters" in segments.describe()
+    assert "blocks as clusters" in Segments(numbers, numbers - 1, np.full(documents, 5)).describe()  # some kept apart
+
+
+@pytest.mark.parametrize("part", ["block", "document", "tokens"])
+def test_paired_refuses_segments_that_differ_in_any_part(part):
+    numbers = np.arange(3)
+    segments = Segments(numbers, numbers, np.full(3, 5))
+    quality = Quality(segments, np.ones(3), None, 5, 3.0)
+    other = replace(quality, segments=replace(segments, **{part: getattr(segments, part)[[0, 2, 1]] + [0, 0, 1]}))
+    with pytest.raises(UserError, match="same tokens"):
+        paired(quality, other)
+    assert paired(quality, replace(quality, nll=np.full(3, 2.0))).value == pytest.approx(1 / 5)
+
+
+def test_changes_are_those_of_the_figures():
+    model, text = tiny(), Text(16)
+    (before, after), divergence = evaluate_qualities([model, shifted(model, 0.3)], text)
+    change, was, now = change_of_quality(before, after, divergence), before.figures(), after.figures()
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert change[name] == pytest.approx(now[name] - was[name], rel=1e-6)
+    assert change["perplexity_ratio"] == pytest.approx(now["perplexity"] / was["perplexity"], rel=1e-6)
+    difference = paired(before, after)
+    expected = [was["perplexity"] * (math.exp(nats) - 1) for nats in (difference.low, difference.high)]
+    assert change["interval"]["perplexity"] == pytest.approx(expected)
+
+
+def test_the_context_of_a_prediction_is_the_tokens_of_its_document_before_it_in_the_block():
+    text, contexts = Text(16), []
+    for block in text:
+        documents = block["documents"].tolist()
+        for place, target in enumerate(block["targets"].tolist()):
+            if target != -100:
+                contexts.append(documents[: place + 1].count(documents[place]))  # itself included
+    quality = evaluate_quality(tiny(), text, batch_size=3)
+    assert quality.mean_context == pytest.approx(np.mean(contexts))
+    assert quality.context == 16

@@ -127,6 +127,7 @@ def test_figures_come_from_the_rounds(monkeypatch):
     assert figures["rounds"]["decode_tokens_per_second"] == pytest.approx(rates)
     assert figures["decode_tokens_per_second"] == pytest.approx((rates[2] + rates[3]) / 2)
     assert figures["first_token_ms"] == pytest.approx(60)
+    assert figures["flops_per_token"] == model.flops_per_token(6 + 4)  # the prompt and what follows it
     assert figures["per_token_ms"]["p50"] == pytest.approx(2.0)
     assert figures["peak_memory_bytes"] == size_figures(model)["memory_bytes"] + 1000
     assert figures["flops_per_token"] == model.flops_per_token(10)

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app.evaluation import wording
 from app.evaluation.charts import Step, on_front
-from app.evaluation.many import collect, write_overview
+from app.evaluation.many import beats, collect, write_overview
 from app.evaluation.report import About, build_report, write_report
 from compress.records import LayerRecord
 from models.errors import UserError
@@ -254,3 +254,16 @@ def test_the_pareto_front_by_brute_force():
     ]
     assert [step.name for step, x in points if on_front(step, x, points, more_is_better=False)] == ["0", "1", "2", "4"]
     assert [step.name for step, x in points if on_front(step, x, points, more_is_better=True)] == ["4", "5"]
+
+
+def test_a_model_is_dominated_only_by_one_that_is_better_in_something():
+    def step(perplexity, stored, rate):
+        return Step("model", perplexity, (1, 99), stored, rate)
+
+    assert not beats(step(10, 100, 5), step(10, 100, 5))
+    for better in (step(9, 100, 5), step(10, 99, 5), step(10, 100, 6)):
+        assert beats(better, step(10, 100, 5))
+        assert not beats(step(10, 100, 5), better)
+    assert not beats(step(9, 101, 5), step(10, 100, 5))
+    assert not beats(step(10, 100, None), step(10, 100, 5))  # one was not timed
+    assert beats(step(10, 100, 5), step(None, 1, 50))

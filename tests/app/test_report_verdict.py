@@ -204,3 +204,24 @@ def test_changes_keep_digits_where_the_change_is_small():
     assert wording.change_percent(0.5) == "\u221250.0%"
     assert wording.change_percent(1.00012) == "+0.012%"
     assert wording.change_percent(1.0) == "+0.0%"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (0.98, "smaller: "),
+        (0.995, "is not smaller"),
+        (1.0, "is not smaller"),
+        (1.009, "is not smaller"),
+        (1.02, "is larger"),
+    ],
+)
+def test_a_file_within_one_percent_is_neither_smaller_nor_larger(ratio, words):
+    (sentence,) = [text for text in texts(figures(size=ratio)) if text.startswith("The weights file")]
+    assert words in sentence
+
+
+def test_as_good_as_token_frequencies_is_no_better():
+    for ratio, broken in ((25.0, True), (24.999, False)):  # of 20, against 500
+        found = texts(figures(perplexity=(ratio, 1.1, 30)))
+        assert any("no longer a language model" in text for text in found) == broken

@@ -1,6 +1,8 @@
 """What watches a run: the guard, checkpoints, TensorBoard, samples, progress."""
 
 import json
+import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_help import ARCHITECTURE, fit, language_model, make_trainer, state_hash, text_data
 
-from app.callbacks import NonFiniteLoss, RunProgress, Samples
+from app.callbacks import NonFiniteLoss, RunProgress, Samples, StopEarly
 from app.callbacks.checkpoints import Checkpoints, checkpoints_in, newest_checkpoint
 from app.callbacks.peaks import DENSE_BF16, device_peak, measured_peak, peak_flops
 from app.callbacks.progress import duration
@@ -66,6 +68,20 @@ def test_an_infinite_gradient_stops_it_too_and_no_checkpoint_is_spoilt(tmp_path,
     assert newest_checkpoint(tmp_path / "run.run" / "checkpoints") is None
 
 
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_weights_that_are_not_finite_are_not_evaluated_in_silence(tmp_path, cache, verb):
+    class Broken(LanguageModel):
+        def configure_model(self):
+            super().configure_model()
+            torch.nn.init.constant_(self.model.norm.weight, float("nan"))
+
+    template = language_model()
+    model = Broken(template.architecture, template.optimizer, template.schedule)
+    trainer = make_trainer(tmp_path / "run", limit_test_batches=1, limit_predict_batches=1)
+    with pytest.raises(UserError, match="loss is nan: the weights hold NaN"):
+        getattr(trainer, verb)(model, datamodule=text_data(cache))
+
+
 def test_checkpoints_keep_the_newest_and_the_best(tmp_path, cache):
     trainer = make_trainer(tmp_path / "run", max_steps=12)
     own = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
@@ -102,6 +118,10 @@ def test_tensorboard_holds_everything_that_is_promised(tmp_path, cache):
     assert rates[2] == pytest.approx(3e-3 * schedule.factor(1, 10), rel=1e-5)  # the second step
     assert rates[8] == pytest.approx(3e-3 * schedule.factor(7, 10), rel=1e-5)
     assert all(0 < event.value < 1.5 for event in events.Scalars("speed/mfu"))
+    for split in ("train", "validation"):
+        pairs = zip(events.Scalars(f"{split}/loss"), events.Scalars(f"{split}/bits_per_byte"), strict=True)
+        for loss, bits in pairs:
+            assert bits.value == pytest.approx(loss.value / math.log(2) / data.bytes_per_token, rel=1e-4)
     texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
     assert texts >= {"samples", "recipe", "mfu"}
     written = events.Tensors("samples/text_summary")[-1].tensor_proto.string_val[0].decode()
@@ -199,3 +219,62 @@ def test_the_cpus_peak_is_measured():
     assert peak > 1e8
     assert "measured" in sentence
     assert measured_peak(64, 0.01)[0] > 0
+
+
+class Validations:
+    """What `Checkpoints` and `StopEarly` ask of a trainer, one validation after another."""
+
+    state, sanity_checking, should_stop, global_step = SimpleNamespace(fn="fit"), False, False, 0
+
+    def __init__(self, *callbacks):
+        self.callbacks, self.saved, self.callback_metrics = callbacks, [], {}
+
+    def save_checkpoint(self, path):
+        self.saved.append(path.name)
+
+    def see(self, *losses):
+        for loss in losses:
+            self.global_step += 1
+            self.callback_metrics = {"validation/loss": torch.tensor(loss)}
+            for callback in self.callbacks:
+                callback.on_validation_end(self, None)
+
+
+def keeping_the_best(folder):
+    callback = Checkpoints(every_n_steps=100)
+    callback.folder = folder
+    return callback
+
+
+def test_the_best_checkpoint_is_the_first_of_equal_ones(tmp_path):
+    trainer = Validations(keeping_the_best(tmp_path))
+    trainer.see(3.0, 2.0, 2.0, 2.5, 1.5)
+    assert trainer.saved == ["best-00000001.ckpt", "best-00000002.ckpt", "best-00000005.ckpt"]
+
+
+def test_the_best_survives_a_resume(tmp_path):
+    own, again = keeping_the_best(tmp_path), keeping_the_best(tmp_path)
+    Validations(own).see(2.0)
+    again.load_state_dict(own.state_dict())
+    trainer = Validations(again)
+    trainer.see(2.5, 1.5)
+    assert trainer.saved == ["best-00000002.ckpt"]
+
+
+def test_only_more_than_min_delta_is_an_improvement():
+    trainer = Validations(StopEarly(patience=2, min_delta=0.25))
+    trainer.see(3.0, 2.75, 2.5)  # the second is no improvement, the third is one over the first
+    assert (trainer.callbacks[0].best, trainer.callbacks[0].waited, trainer.should_stop) == (2.5, 0, False)
+    trainer.see(2.4)
+    assert not trainer.should_stop
+    trainer.see(2.3)
+    assert trainer.should_stop
+
+
+@pytest.mark.parametrize(("characters", "fits"), [(30, True), (31, False)])
+def test_a_sample_prompt_leaves_room_for_one_token(characters, fits):
+    """In a context of 32: the begin token, the prompt, and what is to be written."""
+    config = SimpleNamespace(position=SimpleNamespace(bounded=True, kind="learned"), context=32)
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=SimpleNamespace(prompt=lambda text: [1, *text])))
+    with nullcontext() if fits else pytest.raises(UserError, match="is 32 tokens long"):
+        Samples(["x" * characters]).on_fit_start(trainer, SimpleNamespace(model=SimpleNamespace(config=config)))

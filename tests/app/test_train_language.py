@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,3 +244,16 @@ def test_clipping_by_value_is_refused():
     module = LanguageModel({}, AdamW(), Constant())
     with pytest.raises(UserError, match="gradient_clip_algorithm value is not supported; norm is"):
         module.configure_gradient_clipping(None, 1.0, "value")
+
+
+def test_a_step_is_divided_by_the_targets_of_all_ranks():
+    """Two ranks, of which this one has 10 targets and the other 20, in units of 16; DDP then takes the mean."""
+    module = LanguageModel(COMPLETE)
+    module.weight = torch.nn.Parameter(torch.zeros(3))
+    module.weight.grad = torch.ones(3)
+    module._unit, module._window = 16, [(torch.tensor(4.0), torch.tensor(7)), (torch.tensor(5.0), torch.tensor(3))]
+    strategy = SimpleNamespace(reduce=lambda value, reduce_op: value + 20)
+    module._trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=2, strategy=strategy)
+    module.configure_gradient_clipping(torch.optim.SGD([module.weight], lr=0.1))
+    torch.testing.assert_close(module.weight.grad, torch.full((3,), 16 * 2 * 2 / 30))
+    assert (module.figures.nll, module.figures.tokens) == (9, 10)  # of this rank, over the step

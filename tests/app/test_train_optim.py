@@ -144,6 +144,10 @@ def test_schedules_in_closed_form():
     assert [stable.factor(step, 40) for step in (0, 1, 2, 29, 30)] == [0.5, 1.0, 1.0, 1.0, 1.0]
     assert stable.factor(35, 40) == pytest.approx(0.6)
     assert stable.factor(40, 40) == pytest.approx(0.2)
+    late = WarmupStableDecay(warmup_steps=16, decay=0.25, floor=0.2)  # a share of all 40 steps, not of the last 24
+    assert [late.factor(step, 40) for step in (30, 31, 35)] == pytest.approx([1.0, 0.92, 0.6])
+    short = WarmupStableDecay(warmup_steps=30, decay=0.5, floor=0.0)  # no part of the decay is in the warm-up
+    assert [short.factor(step, 40) for step in (29, 30, 31, 40)] == pytest.approx([1.0, 1.0, 0.9, 0.0])
     assert [Constant(2).factor(step, 0) for step in (0, 1, 2, 999)] == [0.5, 1.0, 1.0, 1.0]
 
 

@@ -28,7 +28,7 @@ from compress.quantization.plan import quantize_model
 from compress.quantization.qat import pack_again, unpack
 from models.transformer import Transformer
 from tests.benchmarks.timing import say
-from tests.compress.test_allocation import mixed_against_uniform
+from tests.compress.test_allocation import mixed_and_uniform
 from tests.conftest import Trained, load_decoder, train_decoder
 
 FURTHER, RATE = 60, 2e-3
@@ -86,8 +86,9 @@ def main(argv: list[str]) -> int:
             measured, rest = found.calibration[3:], found.calibration[:3]
             rows = {}
             for kind in (Rtn, Gptq):
-                pair = mixed_against_uniform(found.model, found.held_out, measured, rest, kind=kind)
-                rows[f"mixed bits against 3 bits, {kind.kind}"] = shown(pair)
+                mixed, uniform = mixed_and_uniform(found.model, measured, rest, kind=kind)
+                pair = (evaluate_quality(model, found.held_out) for model in (uniform, mixed))
+                rows[f"mixed bits against 3 bits, {kind.kind}"] = shown(paired(*pair))
             rows |= at_two_bits(found)
             for name, change in rows.items():
                 print(f"| {seed} | {name} | {change} |", flush=True)

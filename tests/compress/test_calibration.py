@@ -381,3 +381,14 @@ def test_a_hessian_of_bf16_inputs_sums_in_fp32():
     for part in x.split(1000):
         statistic.update(part)
     assert torch.allclose(statistic.matrix(), (x.double().T @ x.double() / len(x)).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_variance_of_what_never_changes_is_never_below_zero():
+    """E[x^2] - E[x]^2 is, by rounding, for some of these."""
+    moments = Moments(500, torch.device("cpu"))
+    for _ in range(7):
+        moments.update(torch.linspace(0.1, 9.7, 500).expand(11, 500))
+    mean = moments.sums / moments.tokens
+    assert (mean[2] - mean[0].square()).min() < 0
+    assert moments.variance().min() == 0
+    assert moments.variance().max() < 1e-12

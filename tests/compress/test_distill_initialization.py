@@ -238,3 +238,28 @@ def test_a_dense_teacher_teaches_experts_and_the_other_way_round(back):
         assert float(terms["balance"]) > 0
         router = student.blocks[0].feedforward.router.projection.weight
         assert router.grad.abs().sum() > 0
+
+
+def test_positions_that_are_added_to_the_embeddings_are_copied_with_them():
+    student, teacher = (tiny(depth, seed=seed, position="learned", context=16) for depth, seed in ((2, 1), (4, 0)))
+    done = Layers().apply(student, teacher)
+    assert "positions.0.table.weight" in done["copied"]
+    assert torch.equal(student.positions[0].table.weight, teacher.positions[0].table.weight)
+
+
+def test_features_count_every_document_but_padding():
+    """The first document, number 0, as any other."""
+    student, teacher = tiny(2, seed=1), tiny(2)
+    objective = Objective(parse_losses(["feature"]), Combine(0.5), student.config, teacher.config)
+    found = []
+    for number in (0, 3):
+        data = batch()
+        data["documents"] += number
+        found.append(objective(student, teacher, data)["feature"])
+    assert found[0] > 0
+    torch.testing.assert_close(found[0], found[1])
+    data = batch()
+    data["documents"][0] = -1
+    other = batch()
+    other["documents"][0], other["tokens"][0] = -1, 7
+    torch.testing.assert_close(*(objective(student, teacher, one)["feature"] for one in (data, other)))

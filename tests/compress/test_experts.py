@@ -314,6 +314,7 @@ def test_the_least_routed_expert_goes_and_the_mass_is_what_the_router_gave():
     ("moe", "ratio", "message"),
     [
         (MOE, 0.75, "leaves 1 of the 4 experts of block 0, and 2 must stay: a token has 2 of them"),
+        (MOE | {"router": "switch", "top_k": 1}, 0.75, "leaves 1 of the 4 experts of block 0, and 2 must stay"),
         (MOE, 0.1, "rounds to none of the 4 experts"),
         ({"kind": "swiglu", "width": 24}, 0.5, "target 'experts': no block of this model has any"),
         (MOE | {"router": {"kind": "sigmoid", "groups": 2, "top_groups": 1}}, 0.25, "chooses among groups of them"),

@@ -15,7 +15,7 @@ from compress.quantization.codebook import ProductEmbedding, ProductFormat, Prod
 from compress.quantization.gptq import output_error
 from compress.quantization.methods import METHODS, title_of
 from compress.quantization.plan import quantize_model
-from compress.quantization.product import Indices, ProductQuantization, quantize
+from compress.quantization.product import FLOOR, Indices, ProductQuantization, quantize
 from compress.quantization.tuning import BlockTuning, _tokens
 from compress.quantization.vectors import arrange, assign, cluster, update
 from compress.statistics import Hessian
@@ -74,6 +74,22 @@ def written_out(words, rows):
 def test_dequantize_is_what_the_codewords_say_one_by_one(form):
     words = quantize(random(60, 33), form)
     assert torch.equal(words.dequantize(), written_out(words, 60))
+
+
+@pytest.mark.parametrize("energy", [None, random(33).square()], ids=["alike", "by energy"])
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("vector", [4, 8])
+def test_padding_weighs_in_no_codeword(vector, permuted, energy):
+    """Each sub-vector has the codeword that is nearest on its real columns, whatever it holds on the others."""
+    weight = random(60, 33) + 0.5
+    words = quantize(weight, ProductFormat(vector, 16, 1, "tensor", permuted), energy)
+    order = torch.arange(words.index.shape[2] * vector) if words.order is None else words.order.long()
+    share = torch.zeros(len(order))
+    share[:33] = 1 if energy is None else energy + FLOOR * energy.mean()
+    vectors = F.pad(weight, (0, len(order) - 33))[:, order].view(60, -1, 1, vector)  # (N, B, 1, v)
+    lost = (share[order].view(-1, 1, vector) * (vectors - words.codebooks[0, 0].float()).square()).sum(-1)  # (N, B, C)
+    chosen = lost.gather(-1, words.index[:, 0, :, None].long())[..., 0]
+    torch.testing.assert_close(chosen, lost.min(-1).values)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)

@@ -9,8 +9,10 @@ from torch.nn.utils import prune
 
 from compress.pruning.masks import count_violations, masks_of
 from compress.pruning.patterns import NOfM, Unstructured
-from compress.pruning.sparsify import sparsify
+from compress.pruning.sparsify import Sparsify, sparsify
 from compress.pruning.structured import prune_structured
+from compress.pruning.wanda import Wanda
+from compress.statistics import InputNorm
 from compress.store import FolderStore
 from models.config import ModelConfig
 from models.errors import UserError
@@ -212,3 +214,13 @@ def test_impossible_requests_are_refused_before_anything_changes(arguments, word
 def test_ends_that_cannot_be_pruned_are_refused(head, include, words):
     with pytest.raises(UserError, match=words):
         sparsify(tiny(head), "wanda", Unstructured(0.5), tokens(), include=include)
+
+
+@pytest.mark.parametrize("statistic", [None, InputNorm(8, torch.device("cpu"))], ids=["none", "empty"])
+def test_a_layer_that_no_token_reached_is_pruned_by_magnitude_with_a_note(statistic):
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 3, bias=False)
+    smallest = linear.weight.detach().abs().argsort(1)[:, :4]
+    _, record = Sparsify(Wanda(), Unstructured(0.5)).compress("blocks.0.up", linear, statistic)
+    assert "no calibration token reached this layer: pruned by magnitude" in record.note
+    assert torch.equal(linear.weight == 0, torch.zeros(3, 8).scatter(1, smallest, 1) > 0)

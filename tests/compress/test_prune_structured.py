@@ -1,13 +1,16 @@
 """Structured pruning: equal to zero-masking, really smaller, config true, compensation exact, refusals in words."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 import torch_pruning as tp
 
 from compress.pruning import surgery
+from compress.pruning.allocation import Global
 from compress.pruning.importance import IMPORTANCES, GroupMoments, WeightNorm
+from compress.pruning.plan import Cut
 from compress.pruning.structured import prune_structured
 from compress.store import FolderStore
 from models.config import ModelConfig
@@ -70,6 +73,118 @@ def test_the_pruned_forward_equals_the_zero_masked_one(attention, feedforward, t
             old.attention.o.weight[:, gone] = 0
         data = tokens(seed=1)[0]["tokens"]
         torch.testing.assert_close(pruned(data).logits, dense(data).logits, rtol=0, atol=1e-5)
+
+
+def unit_weights(block, kind):
+    """The weights that go with each unit, in pieces, as slices of the block's matrices: unit -> [(matrix, index)]."""
+    feedforward, attention = block.feedforward, block.attention
+    if kind == "neurons":
+        writes = [m for m in (getattr(feedforward, "gate", None), feedforward.up) if m is not None]
+        return [[(m, (j,)) for m in writes] + [(feedforward.down, (slice(None), j))] for j in range(48)]
+    width, per_group = attention.head_width, attention.heads // attention.kv_heads
+
+    def rows(unit, count=1):
+        return slice(unit * count * width, (unit + 1) * count * width)
+
+    if kind == "heads":
+        return [[(attention.q, (rows(h),)), (attention.o, (slice(None), rows(h)))] for h in range(attention.heads)]
+    return [
+        [
+            *((attention.q, (rows(g, per_group),)), (attention.o, (slice(None), rows(g, per_group)))),
+            *((attention.k, (rows(g),)), (attention.v, (rows(g),))),
+        ]
+        for g in range(attention.kv_heads)
+    ]
+
+
+def independent_scores(model, dense, index, kind, criterion, data):
+    """Scores of one kind of unit in block `index`, computed anew from what the criterion is defined as.
+
+    Args:
+        model: with the blocks before that one pruned, where the criterion looks at activations.
+        dense: the model before any of it, of which Taylor's and magnitude's scores are.
+    """
+    if criterion == "magnitude":
+        units = unit_weights(dense.blocks[index], kind)
+        return [sum(float(m.weight[place].detach().square().sum()) for m, place in unit) ** 0.5 for unit in units]
+    if criterion == "taylor":
+        units = unit_weights(dense.blocks[index], kind)
+        scores = torch.zeros(len(units))
+        for batch in data:
+            dense.zero_grad()
+            dense(batch["tokens"], targets=batch["targets"]).loss.backward()
+            for number, unit in enumerate(units):
+                scores[number] += abs(sum(float((m.weight[p].detach() * m.weight.grad[p]).sum()) for m, p in unit))
+        return scores.tolist()
+    reads = model.blocks[index].feedforward.down if kind == "neurons" else model.blocks[index].attention.o
+    seen = []
+    handle = reads.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, 1)))
+    with torch.no_grad():
+        for batch in data:
+            model(batch["tokens"])
+    handle.remove()
+    x, scores = torch.cat(seen), []  # (N, K)
+    for unit in unit_weights(model.blocks[index], kind):
+        (place,) = (p[1] for m, p in unit if m is reads)
+        part = slice(place, place + 1) if isinstance(place, int) else place
+        moved = x[:, part] @ reads.weight[:, part].detach().T  # what the unit adds to the sub-layer's output
+        moved = moved - moved.mean(0) if criterion == "variance" else moved
+        scores.append(float(moved.square().sum(1).mean()))
+    return scores
+
+
+def strongest(scores, count):
+    """Numbers of the `count` largest scores, ascending."""
+    return sorted(sorted(range(len(scores)), key=lambda unit: -scores[unit])[:count])
+
+
+@pytest.mark.parametrize("feedforward", [LLAMA, GPT], ids=["gated", "plain"])
+@pytest.mark.parametrize("targets", [["neurons", "heads", "groups"], ["heads"], ["groups"]], ids=", ".join)
+@pytest.mark.parametrize("criterion", sorted(IMPORTANCES))
+def test_the_units_that_stay_are_the_strongest_by_the_criterion(criterion, targets, feedforward):
+    """Heads within each group that stays, wherever that lies; a block sees what the pruned ones before it give."""
+    attention, data = {"kind": "full", "heads": 12, "kv_heads": 4, "head_width": 4}, tokens()
+    dense, pruned = (tiny(attention, feedforward, seed=3) for _ in range(2))
+    prune_structured(pruned, targets, {target: 0.5 if target != "heads" else 1 / 3 for target in targets}, criterion,
+                     data, compensation="none")  # fmt: skip
+    for index in range(3):
+        model = copy.deepcopy(dense)
+        for before in range(index):
+            model.blocks[before] = pruned.blocks[before]
+        groups, heads = range(4), range(12)
+        old, new = dense.blocks[index], pruned.blocks[index]
+        if "neurons" in targets:
+            kept = strongest(independent_scores(model, dense, index, "neurons", criterion, data), 24)
+            assert torch.equal(new.feedforward.up.weight, old.feedforward.up.weight[kept])
+            assert torch.equal(new.feedforward.down.weight, old.feedforward.down.weight[:, kept])
+        if "groups" in targets:
+            groups = strongest(independent_scores(model, dense, index, "groups", criterion, data), 2)
+        if "heads" in targets:
+            scores = independent_scores(model, dense, index, "heads", criterion, data)
+            heads = [3 * g + r for g in range(4) for r in strongest(scores[3 * g : 3 * g + 3], 2)]
+        kept = [h for h in heads if h // 3 in groups]
+        assert torch.equal(new.attention.q.weight.view(-1, 4, 32), old.attention.q.weight.view(12, 4, 32)[kept])
+        assert torch.equal(new.attention.o.weight.view(32, -1, 4), old.attention.o.weight.view(32, 12, 4)[:, kept])
+        for name in ("k", "v"):
+            mine, theirs = (getattr(block.attention, name).weight.view(-1, 4, 32) for block in (new, old))
+            assert torch.equal(mine, theirs[list(groups)])
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_scores_are_those_of_all_weights_of_a_unit(criterion):
+    """Of the dense model: keys and values count in those of their group."""
+    data, dense = tokens(), tiny(GQA_BIASED, BIASED)
+    importance = IMPORTANCES.parse(criterion, "criterion").prepare(dense, data)
+    for index, block in enumerate(dense.blocks):
+        found = {
+            "neurons": importance.neurons(index, block.feedforward, None),
+            "heads": importance.heads(index, block.attention, None).flatten(),
+            "groups": importance.groups(index, block.attention, None),
+        }
+        for kind, scores in found.items():
+            expected = torch.tensor(independent_scores(dense, dense, index, kind, criterion, data))
+            expected = expected / len(data) if criterion == "taylor" else expected
+            torch.testing.assert_close(scores.detach(), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_tensors_config_and_cache_shrink_by_the_ratio(tmp_path):
@@ -178,6 +293,18 @@ def test_global_allocation_takes_more_where_less_matters():
     assert sum(widths) == 3 * 36
     assert widths[2] < min(widths[:2])
     assert sum(layer.attention.kv_heads for layer in model.config.layers) == 9
+
+
+def test_global_allocation_compares_scores_with_the_mean_of_their_block():
+    """Whatever their scale: 3 of 8 units go, those furthest below the mean of their own block."""
+    scores = {0: torch.tensor([1.0, 5.0, 6.0, 8.0]), 1: torch.tensor([1.0, 2.0, 3.0, 14.0])}  # means of 5
+    for first, second in itertools.product((1e-3, 1.0, 1e4), repeat=2):
+        scaled = {0: first * scores[0], 1: second * scores[1]}
+        assert Global().keep({0: 4, 1: 4}, 3 / 8, 1, lambda scaled=scaled: scaled) == {0: 3, 1: 2}
+    assert Global().keep({0: 4, 1: 4}, 5 / 8, 2, lambda: scores) == {0: 2, 1: 2}  # 2 and 1, in twos
+    assert Global().keep({0: 4, 1: 4}, 1.0, 1, lambda: scores) == {0: 0, 1: 0}
+    flat = {0: torch.full((4,), 9.0), 1: torch.tensor([0.0, 0.0, 0.0, 1.0])}
+    assert Global().keep({0: 4, 1: 4}, 3 / 8, 1, lambda: flat) == {0: 4, 1: 1}
 
 
 def test_weight_norm_ranks_as_torch_pruning_does():
@@ -335,3 +462,13 @@ def test_a_block_without_attention_or_feedforward_is_passed_over():
     ]
     assert kept == [(2, None), (2, 24), (None, 24)]
     assert model(tokens()[0]["tokens"]).logits.isfinite().all()
+
+
+def test_a_query_head_goes_with_its_group_or_alone():
+    """1 - (1 - h)(1 - g) of the query heads are asked to go."""
+    for ratios, heads in (({"heads": 0.5}, 0.5), ({"groups": 0.25}, 0.25), ({"heads": 0.5, "groups": 0.25}, 0.625)):
+        cut = Cut({**ratios, "neurons": 0.1}, Global())
+        assert cut.expected("heads") == pytest.approx(heads)
+        assert cut.expected("groups") == ratios.get("groups")
+        assert cut.expected("neurons") == 0.1
+    assert Cut({"neurons": 0.1}, Global()).expected("heads") is None

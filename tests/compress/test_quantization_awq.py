@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from app.evaluation.quality import evaluate_quality, paired
+from app.evaluation.quality import paired
 from compress.calibration import LayerMethod, calibrate_sequentially
 from compress.quantization import METHODS, Awq, Gptq, Rtn
-from compress.quantization.awq import Magnitudes, clipped, on_grids, scale_block
+from compress.quantization.awq import Magnitudes, _some, clipped, on_grids, scale_block
 from compress.quantization.gptq import output_error
-from compress.quantization.grid import IntFormat, quantize
+from compress.quantization.grid import IntFormat, fit_matrix, quantize
 from compress.quantization.plan import quantize_model
 from compress.records import LayerRecord
 from compress.store import FolderStore
@@ -259,6 +259,45 @@ def test_in_bfloat16_it_runs_and_is_close():
     assert (logits(model, batches()) - before).norm() < 0.1 * before.norm()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_each_group_has_the_best_of_all_ranges_tried(symmetric):
+    """The full one, then steps of a fifth down to the smallest share, that one included."""
+    form = IntFormat(2, 16, symmetric, "float32")
+    generator = torch.Generator().manual_seed(0)
+    weight, energy = torch.randn(200, 48, generator=generator), torch.rand(48, generator=generator) + 0.1
+    weight[:, ::16] *= torch.linspace(0.5, 8, 200)[:, None]  # one in each group that stands out and matters little
+    energy[::16] *= 0.1
+    hessian = torch.diag(energy)  # of inputs that do not meet: a row is the sum of its groups
+    peak = weight.view(200, 3, 16).abs().amax(-1, keepdim=True)
+
+    def lost(grids):
+        dense = on_grids(weight, grids, form).dequantize()
+        return ((dense - weight).square() * energy).view(200, 3, 16).sum(-1)  # (N, G)
+
+    ranges = [weight.view(200, 3, 16).clamp(-share * peak, share * peak) for share in (1.0, 0.8, 0.6, 0.4)]
+    least, best = torch.stack([lost(fit_matrix(one.view(200, 48), form)) for one in ranges]).min(0)
+    assert len(best.unique()) == 4  # each of them is the best for some
+    torch.testing.assert_close(lost(clipped(weight, hessian, form, 5, 0.4)), least)
+
+
+@pytest.mark.parametrize("child", ["q", "k", "qk", "q_global", "k_global", "v", "o", "up"])
+def test_queries_and_keys_alone_keep_their_ranges(child):
+    torch.manual_seed(0)
+    module, statistic = torch.nn.Linear(32, 16, bias=False), Magnitudes(32, torch.device("cpu"))
+    form = IntFormat(2, 16)
+    statistic.update(torch.randn(100, 32))
+    new, _ = Awq(form)._rounded(f"blocks.0.attention.{child}", module, statistic, None, {})
+    whole = quantize(module.weight.detach(), form).dequantize()
+    assert torch.equal(new.dequantize(), whole) == (child in ("q", "k", "qk", "q_global", "k_global"))
+
+
+def test_the_batches_of_the_search_are_spread_over_all():
+    rows = [torch.zeros(1, 512, 4)] * 20  # 10,240 tokens, of which 8 batches are the 4096 of the search
+    assert _some(rows) == [0, 2, 5, 7, 10, 12, 15, 17]
+    assert _some(rows[:8]) == list(range(8))
+    assert _some(rows[:3]) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [({"steps": 0}, "steps"), ({"smallest": 0.0}, "smallest"), ({"solve": "rnt"}, "did you mean 'rtn'")],
@@ -270,26 +309,31 @@ def test_numbers_that_cannot_be(values, words):
 
 @pytest.fixture(scope="module")
 def rounded(trained):
-    return measured(trained, Rtn(IntFormat(3, 64, False)), None)
+    return pooled(trained, Rtn(IntFormat(3, 64, False)), [None])
 
 
-def measured(trained, method, data):
-    model = copy.deepcopy(trained.model)
-    quantize_model(model, method, data)
-    return evaluate_quality(model, trained.held_out)
+def pooled(trained, method, draws):
+    """On both held-out splits, the mean over several draws of the calibration text."""
+    models = [copy.deepcopy(trained.model) for _ in draws]
+    for model, data in zip(models, draws, strict=True):
+        quantize_model(model, method, data)
+    return trained.pooled(models)
 
 
-DRAWS = [[0, 1, 2, 3], *(pytest.param(draw, marks=pytest.mark.slow) for draw in ([0, 1, 2], [1, 2, 3], [2, 3, 0]))]
+def test_awq_is_better_than_round_to_nearest_at_three_bits(trained, rounded):
+    """On two draws of the calibration text together: the whole paired interval lies below zero."""
+    draws = [trained.calibration[:2], trained.calibration[2:]]
+    assert paired(rounded, pooled(trained, Awq(IntFormat(3, 64, False)), draws)).high < 0
 
 
-@pytest.mark.parametrize("draw", DRAWS, ids=str)
-def test_awq_is_better_than_round_to_nearest_at_three_bits(trained, rounded, draw):
-    """On several draws of the calibration text: the whole paired interval lies below zero."""
-    awq = measured(trained, Awq(IntFormat(3, 64, False)), [trained.calibration[i] for i in draw])
+@pytest.mark.slow
+@pytest.mark.parametrize("draw", range(4))
+def test_awq_is_better_than_round_to_nearest_on_each_draw(trained, rounded, draw):
+    awq = pooled(trained, Awq(IntFormat(3, 64, False)), [[trained.calibration[draw]]])
     assert paired(rounded, awq).high < 0
 
 
-def test_gptq_behind_awq_is_better_still(trained, rounded):
-    awq = measured(trained, Awq(IntFormat(3, 64, False)), trained.calibration)
-    both = measured(trained, Awq(IntFormat(3, 64, False), solve="gptq", smallest=1.0), trained.calibration)
+def test_gptq_behind_awq_is_better_still(trained):
+    awq = pooled(trained, Awq(IntFormat(3, 64, False)), [trained.calibration])
+    both = pooled(trained, Awq(IntFormat(3, 64, False), solve="gptq", smallest=1.0), [trained.calibration])
     assert paired(awq, both).high < 0

@@ -139,6 +139,13 @@ def test_damping_grows_when_the_factorisation_fails_and_the_record_says_so():
     assert new.dequantize().isfinite().all()
 
 
+@pytest.mark.parametrize(("beside", "damping"), [(0.5, 0.01), (1.05, 0.1), (1.5, 1.0), (6.0, 10.0), (12.0, None)])
+def test_damping_grows_tenfold_up_to_ten_times_the_mean_diagonal(beside, damping):
+    """The smallest eigenvalue is 1 - beside, the mean diagonal 1."""
+    factor = factorise(torch.tensor([[1.0, beside], [beside, 1.0]]), 0.01, act_order=False)
+    assert (factor and factor.damping) == (damping and pytest.approx(damping))
+
+
 def test_a_hessian_that_cannot_be_factorised_falls_back_to_rounding_with_a_note():
     weight, statistic = torch.randn(8, 64), Hessian(64, torch.device("cpu"))
     statistic.tokens, statistic.sum = (

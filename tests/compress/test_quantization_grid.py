@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.quantization.grid import BITS, IntFormat, MseClip, dequantize, quantize
+from compress.quantization.grid import BITS, IntFormat, MseClip, dequantize, fit, quantize
 from compress.quantization.storage import pack, packed_bytes, unpack
 from models.errors import UserError
 
@@ -51,6 +51,28 @@ def test_affine_matches_the_formula_written_out(bits):
         scale = (high - low) / (2**bits - 1)
         zero = (-low / scale).round()
         assert torch.equal(got, ((values / scale).round() + zero).clamp(0, 2**bits - 1).sub(zero) * scale)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_clipped_range_is_the_best_of_those_tried(symmetric):
+    """Both ends shrink together, from the full range down to the smallest share, that one included."""
+    clip, form = MseClip(steps=4, smallest=0.6), IntFormat(2, 32, symmetric, "float32")
+    assert clip.shares() == pytest.approx([0.9, 0.8, 0.7, 0.6])
+    values = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    values[:, 0] *= torch.linspace(-8, 8, 400)  # one that stands out, on either side
+    low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+
+    def lost(scale, zero):
+        codes = ((values / scale[:, None]).round() + zero[:, None]).clamp(0, 3)
+        return ((codes - zero[:, None]) * scale[:, None] - values).square().sum(1)  # (400,)
+
+    tried = []
+    for share in (1, 0.9, 0.8, 0.7, 0.6):
+        scale = share * (torch.maximum(-low, high) / 1.5 if symmetric else (high - low) / 3)
+        tried.append(lost(scale, torch.full_like(scale, 2) if symmetric else (-share * low / scale).round()))
+    least, best = torch.stack(tried).min(0)
+    assert len(best.unique()) == 5  # each of them is the best for some
+    torch.testing.assert_close(lost(*fit(values, form, clip)), least)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -196,3 +196,12 @@ def test_a_model_without_exits_cannot_be_left_early():
         generate(build(exits=None), PROMPTS, max_new_tokens=2, exit_confidence=0.9)
     with pytest.raises(UserError, match="must be above 0"):
         generate(build(), PROMPTS, max_new_tokens=2, exit_confidence=0.0)
+
+
+def test_a_confidence_that_is_just_reached_is_enough():
+    """Up to 1, which a probability reaches by rounding; above it none is sure."""
+    model = build()
+    logits = torch.tensor([[900.0, 0.0], [0.0, 900.0]])
+    assert EarlyExit(model, model.new_cache(2, 8), 1.0)._sure(logits, None)
+    assert not EarlyExit(model, model.new_cache(2, 8), 1.0 + 1e-6)._sure(logits, None)
+    assert EarlyExit(model, model.new_cache(2, 8), 0.5)._sure(torch.zeros(1, 2), None)

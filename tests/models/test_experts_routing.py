@@ -230,6 +230,14 @@ def test_noise_is_of_training_alone_and_begins_even():
     assert torch.equal(module.eval()(x, CONTEXT).y, module(x, CONTEXT).y)
 
 
+@pytest.mark.parametrize("router", [{"kind": "softmax", "jitter": 0.3}, {"kind": "switch", "jitter": 0.3}])
+def test_jitter_is_of_training_alone(router):
+    module, x = mixture(router), inputs(2, 12)
+    assert not torch.equal(module.router(x).logits, module.router(x).logits)
+    plain = torch.nn.functional.linear(x.flatten(0, 1), module.router.projection.weight)
+    assert torch.equal(module.eval().router(x).logits, plain)
+
+
 def test_importance_and_load_are_squared_coefficients_of_variation():
     module, x = mixture("noisy_top_k", balance=["importance_and_load"]), inputs(2, 12)
     routing = module.router(x)
@@ -275,6 +283,27 @@ def test_auxiliary_loss_per_sequence_is_the_mean_over_rows_without_padding():
     assert not torch.isclose(whole, BALANCES["auxiliary"]().loss(Routed(routing, real, None)))
 
 
+@pytest.mark.parametrize("router", ["softmax", "expert_choice"])
+def test_padding_is_not_dropped(router):
+    """Shares are of the pairs, and of the tokens, that are no padding."""
+    module, x, documents = mixture(router, top_k=COUNT if router == "expert_choice" else 2), inputs(2, 12), padded()
+    for training in (True, False):
+        module.train(training)(x, CONTEXT._replace(documents=documents))
+        torch.testing.assert_close(module.statistics.dropped, torch.tensor(0.0))
+        torch.testing.assert_close(module.statistics.load.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("kind", [{"kind": "auxiliary", "per": "sequence"}, "auxiliary", "z_loss"])
+def test_a_row_that_is_all_padding_changes_no_loss(kind):
+    module, x, real = mixture(), inputs(2, 12), padded() >= 0
+    loss = BALANCES.parse(kind, "balance").loss
+    more = torch.cat([x, inputs(1, 12, seed=5)]), torch.cat([real, torch.zeros(1, 12, dtype=torch.bool)])
+    found = loss(Routed(module.router(more[0]), more[1], None))
+    torch.testing.assert_close(found, loss(Routed(module.router(x), real, None)))
+    nothing = loss(Routed(module.router(more[0][2:]), more[1][2:], None))
+    assert nothing.item() == 0
+
+
 def test_z_loss_is_the_mean_square_of_logsumexp_without_padding():
     routing, real = mixture().router(inputs(2, 12)), padded() >= 0
     expected = routing.logits[real.flatten()].exp().sum(-1).log().square().mean()
@@ -304,6 +333,13 @@ def test_losses_are_averaged_over_the_layers_that_have_experts():
     assert set(found) == {"balance", "router_z"}
     mean = sum(block.feedforward.statistics.balance for block in decoder.blocks) / 2
     torch.testing.assert_close(found["balance"], 0.5 * mean)
+    moe = {"kind": "experts", "count": 4, "expert": {"kind": "swiglu", "width": 12}, "balance": ["auxiliary"]}
+    both = {"dense": {"kind": "swiglu", "width": 8}, "moe": moe}
+    values = {"vocab_size": 30, "width": WIDTH, "depth": 3, "context": 16, "attention": {"kind": "full", "heads": 2}}
+    values |= {"feedforward": both, "layers": ["dense", "moe", "dense"]}
+    mixed = Transformer(ModelConfig.from_dict(values))
+    alone = mixed(tokens).losses["balance"]  # one layer of three has experts
+    torch.testing.assert_close(alone, 0.01 * mixed.blocks[1].feedforward.statistics.balance)
     assert decoder.eval()(tokens).losses == {}
 
 
@@ -436,6 +472,21 @@ def test_the_bias_moves_against_the_load_of_the_whole_step():
     moved = module.router.bias.clone()
     module.after_step()  # nothing was counted since
     assert torch.equal(module.router.bias, moved)
+
+
+def test_the_bias_moves_against_the_load_of_all_devices(monkeypatch):
+    """The load is even on both devices together, on neither alone."""
+    module, x = mixture(balance=[{"kind": "bias", "rate": 0.01}]), inputs(2, 12)
+    module(x, CONTEXT)
+    counts = torch.bincount(module.router(x).chosen.flatten(), minlength=COUNT).float()
+    theirs = counts.max() + 1 - counts
+    theirs[2] += 3
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda mine: mine.add_(theirs))
+    module.after_step()
+    expected = torch.full((COUNT,), 0.01)
+    expected[2] = -0.01
+    torch.testing.assert_close(module.router.bias, expected)
 
 
 def test_the_bias_evens_out_the_load():

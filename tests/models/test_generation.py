@@ -87,6 +87,21 @@ def test_stop_tokens_end_a_row_and_are_left_out(model):
     assert len(stopped[0]) <= 4
 
 
+def test_a_stopped_prompt_stays_silent_while_others_go_on():
+    """Whatever is drawn for it afterwards: here every prompt meets the stop token at once, but one."""
+    said = torch.tensor([[1, 2, 3, 4, 5], [9, 2, 9, 4, 5], [1, 9, 3, 4, 9]])  # tokens by prompt and step
+
+    class Scripted(Sampling):
+        step = 0
+
+        def draw(self, logits, uniform):
+            object.__setattr__(self, "step", self.step + 1)
+            return said[:, self.step - 1]
+
+    steps = list(stream(build(), PROMPTS[:3], max_new_tokens=5, sampling=Scripted(), stop_tokens={9}))
+    assert steps == [[1, None, 1], [2, None, None], [3, None, None], [4, None, None], [5, None, None]]
+
+
 def test_generation_ends_when_every_row_has_stopped(model):
     first = generate(model, PROMPTS, max_new_tokens=1)
     calls = []
@@ -140,6 +155,17 @@ def test_the_tokens_that_can_be_drawn_are_those_of_transformers(temperature, top
     drawn = Sampling(temperature, top_k, top_p).draw(logits.expand(20_000, 40), uniform)
     counted = torch.bincount(drawn, minlength=40) / 20_000
     assert torch.allclose(counted, expected, atol=1e-4)  # a comb of 20,000 teeth measures each probability to 1/20,000
+
+
+@pytest.mark.parametrize(
+    ("count", "top_p", "expected"), [(2, 0.5, 1), (4, 0.5, 2), (4, 0.75, 3), (4, 0.76, 4), (4, 1.0, 4)]
+)
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_the_nucleus_ends_where_it_reaches_p(count, top_p, expected, top_k):
+    """Equal probabilities of 1/2 and 1/4, whose sums are exact."""
+    uniform = torch.linspace(0, 1, 101, dtype=torch.float64)[:-1]
+    logits = torch.zeros(100, 8).masked_fill(torch.arange(8) >= count, -torch.inf)
+    assert len(Sampling(1.0, top_k, top_p).draw(logits, uniform).unique()) == expected
 
 
 def test_the_last_draw_stays_inside_the_nucleus():

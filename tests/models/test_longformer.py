@@ -184,6 +184,43 @@ def test_the_first_tokens_of_a_document_are_seen_by_later_ones_only(after, monke
     torch.testing.assert_close(y, expected)
 
 
+def test_an_anchor_counts_once_wherever_a_document_begins(monkeypatch):
+    """Also where it is the first key that a block sees, or the last that it does not: a document from every place."""
+    monkeypatch.setattr(blocks, "SMALLEST", 6)  # so that blocks hold 16 queries and see 16 keys before them
+    q, k, v = torch.randn(3, 40, 1, 64, 4)
+    i, j, starts = torch.arange(64)[:, None], torch.arange(64), torch.arange(40)
+    numbers = (j >= starts[:, None]).long()  # (B, T)
+    starts = torch.where(numbers > 0, starts[:, None], 0)
+    same = numbers[:, :, None] == numbers[:, None, :]
+    seen = same & (j <= i) & ((i - j <= 1) | (j - starts[..., None] < 3))
+    table = torch.randn(64)
+
+    def bias(distance):  # (., .) -> (H, ., .)
+        return table[distance.clamp(0, 63)][None]
+
+    expected = reference_attention(q, k, v, Visible(seen[:, None], False), Scoring(None, bias(i - j)))
+    documents, anchors = (numbers, numbers), blocks.Anchors(starts, 3, bias)
+
+    def scoring(q, k, distance):
+        return Scoring(None, bias(distance))
+
+    y = blocks.attend_band(q, k, v, blocks.Band(1, 0), scoring, documents, anchors=anchors)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_cached_anchor_counts_once_wherever_a_document_begins(window):
+    model, tokens = build(window=window, globals=3), torch.randint(40, (16, 20))
+    numbers = (torch.arange(20) >= torch.arange(16)[:, None]).long()
+    with torch.no_grad():
+        whole = model(tokens, documents=numbers).logits
+        for first in (1, 6):
+            cache = model.new_cache(16, 20)
+            steps = [slice(0, first), *(slice(n, n + 1) for n in range(first, 20))]
+            found = [model(tokens[:, s], documents=numbers[:, s], cache=cache).logits for s in steps]
+            torch.testing.assert_close(torch.cat(found, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
 def largest_allocation(model, tokens, documents):
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         model(torch.zeros(1, tokens, dtype=torch.int64), documents=documents)

@@ -86,6 +86,17 @@ def test_sorted_blocks_equal_a_dense_mask(form, tokens, packed, duplicates):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("start", [1, 2, 3, 4])
+def test_chunks_of_a_long_document_are_cut_from_its_beginning_wherever_that_is(start, across):
+    """So that a block holds parts of two chunks, and its first token may look back two of them."""
+    q, v, buckets = drawn(30)
+    documents = (torch.arange(30) >= torch.tensor([[start], [start + 4]])).long()
+    layout, seen = chunks(buckets, documents, 4, across), of_chunk(buckets, documents, 4, across)
+    scoring = Weighing(0.4, False)
+    torch.testing.assert_close(attend_near(q, unit(q), v, layout, scoring), reference(q, unit(q), v, seen, scoring))
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 def test_a_few_new_tokens_see_what_they_would_in_the_whole(packed):
     _, _, buckets = drawn(13)

@@ -52,6 +52,7 @@ def test_rows_that_began_alike_share_pages_until_they_write():
     begun = cache.append(*drawn(1, 10))  # two full pages and half of a third
     cache.fork([0, 0, 0])
     assert cache.bytes() == 3 * PAGE_BYTES
+    open_page = cache.tables[0][2]
     k, v = drawn(3, 1)
     kept = cache.append(k, v)
     assert cache.bytes() == 5 * PAGE_BYTES  # one row goes on in the third page, two have copies of it
@@ -59,6 +60,7 @@ def test_rows_that_began_alike_share_pages_until_they_write():
     assert torch.equal(kept.values, torch.cat([begun.values.expand(3, -1, -1, -1), v], dim=2))
     assert [table[:2] for table in cache.tables] == [cache.tables[0][:2]] * 3
     assert len({table[2] for table in cache.tables}) == 3
+    assert open_page in [table[2] for table in cache.tables]  # the last reader copies nothing
     cache.append(*drawn(3, 1))  # nothing is copied twice
     assert cache.bytes() == 5 * PAGE_BYTES
 

@@ -116,17 +116,22 @@ def test_the_two_layouts_differ_by_an_order_of_the_channels():
 
 
 @pytest.mark.parametrize("factor", [2.0, 8.0])
-@pytest.mark.parametrize("base", [10000.0, 500000.0])
-def test_yarn_is_that_of_transformers(factor, base):
-    config = LlamaConfig(hidden_size=64, num_attention_heads=1, head_dim=64, max_position_embeddings=int(2048 * factor))
+@pytest.mark.parametrize(
+    ("base", "original"),
+    [(10000.0, 2048), (500000.0, 2048), (10.0, 700), (10000.0, 64)],
+    ids=["Llama 2", "Llama 3", "bounds behind the last channel", "bounds before the first"],
+)
+def test_yarn_is_that_of_transformers(factor, base, original):
+    longest = int(original * factor)
+    config = LlamaConfig(hidden_size=64, num_attention_heads=1, head_dim=64, max_position_embeddings=longest)
     config.rope_parameters = {
         "rope_type": "yarn",
         "rope_theta": base,
         "factor": factor,
-        "original_max_position_embeddings": 2048,
+        "original_max_position_embeddings": original,
     }
     frequencies, amplitude = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
-    scaling = {"kind": "yarn", "factor": factor, "original_context": 2048}
+    scaling = {"kind": "yarn", "factor": factor, "original_context": original}
     positional = built({"kind": "rope", "base": base, "scaling": scaling}, head_width=64)(torch.tensor([[1]]))
     torch.testing.assert_close(positional.cos[0, 0, 0], amplitude * frequencies.cos())
     torch.testing.assert_close(positional.sin[0, 0, 0], amplitude * frequencies.sin())

@@ -14,6 +14,7 @@ from models.attention.full import token_distance
 from models.cache import Kept, RollingCache
 from models.config import ModelConfig
 from models.errors import UserError
+from models.specs import ATTENTIONS
 from models.transformer import Transformer
 
 
@@ -313,3 +314,30 @@ def test_distance_is_counted_from_the_new_tokens():
     q = torch.zeros(1, 1, 2, 1)
     kept = Kept(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), torch.tensor([5, 3, 4]))
     assert token_distance(q, kept, context._replace(past=4)).tolist() == [[-1, 1, 0], [0, 2, 1]]
+
+
+@pytest.mark.parametrize("length", [3, 4, 9, 10, 100])
+def test_what_a_window_costs_is_bounded_by_what_it_sees(length):
+    """4 keys of every third token: products with 4 keys, a cache of the 10 tokens from the first to the last."""
+    heads = {"heads": 4, "kv_heads": 2, "head_width": 4}
+    window, full = (ATTENTIONS.parse({"kind": kind, **heads, **more}, "attention")
+                    for kind, more in (("window", {"window": 4, "dilation": 3}), ("full", {})))  # fmt: skip
+    assert window.span() == 10
+    assert window.cache_elements(length) == full.cache_elements(min(length, 10))
+    assert window.flops_per_token(16, length) == full.flops_per_token(16, min(length, 4))
+    both = ATTENTIONS.parse({"kind": "longformer", **heads, "window": 4, "globals": 2}, "attention")
+    assert both.cache_elements(length) == full.cache_elements(min(length, 4)) + 2 * full.cache_elements(2)
+    own = 2 * 4 * (2 * 16 * (4 + 2 * 2) + 4 * 4 * 2) // length  # two rows of maps of their own, and their scores
+    assert both.flops_per_token(16, length) == full.flops_per_token(16, min(length, 6)) + own
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_the_next_token_behind_a_cache_sees_its_own_document_alone(dilation):
+    model, tokens = build(window=4, dilation=dilation), torch.randint(40, (3, 12))
+    numbers = (torch.arange(12) >= torch.tensor([[5], [9], [12]])).long()  # two rows begin another document
+    cache = model.new_cache(3, 12)
+    with torch.no_grad():
+        steps = [slice(n, n + 1) for n in range(12)]
+        found = [model(tokens[:, step], documents=numbers[:, step], cache=cache).logits for step in steps]
+        whole = model(tokens, documents=numbers).logits
+    torch.testing.assert_close(torch.cat(found, dim=1), whole, atol=1e-5, rtol=1e-5)

@@ -1,6 +1,7 @@
 """The command line: help without heavy imports, one sentence for a wrong input, exit statuses."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -190,3 +191,13 @@ def test_a_sentence_is_one_line_of_bearable_length_for_any_terminal(verb, capsys
     assert line.isprintable()
     assert r"\x1b[31m" in line
     assert len(line) < 1000
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_fault():
+    """`espalier ... | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "recipes.cli", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -8,7 +8,7 @@ from app.callbacks.folder import COMPLETE
 from app.callbacks.record import RECIPE
 from app.history import write_history
 from models.errors import UserError
-from recipes.fit_state import Trained, differences, find_checkpoint, plan_fit, run_folder
+from recipes.fit_state import LIMITS, MACHINERY, Trained, differences, find_checkpoint, plan_fit, run_folder
 
 RECIPE_VALUES = {"out": "x", "model": {"lr": 0.1}, "trainer": {"max_steps": 10, "devices": 1}}
 
@@ -55,6 +55,8 @@ def test_a_complete_run_has_nothing_to_do(out):
     assert "is complete: 10 steps" in plan_fit(out, RECIPE_VALUES, "last", overwrite=False).done
     assert "is complete" in plan_fit(out, other(devices=2), "last", overwrite=False).done  # the same run elsewhere
     assert "max_steps is 5" in plan_fit(out, other(max_steps=5), "last", overwrite=False).done
+    later = {**other(max_steps=10), "early_stopping": {"patience": 3}}
+    assert "max_steps is 10" in plan_fit(out, later, "last", overwrite=False).done  # as many steps as there are
 
 
 def test_more_steps_lengthen_a_complete_run(out):
@@ -80,6 +82,37 @@ def test_something_else_is_never_replaced_unasked(out):
     write_history(out, [{"stage": "quantize", "recipe": RECIPE_VALUES}])
     with pytest.raises(UserError, match="already holds something else"):
         plan_fit(out, RECIPE_VALUES, "last", overwrite=False)
+
+
+def test_more_steps_of_another_recipe_are_another_run(out):
+    """One key that does not matter beside one that does."""
+    checkpoint(out, 10)
+    finished(out)
+    for more in ({"max_steps": 20}, {"max_steps": 20, "devices": 2}):
+        changed = {**other(**more), "model": {"lr": 0.2}}
+        with pytest.raises(UserError, match=r"another recipe \(.*model\.lr: 0\.1 -> 0\.2"):
+            plan_fit(out, changed, "last", overwrite=False)
+
+
+@pytest.mark.parametrize("key", LIMITS)
+def test_each_limit_alone_lengthens_a_complete_run(out, key):
+    newest = checkpoint(out, 5)
+    finished(out, steps=5)
+    group, name = key.split(".")
+    longer = {**RECIPE_VALUES, group: {**RECIPE_VALUES.get(group, {}), name: 20}}
+    assert plan_fit(out, longer, "last", overwrite=False).resume == newest
+
+
+@pytest.mark.parametrize("key", MACHINERY)
+def test_each_part_of_the_machinery_alone_may_differ_and_what_only_begins_like_it_may_not(key):
+    group, _, name = key.partition(".")
+
+    def recipe(ending, value):
+        return {group: {f"{name}{ending}": value}} if name else {f"{group}{ending}": value}
+
+    assert differences(recipe("", 1), recipe("", 2), MACHINERY) == {}
+    assert differences(recipe("", {"kind": 1}), recipe("", {"kind": 2}), MACHINERY) == {}
+    assert differences(recipe("_of_more", 1), recipe("_of_more", 2), MACHINERY) == {f"{key}_of_more": (1, 2)}
 
 
 def test_an_unfinished_run_is_not_mixed_with_a_new_one(out):

@@ -1,5 +1,6 @@
 """`espalier run`: stages in a row, resumed after the last finished one."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -12,7 +13,8 @@ from app.data.corpus import synthetic
 from app.data.tokenizer import load_tokenizer
 from models.errors import UserError
 from models.transformer import Transformer
-from recipes.stages import run
+from recipes.stages import options, run
+from recipes.stages.inputs import stage_inputs
 from recipes.stages.pipeline import read_pipeline
 
 COMMON = {"data": "synthetic", "sequence_length": 64, "speed_rounds": 0, "samples": 8}
@@ -260,3 +262,21 @@ def test_from_nothing_to_a_small_model_with_its_report(espalier, tmp_path):
     assert str(tmp_path) not in (out / "model" / "report.json").read_text()
     for name in ("report.html", "report.md", "overall/report.html", "model/README.md"):
         assert (out / name).stat().st_size > 500
+
+
+def test_a_stage_reads_all_the_models_that_it_names_but_those_of_the_pipeline(tmp_path):
+    for name in ("model", "teacher", "student"):
+        (tmp_path / name).mkdir()
+    own = tmp_path / "out" / "01-own"
+    own.mkdir(parents=True)
+
+    def read(chosen):
+        return [str(found) for found in stage_inputs(chosen, tmp_path / "out")]
+
+    distill = options.Distill(teacher=str(tmp_path / "teacher"), student=str(tmp_path / "student"), out="o", data="a")
+    models = [f"the model {tmp_path / name}" for name in ("teacher", "student")]
+    assert read(distill) == ["the text a", *models]
+    later = dataclasses.replace(distill, teacher=str(own), evaluation_data="b")
+    assert read(later) == ["the text a", "the text b", models[1]]
+    prune = options.Prune(model=str(tmp_path / "model"), out="o", data="a")
+    assert read(prune) == ["the text a", f"the model {tmp_path / 'model'}"]

@@ -1,11 +1,13 @@
 """`espalier quantize` under a budget, from the command to the report."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import models.folder
 from models.forms import described
+from recipes.stages.mixed import Budget, Mixed
 from tests.recipes.conftest import QUICK
 from tests.recipes.test_stages_resume import STORE, kill
 
@@ -102,3 +104,25 @@ def test_impossible_budgets(argv, words, teacher, refused, tmp_path):
 def test_a_method_without_a_choice_of_bits(teacher, refused, tmp_path):
     argv = ["--budget_bits", "3", "--method", "int8", *QUICK]
     refused("quantize", teacher, "--out", tmp_path / "mixed", *argv, words=["budget_bits", "int8", "gptq"])
+
+
+def test_uniform_bits_are_the_next_below_that_a_layer_has():
+    sizes = [{2: 20, 3: 30, 4: 40, 8: 80}, {4: 40, 8: 80}, {2: 20, 8: 80}]
+    mixed = Mixed(Budget("bits", 4.0, 1), None, [], 0, sizes)
+    assert [mixed.at(bits) for bits in (2, 3, 4, 8)] == [[2, 4, 2], [3, 4, 2], [4, 4, 2], [8, 8, 8]]
+    mixed.bits = [3, 4, 2]
+    assert mixed.uniform is None  # it is that of 3 bits
+    mixed.bits = [2, 4, 2]
+    assert mixed.uniform is None
+    mixed.bits = [8, 4, 2]
+    assert mixed.uniform == 8
+    mixed.bits = [2, 8, 2]
+    assert mixed.uniform == 8
+
+
+def test_the_room_of_a_budget():
+    unit = SimpleNamespace(weights=1001)
+    assert Mixed(Budget("bits", 3.2, 1), None, [unit], 7, []).room() == 400  # bits of 1001 weights, in whole bytes
+    assert Mixed(Budget("bytes", 500, 1), None, [unit], 7, []).room() == 493
+    assert Mixed(Budget("bits", 3.2, 1), None, [unit], 7, []).in_units(1001) == 8
+    assert Mixed(Budget("bytes", 500, 1), None, [unit], 7, []).in_units(400) == 407

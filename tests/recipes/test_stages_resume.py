@@ -1,15 +1,25 @@
 """`kill -9` in the middle of a stage, then the same command again: the same weights as an undisturbed run."""
 
+import dataclasses
 import fcntl
+import json
 import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import models.folder
 from compress.quantization import METHODS
+from recipes.stages import options, partial
+from recipes.stages.distill import Distill
+from recipes.stages.prune import Prune
+from recipes.stages.quantize import Quantize
+from recipes.stages.stage import inherited_baselines
+from recipes.stages.text import Text
 from tests.recipes.conftest import QUICK
 
 # Runs a command and kills the process when METHOD of CLASS has ended for the COUNTth time.
@@ -131,3 +141,118 @@ def test_two_processes_one_output(teacher, refused, tmp_path):
         refused("prune", teacher, "--out", tmp_path / "out", *QUICK, "--samples", 8, words=["another process"])
     finally:
         os.close(lock)
+
+
+class Words:
+    """What a fingerprint reads of the text."""
+
+    def __init__(self, **described):
+        self.described = described
+
+    def describe(self):
+        return self.described
+
+
+def fingerprint(stage, weights="a", **described):
+    parents = {"model": SimpleNamespace(source=SimpleNamespace(weights_sha256=weights))}
+    return stage.fingerprint(parents, Words(**described))
+
+
+STAGES = {
+    "quantize": lambda: Quantize(options.Quantize(model="m", out="o")),
+    "prune": lambda: Prune(options.Prune(model="m", out="o")),
+    "distill": lambda: Distill(options.Distill(teacher="t", student_layers=1, out="o")),
+}
+# what changes no weights, or is told by the hash of the weights
+FREE = {"model", "teacher", "student", "out", "overwrite", "batch_size", "speed_rounds"}
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_a_fingerprint_changes_with_each_option_that_decides_about_the_result_and_no_other(verb, tmp_path):
+    stage = STAGES[verb]()
+    chosen, before = stage.options, fingerprint(stage)
+    assert fingerprint(STAGES[verb]()) == before
+    for name in (field.name for field in dataclasses.fields(chosen)):
+        another = str(tmp_path) if name == "student" else "another"  # a folder: a file is read
+        stage.options = dataclasses.replace(chosen, **{name: another})
+        assert (fingerprint(stage) == before) == (name in FREE), name
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_a_fingerprint_changes_with_all_that_is_no_option(verb, monkeypatch):
+    """The weights that go in, the text by its content, files that options name, the device, the versions."""
+    stage = STAGES[verb]()
+    found = [fingerprint(stage), fingerprint(stage, weights="b"), fingerprint(stage, fingerprint="c")]
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "inputs", lambda: {"student": "another"})
+        found.append(fingerprint(stage))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "device", torch.device("cuda"))
+        found.append(fingerprint(stage))
+    for package in ("espalier-lm", "torch"):
+        with monkeypatch.context() as patch:
+            patch.setattr("recipes.stages.stage.version", lambda name, own=package: "0" if name == own else "1")
+            found.append(fingerprint(stage))
+    stage.verb = "another"
+    found.append(fingerprint(stage))
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("changed", [None, "data", "context", "blocks"])
+def test_baselines_are_inherited_only_where_they_were_measured_on_the_same_blocks(changed, tmp_path):
+    class Blocks(list):
+        fingerprint, sequence_length = "text", 64
+
+    how = {"data": "text", "context": 64, "blocks": 3} | ({changed: 2} if changed else {})
+    (tmp_path / "report.json").write_text(json.dumps({"measurement": how, "baselines": {"unigram": {}}}))
+    found = inherited_baselines(tmp_path, Blocks("abc"))
+    assert found == (None if changed else {"unigram": {}})
+    assert inherited_baselines(tmp_path / "nowhere", Blocks("abc")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "stays"),
+    [("part-0.safetensors", True), ("step-1.ckpt", True), (".part-0.safetensors", False), ("tokenizer.json", False)],
+)
+def test_only_finished_work_is_kept_for_the_next_run(name, stays, tmp_path):
+    said = []
+    with pytest.raises(KeyboardInterrupt), partial.resumable(tmp_path / "out", "a" * 64, said.append) as state:
+        (state / name).touch()
+        (state / "cut.safetensors.partial").touch()
+        raise KeyboardInterrupt
+    assert (tmp_path / "out.partial").exists() == stays
+    with partial.resumable(tmp_path / "out", "a" * 64, said.append) as state:
+        assert (state / name).exists() == stays
+        assert not (state / "cut.safetensors.partial").exists()
+    assert any("going on" in sentence for sentence in said) == stays
+
+
+def test_what_is_known_of_the_text_says_both_sources(monkeypatch):
+    """What is calibrated on counts as much as what is measured on, and is drawn with the seed."""
+    drawn = []
+
+    class Source(str):
+        left_out = ()
+
+    class Blocks(list):
+        def batches(self, rows):
+            return []
+
+    def blocks(corpus, tokenizer, split, length, samples=None, seed=0):
+        drawn.append((corpus, split, samples, seed))
+        found = Blocks(range(samples or 0))
+        found.fingerprint = f"{corpus}-{split}"
+        return found
+
+    monkeypatch.setattr("recipes.stages.text.open_source", lambda source, column: Source(source))
+    monkeypatch.setattr("recipes.stages.text.token_blocks", blocks)
+    monkeypatch.setattr("recipes.stages.text.fingerprint_of", lambda corpus, tokenizer: f"{corpus}-whole")
+    config = SimpleNamespace(context=64, vocab_size=9, position=SimpleNamespace(acts="rotation"))
+    loaded = SimpleNamespace(model=SimpleNamespace(config=config), text_tokenizer=lambda: SimpleNamespace(vocab_size=9))
+    text = Text(options.Measure(data="mine", seed=7), loaded)
+    assert text.describe() == {"source": "mine", "held_out": "its test split", "fingerprint": "mine-test"}
+    text.calibration(5, torch.device("cpu"), "validation")
+    assert drawn[-1] == ("mine", "validation", 5, 7)
+    text = Text(options.Measure(data="mine", evaluation_data="theirs"), loaded)
+    described = {"source": "mine", "held_out": "theirs", "fingerprint": "theirs-all"}
+    assert text.describe() == described | {"training_fingerprint": "mine-whole"}
