@@ -1,4 +1,4 @@
-"""What the README tells people to type is typed here, on a tiny model and a tiny text."""
+"""What the README tells people to type is typed here, on a tiny model and a tiny text; what pages name is there."""
 
 import re
 import shlex
@@ -15,6 +15,7 @@ from tests.recipes.conftest import ARCHITECTURE, QUICK
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 INDENTED = [line.strip() for line in README.replace("\\\n", " ").splitlines() if line.startswith("    ")]
 COMMANDS = [shlex.split(line, comments=True) for line in INDENTED if line.startswith("espalier ")]
 SHORT_FIT = ["--data.vocab_size", "320", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
@@ -39,10 +40,26 @@ def test_table_lists_every_verb():
     assert set(cli.VERBS) - {"validate", "test", "predict"} <= listed
 
 
-def test_files_that_the_readme_names_are_there():
-    named = re.findall(r"(?<![\w/.-])((?:recipes|models|compress|app|tests)/[\w/.-]+\.(?:yaml|py|md))", README)
-    assert len(named) > 10
-    assert [path for path in named if not (ROOT / path).is_file()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    text = page.read_text()
+    named = re.findall(r"(?<![\w/.-])((?:recipes|models|compress|app|tests|docs)/[\w/.*-]*)(?<!\.)", text)
+    assert len(named) > 3
+    named = [path for path in named if "NAME" not in path]
+    assert [path for path in named if not list(ROOT.glob(path.removesuffix("/")))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, link
 
 
 def test_targets_that_the_readme_names_are_there():
