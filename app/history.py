@@ -21,11 +21,15 @@ from models.errors import UserError
 from models.families import family_of
 from models.files import read_json, weight_files, write_json
 from models.folder import hash_files, hash_weights
+from models.shapes import COUNT, NUMBER, TEXT, VALUES, check_shape, maybe
 from models.transformer import Transformer
 
 HISTORY = "history.json"
 FORMAT_VERSION = 1
-_TYPES = {"stage": str, "title": str, "time": str, "recipe": dict, "data": dict, "parents": dict, "weights": str}
+ENTRY = {  # what a reader of the history relies on
+    **{"stage": TEXT, "title?": TEXT, "time?": TEXT, "seed?": maybe(NUMBER), "recipe?": VALUES, "weights?": TEXT},
+    **{"data?": {"source?": maybe(TEXT)}, "steps?": COUNT, "fingerprint?": TEXT, "parents?": VALUES},
+}
 
 
 def history_entry(
@@ -67,7 +71,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     """Return the entries of a model's history, the first stage first; none where the folder has no history.json.
 
     Raises:
-        UserError: history.json is unreadable or of another version.
+        UserError: history.json is unreadable, of another version, or not as it was written.
     """
     path = folder / HISTORY
     if not folder.is_dir() or not path.exists():
@@ -75,12 +79,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     content = read_json(path)
     if content.get("format_version") != FORMAT_VERSION or not isinstance(content.get("stages"), list):
         raise UserError(f"{path} is no history of format version {FORMAT_VERSION}")
-    for number, entry in enumerate(content["stages"], start=1):
-        if not isinstance(entry, dict) or "stage" not in entry:
-            raise UserError(f"{path}: stage {number} must be an object with the key `stage`")
-        for key, kind in _TYPES.items():
-            if not isinstance(entry.get(key, kind()), kind):
-                raise UserError(f"{path}: {key} of stage {number} must be of type {kind.__name__}, got {entry[key]!r}")
+    check_shape(content["stages"], [ENTRY], f"{path}: stages")
     return content["stages"]
 
 

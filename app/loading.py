@@ -15,10 +15,12 @@ from models import families, folder
 from models.config import ModelConfig
 from models.errors import UserError
 from models.finite import check_finite
+from models.shapes import VALUES, check_shape
 from models.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARDED = "meta.pt"  # a file of every sharded checkpoint
+CHECKPOINT = {"espalier?": {"recipe?": VALUES}, "hyper_parameters?": VALUES}  # what is read of one beside its tensors
 Kind = Literal["folder", "checkpoint", "hugging face"]
 
 
@@ -129,7 +131,8 @@ def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype 
     from app.callbacks.record import FORMAT_VERSION, KEY  # imports Lightning, which takes seconds; folders need none
 
     content = read_checkpoint(path)
-    record = content.get(KEY) or {}
+    check_shape(content, CHECKPOINT, str(path))
+    record = content.get(KEY, {})
     if record and record.get("format_version") != FORMAT_VERSION:
         version = record.get("format_version")
         raise UserError(f"{path} has format version {version!r}; this installation reads version {FORMAT_VERSION}")

@@ -8,6 +8,8 @@ import logging
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from app.callbacks import (
     Samples,
     StopEarly,
 )
+from app.callbacks.begun import Begun
 from app.callbacks.folder import Weights
 from app.data.module import TextData
 from app.memory import keep_freed_memory
@@ -219,6 +222,7 @@ class FitCLI(LightningCLI):
             callbacks.append(ExpertLoad(settings.metrics.every_n_steps))
             out = Path(settings.out).expanduser()
             callbacks.append(ModelFolder(out, self.recipe, settings.seed_everything, settings.weights))
+        callbacks.append(Begun())
         return callbacks
 
     def after_fit(self) -> None:
@@ -238,16 +242,30 @@ class FitCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "predict":
-            arguments = self._prepare_subcommand_kwargs(subcommand)
-            write_predictions(self.trainer.predict(**arguments))
+            with self._restoring():
+                batches = self.trainer.predict(**self._prepare_subcommand_kwargs(subcommand))
+            write_predictions(batches)
             return
         before = _content(self.root)
         try:
-            super()._run_subcommand(subcommand)
+            with self._restoring():
+                super()._run_subcommand(subcommand)
         except (UserError, MisconfigurationException):
             if subcommand == "fit" and self.trainer.global_step == 0:
                 remove_since(self.root, before)
             raise
+
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        """UserError for what fails after a checkpoint is read and before a loop begins: its content does not fit."""
+        try:
+            yield
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            begun = any(isinstance(callback, Begun) and callback.begun for callback in self.trainer.callbacks)
+            if self.resume is None or begun:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{self.resume} holds another state than a run of this recipe has: {reason}") from error
 
 
 @rank_zero_only

@@ -93,6 +93,8 @@ def check_keys(values: Mapping[str, Any], keys: set[str], where: str | Path, pre
             raise UserError(f"{where}: unknown key '{path}'{_nearest(path, prefix, keys)}")
         if isinstance(value, Mapping):
             check_keys(value, keys, where, f"{path}.")
+        elif value is not None:
+            raise UserError(f"{where}: {path} must hold keys and values, not {value!r}")
 
 
 def trusting(argv: list[str]) -> bool:

@@ -14,11 +14,12 @@ from typing import Any
 from app.callbacks.checkpoints import checkpoints_in, newest_checkpoint, step_of
 from app.callbacks.folder import COMPLETE
 from app.callbacks.record import FORMAT_VERSION, KEY, RECIPE
-from app.history import read_history
-from app.loading import read_checkpoint
+from app.history import HISTORY, read_history
+from app.loading import CHECKPOINT, read_checkpoint
 from app.strategies.checkpoint_io import METADATA
 from models.errors import UserError
 from models.files import clean_leftovers, read_json
+from models.shapes import COUNT, VALUES, check_shape
 
 LIMITS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "early_stopping.patience")
 NOT_OF_THE_RUN = ("ckpt_path", "out", "overwrite", "config", "weights_only")
@@ -174,8 +175,9 @@ def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | 
     entries = read_history(out)
     if len(entries) != 1 or entries[0].get("stage") != "pretrain":
         raise UserError(f"{out} already holds something else; name another folder or pass --overwrite")
+    check_shape(entries[0], {"recipe": VALUES, "steps": COUNT}, f"{out / HISTORY}: stages[0]")
     changes = differences(entries[0]["recipe"], recipe, leaving_out=MACHINERY)
-    steps = entries[0].get("steps")
+    steps = entries[0]["steps"]
     if not changes:
         return Plan(done=f"{out} is complete: {steps} steps. There is nothing to do (--overwrite trains anew).")
     if any(key not in LIMITS for key in changes):
@@ -225,6 +227,7 @@ def describe_checkpoint(path: Path) -> Trained:
         UserError: corrupt, truncated, or of another version.
     """
     content = read_checkpoint(path, sharded=False)
+    check_shape(content, CHECKPOINT, str(path))
     record = content.get(KEY, {})
     version = record.get("format_version")
     if version != FORMAT_VERSION:

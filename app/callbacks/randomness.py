@@ -44,7 +44,11 @@ class RandomState(Callback):
         return {"ranks": everyone}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict["ranks"]
+        own = capture()
+        for stream in state_dict["ranks"]:
+            restore(stream)  # tried before the first batch
+        restore(own)
+        self._loaded = state_dict["ranks"] or [own]
 
 
 def capture() -> dict[str, Any]:

@@ -17,8 +17,36 @@ from app.evaluation.report import baseline_rows, baseline_values, draw, now, pro
 from app.evaluation.wording import known
 from models.errors import UserError
 from models.files import read_json, write_json
+from models.shapes import COUNT, EACH, NUMBER, POSITIVE, TEXT, check_shape, maybe
 
 FORMAT, FORMAT_VERSION = "espalier-overview", 1
+REPORT = "espalier-report"
+_QUALITY = {
+    **{"perplexity": maybe(POSITIVE), "bits_per_byte?": maybe(NUMBER), "tokens": COUNT},
+    "interval": {"perplexity": [maybe(POSITIVE), maybe(POSITIVE)]},
+}
+_SPEED = {
+    **{"decode_tokens_per_second": maybe(POSITIVE), "device": TEXT, "threads": COUNT, "dtype": TEXT},
+    **{"batch_size": COUNT, "prompt_tokens": COUNT, "new_tokens": COUNT},
+    "rounds": {"decode_tokens_per_second": [NUMBER]},
+}
+_BLOCK = {
+    "name": TEXT,
+    "weights_sha256?": maybe(TEXT),
+    "quality": _QUALITY,
+    "size": {"parameters": COUNT, "active_parameters?": COUNT, "stored_bytes": maybe(COUNT), "memory_bytes": COUNT},
+    "speed?": _SPEED,
+}
+_CHANGE = {"speed?": {"decode_tokens_per_second?": {"ratio": maybe(NUMBER)}}}
+_MEASUREMENT = {
+    **{"tokens": COUNT, "tokens_in_split": maybe(COUNT), "blocks": COUNT, "context": COUNT, "mean_context": NUMBER},
+    **{"documents": TEXT, "stride": COUNT, "normalisation": TEXT, "intervals": TEXT, "data?": maybe(TEXT)},
+}
+SHAPE = {  # what the page relies on
+    **{"title": TEXT, "time": TEXT, "before": _BLOCK, "after": _BLOCK, "change": _CHANGE},
+    **{"verdict": [{"topic": TEXT, "tone": TEXT, "text": TEXT}], "measurement": _MEASUREMENT},
+    "baselines?": {EACH: {**_QUALITY, "source": TEXT}},
+}
 
 
 @dataclass(frozen=True)
@@ -38,12 +66,13 @@ class Entry:
 
 
 def read_report(folder: Path) -> dict:
-    """A folder's report.json. Raises UserError where there is none, or one of another format."""
+    """A folder's report.json. Raises UserError where there is none, or one that is not as a stage wrote it."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name folders that a stage has written")
     report = read_json(folder / "report.json")
-    if report.get("format") != "espalier-report":
+    if report.get("format") != REPORT:
         raise UserError(f"{folder / 'report.json'} is not a report of a stage or a comparison; name such a folder")
+    check_shape(report, SHAPE, str(folder / "report.json"))
     return report
 
 

@@ -20,8 +20,14 @@ from app.evaluation import wording
 from app.evaluation.charts import ACCENT, INK, MUTED, Chart
 from app.evaluation.intervals import Interval, t_quantile
 from app.evaluation.quality import IGNORED, Part, evaluate_quality
+from models.shapes import COUNT, EACH, NUMBER, maybe
 
 PADDING = -1
+RUN = {  # the figures of one run, as a file keeps them
+    "losses": {EACH: {"blocks": NUMBER, "sliding?": NUMBER}},
+    "experts": {EACH: {"load": [NUMBER]}},
+    **{"parameters": COUNT, "active_parameters": COUNT, "flops_per_token": NUMBER, "tokens_per_second": maybe(NUMBER)},
+}
 
 
 class Sliding(Sequence):

@@ -30,6 +30,9 @@ def main(chosen: options.Run) -> int:
     recipe, out = Path(chosen.recipe), Path(chosen.out).expanduser().absolute()
     model = None if chosen.model is None else Path(chosen.model).expanduser().absolute()
     steps = read_pipeline(recipe, out, model, chosen.device, chosen.trust)
+    if model is not None and not model.exists():
+        raise UserError(f"there is no model at {model}")
+    check_steps(steps)
     finished = prepare(steps, out, chosen.overwrite)
     for number, step in enumerate(steps, start=1):
         if number <= finished:
@@ -102,6 +105,11 @@ def prepare(steps: list[Step], out: Path, overwrite: bool) -> int:
     elif begun and overwrite and (out / "report.json").exists():
         say(f"{out} is complete: starting anew")
         same = 0
+    listed = {old["folder"] for old in begun}
+    if foreign := [step.out for step in steps[same:] if step.out.exists() and step.out.name not in listed]:
+        raise UserError(
+            f"{foreign[0]} is there, and {out / STATE} does not list it; move it away, or name another --out"
+        )
     for old in begun[same:]:
         for leftover in (old["folder"], f"{old['folder']}.partial", f"{old['folder']}.run"):
             shutil.rmtree(out / leftover, ignore_errors=True)
@@ -153,6 +161,17 @@ def input_contents(steps: list[Step]) -> list[dict[str, str]]:
     """Return what each step reads from outside, as a person calls it, with its SHA-256; each is read once."""
     known = {given: given.content() for given in dict.fromkeys(given for step in steps for given in step.inputs)}
     return [{str(given): known[given] for given in step.inputs} for step in steps]
+
+
+def check_steps(steps: list[Step]) -> None:
+    """Raise UserError for options of any stage that cannot work, before the first one is begun."""
+    for step in steps:
+        if step.verb != PRETRAIN:
+            module = importlib.import_module(f"recipes.stages.{step.verb}")
+            try:
+                getattr(module, step.verb.capitalize())(step.options).check_options()
+            except UserError as error:
+                raise UserError(f"stage {step.name}: {error}") from None
 
 
 def run_step(step: Step) -> int:

@@ -19,6 +19,7 @@ import torch
 
 from app.data.blocks import TokenBlocks
 from app.evaluation.figures import Subject, evaluate_pair
+from app.evaluation.many import REPORT, read_report
 from app.evaluation.report import About, write_report
 from app.history import history_entry, read_history, write_card, write_history
 from app.loading import Loaded, Source, load_model, resolve_device, resolve_dtype
@@ -95,9 +96,7 @@ class Stage(ABC, Generic[Options]):
     def run(self) -> dict[str, Any]:
         """Do the stage and return its report."""
         partial.check_output(self.out, self.options.overwrite)
-        check_least(self.options, batch_size=1)
-        check_seed(self.options.seed)
-        self.check()
+        self.check_options()
         torch.manual_seed(self.options.seed)
         parents = self.parents()
         text = Text(self.options, parents["model"])
@@ -105,6 +104,7 @@ class Stage(ABC, Generic[Options]):
         if self._complete(fingerprint):
             return read_json(self.out / "report.json")
         sources = {role: loaded.source for role, loaded in parents.items()}
+        self.baselines = inherited_baselines(sources["model"].path, text.held_out)
         with partial.resumable(self.out, fingerprint, say) as state:
             keep_freed_memory(self.largest_kept)
             started = time.perf_counter()
@@ -113,6 +113,12 @@ class Stage(ABC, Generic[Options]):
             parents.clear()
             seconds = time.perf_counter() - started
             return self._finish(model, records, text, sources, fingerprint, seconds, state)
+
+    def check_options(self) -> None:
+        """Raise UserError for options that cannot work with any model; nothing is read for it."""
+        check_least(self.options, batch_size=1)
+        check_seed(self.options.seed)
+        self.check()
 
     def fingerprint(self, parents: dict[str, Loaded], text: Text) -> str:
         """Return the hash of all that decides about the result."""
@@ -198,14 +204,13 @@ class Stage(ABC, Generic[Options]):
     def _measure(self, target: Path, sources: dict[str, Source], text: Text) -> dict[str, Any]:
         """Evaluate what was written beside what it came from, both loaded anew from their files."""
         source = sources["model"]
-        known = inherited_baselines(source.path, text.held_out)
         with Bars() as bars:
             return evaluate_pair(
                 self._subject(source),
                 Subject(folder.load(target, self.device, self.dtype), self.out.name, target),
                 text.held_out,
-                training_blocks=None if known else text.training,
-                baselines=known,
+                training_blocks=None if self.baselines else text.training,
+                baselines=self.baselines,
                 references=[self._subject(sources[role]) for role in self.references(sources)],
                 speed=speed_protocol(self.options),
                 batch_size=self.options.batch_size,
@@ -218,12 +223,16 @@ class Stage(ABC, Generic[Options]):
 
 
 def inherited_baselines(parent: Path, blocks: TokenBlocks) -> dict[str, Any] | None:
-    """Return the baselines of the parent's report where they were measured on these very blocks, else None."""
+    """Return the baselines of the parent's report where they were measured on these very blocks, else None.
+
+    Raises:
+        UserError: the report is not as a stage wrote it.
+    """
     path = parent / "report.json"
-    if not path.is_file():
+    if not path.is_file() or read_json(path).get("format") != REPORT:
         return None
-    report = read_json(path)
-    how = report.get("measurement", {})
+    report = read_report(parent)
+    how = report["measurement"]
     same = (how.get("data"), how.get("context"), how.get("blocks")) == (
         blocks.fingerprint,
         blocks.sequence_length,

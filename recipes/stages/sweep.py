@@ -29,6 +29,7 @@ from app.loading import load_model
 from app.tasks.architecture import resolve_architecture
 from models.errors import UserError, did_you_mean
 from models.files import read_json
+from models.shapes import check_shape
 from recipes import cli
 from recipes.fit_state import run_folder
 from recipes.stages import options
@@ -86,6 +87,9 @@ def main(chosen: options.Sweep) -> int:
     out = Path(chosen.out).expanduser().absolute()
     trainings = prepare(plan, out, chosen.overwrite)
     missing = [training for training in trainings if not training.figures.exists()]
+    for training in trainings:
+        if training.figures.exists():
+            read_figures(training, plan)  # before anything is trained
     if len(missing) < len(trainings):
         say(f"{len(trainings) - len(missing)} of {len(trainings)} runs are finished")
     failed = train(plan, missing, chosen.parallel)
@@ -306,12 +310,37 @@ def train_one(one: Training, lengths: list[int], tokens: int, threads: int) -> s
     return None
 
 
+def read_figures(one: Training, plan: Sweep) -> dict[str, Any]:
+    """Return the figures of a finished run.
+
+    Raises:
+        UserError: they are not as the sweep wrote them, or are of other lengths.
+    """
+    found = read_json(one.figures)
+    check_shape(found, sweep.RUN, str(one.figures))
+    lengths = [
+        str(length) for length in plan.lengths if one.axis in ("", *plan.extrapolate) or length == plan.lengths[0]
+    ]
+    forms = {"blocks", "sliding"} if len(lengths) > 1 else {"blocks"}
+    losses = found["losses"]
+    if (
+        next(iter(losses), None) != lengths[0]
+        or not set(losses) <= set(lengths)
+        or any(set(measured) != forms for measured in losses.values())
+    ):
+        raise UserError(
+            f"{one.figures} holds losses at {', '.join(losses) or 'no length'}, and the sweep measures at "
+            f"{', '.join(lengths)}; remove the file to train and measure that run anew"
+        )
+    return found
+
+
 def write(plan: Sweep, trainings: list[Training], out: Path) -> None:
     """Write the table, the figures and the pictures over every variant that has all its seeds."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in trainings:
         if one.figures.exists():
-            runs.setdefault((one.axis, one.name), []).append(read_json(one.figures))
+            runs.setdefault((one.axis, one.name), []).append(read_figures(one, plan))
     base = runs.get(("", plan.baseline), [])
     if len(base) < len(plan.seeds):
         say("the baseline has not been trained with every seed: there is nothing to compare with")

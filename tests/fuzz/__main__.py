@@ -89,11 +89,12 @@ def names(count: int, kinds: list[str]) -> Iterator[str]:
         yield f"{kinds[number % len(kinds)]}/{number // len(kinds)}"
 
 
-def serve(folder: Path, seed: int) -> None:
-    """Read names on stdin and answer each with a line of JSON."""
+def serve(folder: Path) -> None:
+    """Read `NAME SEED` on stdin and answer each with a line of JSON."""
     place = make_base(folder)
     for line in sys.stdin:
-        verdict, what = run(line.strip(), seed, place, folder)
+        name, seed = line.split()
+        verdict, what = run(name, int(seed), place, folder)
         print(json.dumps({"kind": verdict.kind, "evidence": verdict.evidence, "what": what}), flush=True)
 
 
@@ -129,14 +130,14 @@ def main() -> None:
     parser.add_argument("--case", help="run this one, or several, comma-separated")
     parser.add_argument("--folder", type=Path, help="where the base is kept between calls")
     parser.add_argument("--log", type=Path, help="append a line of JSON for each case to this file")
-    parser.add_argument("--serve", action="store_true", help="read names on stdin")
+    parser.add_argument("--serve", action="store_true", help="read names and seeds on stdin")
     chosen = parser.parse_args()
     preload()
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="espalier-fuzz-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if chosen.serve:
-            serve(folder.resolve(), chosen.seed)
+            serve(folder.resolve())
         elif chosen.case:
             for name in chosen.case.split(","):
                 verdict, what = run(name, chosen.seed, make_base(folder.resolve()), folder.resolve())

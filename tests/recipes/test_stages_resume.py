@@ -247,7 +247,7 @@ def test_what_is_known_of_the_text_says_both_sources(monkeypatch):
     monkeypatch.setattr("recipes.stages.text.open_source", lambda source, column: Source(source))
     monkeypatch.setattr("recipes.stages.text.token_blocks", blocks)
     monkeypatch.setattr("recipes.stages.text.fingerprint_of", lambda corpus, tokenizer: f"{corpus}-whole")
-    config = SimpleNamespace(context=64, vocab_size=9, position=SimpleNamespace(acts="rotation"))
+    config = SimpleNamespace(context=64, width=8, vocab_size=9, position=SimpleNamespace(acts="rotation"))
     loaded = SimpleNamespace(model=SimpleNamespace(config=config), text_tokenizer=lambda: SimpleNamespace(vocab_size=9))
     text = Text(options.Measure(data="mine", seed=7), loaded)
     assert text.describe() == {"source": "mine", "held_out": "its test split", "fingerprint": "mine-test"}

@@ -69,6 +69,6 @@ def test_nothing_to_compare_with(written):
 )
 def test_a_history_of_other_types_is_refused(written, entry):
     (written / HISTORY).write_text(json.dumps({"format_version": 1, "stages": [{"stage": "pretrain"}, entry]}))
-    with pytest.raises(UserError, match=r"history\.json: .*stage 2 must be"):
+    with pytest.raises(UserError, match=r"history\.json: .*stages\[1\]"):
         read_history(written)
     assert cli.main(["inspect", str(written)]) == 2
