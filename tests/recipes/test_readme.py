@@ -1,4 +1,4 @@
-"""What the README tells people to type is typed here, on a tiny model and a tiny text; what pages name is there."""
+"""What README and docs/ tell people to type is typed here, on a tiny model and a tiny text; what they name is there."""
 
 import re
 import shlex
@@ -16,7 +16,9 @@ from tests.recipes.conftest import ARCHITECTURE, QUICK
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-INDENTED = [line.strip() for line in README.replace("\\\n", " ").splitlines() if line.startswith("    ")]
+DRAWN = ROOT / "docs/architecture_picture.py"
+GUIDE = (ROOT / "docs/guide.md").read_text()  # its examples go on from those of the README
+INDENTED = [x.strip() for x in (README + GUIDE).replace("\\\n", " ").splitlines() if x.startswith("    ")]
 COMMANDS = [shlex.split(line, comments=True) for line in INDENTED if line.startswith("espalier ")]
 SHORT_FIT = ["--data.vocab_size", "320", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
 SHORT_FIT += [
@@ -40,11 +42,11 @@ def test_table_lists_every_verb():
     assert set(cli.VERBS) - {"validate", "test", "predict"} <= listed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, DRAWN], ids=lambda page: page.name)
 def test_files_that_a_page_names_are_there(page):
     text = page.read_text()
     named = re.findall(r"(?<![\w/.-])((?:recipes|models|compress|app|tests|docs)/[\w/.*-]*)(?<!\.)", text)
-    assert len(named) > 3
+    assert named
     named = [path for path in named if "NAME" not in path]
     assert [path for path in named if not list(ROOT.glob(path.removesuffix("/")))] == []
 
@@ -52,7 +54,6 @@ def test_files_that_a_page_names_are_there(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_a_page_lead_somewhere(page):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
-    assert links
     for link in links:
         path, _, heading = link.partition("#")
         target = page.parent / path if path else page
@@ -62,9 +63,21 @@ def test_links_of_a_page_lead_somewhere(page):
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, link
 
 
-def test_targets_that_the_readme_names_are_there():
+def test_targets_that_the_pages_name_are_there():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"(?:`|    )make ([a-z-]+)", README)) <= set(targets)
+    named = {target for page in PAGES for target in re.findall(r"(?:`|    )make ([a-z-]+)", page.read_text())}
+    assert named <= set(targets)
+
+
+def test_what_is_to_be_copied_registers_as_the_page_says():
+    """A row of the table: the file to copy, the line that makes it known as the copied file has it, and its file."""
+    table = (ROOT / "docs/architecture.md").read_text().partition("## What to copy")[2]
+    rows = re.findall(r"^\| an? .+", table, re.MULTILINE)
+    assert len(rows) > 8
+    for row in rows:
+        *_, copied, line, known, _ = [re.findall(r"`([^`]+)`", cell) for cell in row.split("|")]
+        assert all((ROOT / name).is_file() for name in copied if "/" in name), row
+        assert not known or line[0] in (ROOT / known[0]).read_text(), row
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
