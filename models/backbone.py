@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from models.attention import Context
-from models.attention.blocks import Band
-from models.attention.documents import document_starts
-from models.attention.flex import block_masks
-from models.attention.protocol import Mixed, count_documents, document_mask
-from models.attention.standard import training_bias
+from models.attention.kernels.banded import Band
+from models.attention.kernels.flex import block_masks
+from models.attention.kernels.sdpa import training_bias
+from models.attention.protocol import Context, Mixed, count_documents, document_mask
+from models.attention.segments import document_starts
 from models.block import Block
 from models.cache import ContiguousCache, ModelCache, PagedCache
 from models.config import SQRT_WIDTH, LayerConfig, ModelConfig
@@ -238,7 +237,7 @@ class Backbone(nn.Module):
         return Context(tables, mask, causal, bias, documents, past, shared=shared, block_masks=masks)
 
     def _block_masks(self, x: Tensor, documents: Tensor | None) -> Mapping[Band | None, BlockMask]:
-        """The patterns (models/attention/flex.py) of the layers that take kernel flex, for x (B, T, D)."""
+        """The patterns (models/attention/kernels/flex.py) of the layers that take kernel flex, for x (B, T, D)."""
         bands = [band for block in self.blocks if block.attention is not None for band in block.attention.flex_bands()]
         return block_masks(bands, self.config.direction == "causal", documents, x.shape[1], x.device)
 

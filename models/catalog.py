@@ -1,5 +1,22 @@
 """Imports every mechanism of the package, so that the registries (models/specs.py) know it by name."""
+# ruff: noqa: F401
 
-from models import attention, depth, experts, feedforward, norms, positions
-
-__all__ = ["attention", "depth", "experts", "feedforward", "norms", "positions"]
+from models import depth, experts, feedforward, norms, positions
+from models.attention import (
+    bigbird,
+    convolution,
+    fixed,
+    full,
+    hierarchical,
+    linformer,
+    longformer,
+    lsh,
+    recursive,
+    retention,
+    selective,
+    single_heads,
+    strided,
+    top_k,
+    transient,
+    window,
+)

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention.kernels.sdpa import training_bias
 from models.attention.protocol import Context, Mixed, document_mask
-from models.attention.standard import training_bias
 from models.cache import LayerCache
 from models.errors import UserError
-from models.precision import ExactBuffers, exact, without_autocast
+from models.fp32 import ExactBuffers, exact, without_autocast
 from models.specs import DEPTHS, DepthSpec, Place
 
 EXACT = ("threshold", "target")  # buffers of a layer that stay in at least fp32

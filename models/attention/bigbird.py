@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.documents import document_ends, document_starts
 from models.attention.full import Full, FullAttention, token_distance
-from models.attention.places import take, tokens_at
+from models.attention.gather import take, tokens_at
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend, logits
 from models.attention.protocol import Context, document_mask
-from models.attention.standard import Scoring, Visible, attend, logits
+from models.attention.segments import document_ends, document_starts
 from models.cache import Kept
 from models.errors import UserError
 from models.specs import ATTENTIONS, Place
@@ -106,7 +106,7 @@ class BigBirdAttention(FullAttention):
         elif not self.bidirectional:
             mask = (distance >= 0)[None, None]  # (1, 1, T, S)
         scoring = self.scoring(q, kept.keys, distance, context)
-        return attend(q, kept.keys, kept.values, Visible(mask, causal=False), scoring, self.drop())
+        return attend(q, kept.keys, kept.values, AttentionMask(mask, causal=False), scoring, self.drop())
 
     def _blocks(self, context: Context, kept: Kept) -> Blocks:
         """The block of every token, (B', S) each."""
@@ -150,7 +150,7 @@ class BigBirdAttention(FullAttention):
         k, v = (tokens_at(x, columns).movedim(2, 1).flatten(0, 1) for x in (kept.keys, kept.values))  # (B * N, G, K, d)
         scoring = self._scoring(q, k, own[..., :, None] - columns[..., None, :], context)
         mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, c, K)
-        y = attend(q, k, v, Visible(mask, causal=False), scoring, self.drop())  # (B * N, H, c, d)
+        y = attend(q, k, v, AttentionMask(mask, causal=False), scoring, self.drop())  # (B * N, H, c, d)
         return y.unflatten(0, (batch, tiles)).movedim(1, 2).flatten(2, 3)[:, :, :new]
 
     def _near(self, firsts: Tensor, own: Tensor, size: int, aligned: bool, blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -221,7 +221,7 @@ class BigBirdAttention(FullAttention):
         counted = counted[..., None, None] & inside & (take(blocks.start, rows) == owner.start[..., None, None])
         return rows.flatten(2), counted.flatten(2)
 
-    def _put_together(self, scores: Tensor, v: Tensor, rows: Tensor, scoring: Scoring, tokens: int) -> Tensor:
+    def _put_together(self, scores: Tensor, v: Tensor, rows: Tensor, scoring: ScoreMod, tokens: int) -> Tensor:
         """Softmax of scores (B * N, H, R, b) of the queries `rows` (B', N, R) over all tiles, times v: (B, H, T, d)."""
         heads, tiles = scores.shape[1], rows.shape[1]
         batch = scores.shape[0] // tiles
@@ -246,7 +246,7 @@ class BigBirdAttention(FullAttention):
             total = total + torch.exp(sink - top)
         return y / total.masked_fill(total == 0, 1.0)[..., None]
 
-    def _scoring(self, q: Tensor, k: Tensor, distance: Tensor, context: Context) -> Scoring:
+    def _scoring(self, q: Tensor, k: Tensor, distance: Tensor, context: Context) -> ScoreMod:
         """`scoring` of tiles (B * N, ...) whose distances (B', N, rows, keys) are not all the same."""
         rows, keys = distance.shape[2:]
         found = self.scoring(q, k, distance.reshape(-1, keys), context)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.attention.blocks import Band, Extra, attend_band
-from models.attention.documents import document_starts
-from models.attention.places import tokens_at
+from models.attention.gather import tokens_at
+from models.attention.kernels.banded import Band, Extra, attend_band
+from models.attention.kernels.sdpa import ScoreMod
 from models.attention.protocol import Context
-from models.attention.standard import Scoring
+from models.attention.segments import document_starts
 from models.attention.strided import TwoPatternAttention, TwoPatterns
 from models.cache import Kept
 from models.errors import UserError
@@ -63,11 +63,11 @@ class FixedAttention(TwoPatternAttention):
         super().__init__(spec, place)
         self.block, self.summary = spec.block, spec.summary
 
-    def near(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., Scoring]) -> Tensor:
+    def near(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
         begins = self._place_in_block(kept, context) == 0  # (B or 1, S)
         return self.attend_behind(q, kept, context, scoring, self.block - 1, begins.cumsum(1))
 
-    def far(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., Scoring]) -> Tensor:
+    def far(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
         past, seen = context.past, kept.keys.shape[2]
         numbers = torch.arange(seen, device=q.device)
         starts = document_starts(context.documents, seen, q.device)  # (B or 1, S)

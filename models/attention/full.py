@@ -6,13 +6,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from models.attention.blocks import Band
-from models.attention.flash import tiled_attention
-from models.attention.flex import attend_flex
+from models.attention.kernels.banded import Band
+from models.attention.kernels.flash import tiled_attention
+from models.attention.kernels.flex import attend_flex
+from models.attention.kernels.sdpa import ScoreMod, ValueTerms, attend, reference_attention
 from models.attention.learned import attend_causal, learns
 from models.attention.options import QK_NORMS, SINKS, check_dropout, head_width_of
 from models.attention.protocol import Attention, Context, Mixed
-from models.attention.standard import Scoring, ValueTerms, attend, reference_attention
 from models.cache import ContiguousCache, Kept, KeyValueCache
 from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
@@ -39,10 +39,10 @@ class Full(AttentionSpec):
         qk_norm: normalisation of every query and key head before the rotation (arXiv 2302.05442), or nothing.
         softcap: c, where scores become c tanh(scores / c) (Gemma 2); nothing leaves them.
         sink: one more logit in every softmax, without a value: `learned` by each head (gpt-oss), `zero`, or nothing.
-        kernel: what computes the softmax. `sdpa`, PyTorch's kernels, is for all work. `flex`, FlexAttention, makes no
-            mask of packed rows on CUDA; elsewhere, and behind a cache, it is `tiled`. `tiled`, FlashAttention in plain
-            PyTorch (models/attention/flash.py), needs O(T) memory wherever PyTorch runs, also where no fused kernel
-            fits. `reference` has all scores in memory, and is what others are compared with.
+        kernel: what computes the softmax (models/attention/kernels). `sdpa`, PyTorch's kernels, is for all work.
+            `flex`, FlexAttention, makes no mask of packed rows on CUDA; elsewhere, and behind a cache, it is `tiled`.
+            `tiled`, FlashAttention in plain PyTorch, needs O(T) memory wherever PyTorch runs, also where no fused
+            kernel fits. `reference` has all scores in memory, and is what others are compared with.
     """
 
     sees_all = True
@@ -63,7 +63,7 @@ class Full(AttentionSpec):
     kernel: str = "sdpa"
 
     def __init_subclass__(cls) -> None:
-        """A mechanism that hands its own queries and keys to `scoring`, and all of `Scoring` to `attend`, says so."""
+        """A mechanism that hands its own queries and keys to `scoring`, and all of `ScoreMod` to `attend`, says so."""
         if "takes" not in cls.__dict__:
             cls.takes = ("rotation", "scores")
 
@@ -172,7 +172,7 @@ class FullAttention(Attention):
             return attend_causal(q, kept.keys, kept.values, context.visible, scoring)
         return attend(q, kept.keys, kept.values, context.visible, scoring, self.drop())
 
-    def scoring(self, q: Tensor, k: Tensor, distance: Tensor | None, context: Context) -> Scoring:
+    def scoring(self, q: Tensor, k: Tensor, distance: Tensor | None, context: Context) -> ScoreMod:
         """What is done to the scores of q (B, H, T, d), `distance` (T, S) tokens behind their keys k (B, G, S, d).
 
         The distance is read only where the position encoding adds something to the scores.
@@ -180,9 +180,9 @@ class FullAttention(Attention):
         sink = None if self.sink is None else self.sink(q)
         positional = context.positional[self.positional]
         if not positional.biases:
-            return Scoring(self.scale, None, self.softcap, sink)
+            return ScoreMod(self.scale, None, self.softcap, sink)
         position, values = positioned(positional, q, k, distance, self.scale, context.past, self.reach)
-        return Scoring(self.scale, position, self.softcap, sink, values)
+        return ScoreMod(self.scale, position, self.softcap, sink, values)
 
     def flex_bands(self) -> tuple[Band | None, ...]:
         return (None,) if self.kernel == "flex" else ()

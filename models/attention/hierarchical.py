@@ -20,8 +20,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from models.attention.kernels.sdpa import AttentionMask, attend
 from models.attention.pooling import POOLINGS, Han
-from models.attention.standard import Visible, attend
 from models.attention.summaries import Summarising, SummaryAttention
 from models.attention.tree import Level, Nodes, Tree, join_heads, split_heads
 from models.cache import Entries
@@ -112,6 +112,6 @@ class HierarchicalAttention(SummaryAttention):
             mask = mask & (index[:, None] <= nodes.index[:, :, None])
         for dim in (1, 2):
             mask = mask.repeat_interleave(level.summaries, dim)  # (B or 1, X * m, N * m)
-        y = attend(q, k, v, Visible(mask[:, None], causal=False), dropout=self.drop())  # (B, R, X * m, d)
+        y = attend(q, k, v, AttentionMask(mask[:, None], causal=False), dropout=self.drop())  # (B, R, X * m, d)
         y = self.segment_o(y.transpose(1, 2).flatten(2))  # (B, X * m, D)
         return inner, vectors + y.view_as(vectors)

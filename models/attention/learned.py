@@ -15,25 +15,27 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
-from models.attention.flash import per_group
-from models.attention.standard import Scoring, Visible
-from models.precision import without_autocast
+from models.attention.kernels.flash import per_group
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod
+from models.fp32 import without_autocast
 
 TILE = 128  # queries: the scores of eight heads with a few thousand keys stay near the caches
 
 
-def learns(q: Tensor, scoring: Scoring) -> bool:
+def learns(q: Tensor, scoring: ScoreMod) -> bool:
     """Whether what is added to the scores, and nothing else is done to them, is to get its gradient, on CPU."""
     trained = scoring.position is not None and scoring.position.requires_grad and torch.is_grad_enabled()
     return trained and scoring.additive and q.device.type == "cpu"
 
 
-def fits_learned(q: Tensor, k: Tensor, scoring: Scoring) -> bool:
+def fits_learned(q: Tensor, k: Tensor, scoring: ScoreMod) -> bool:
     """Whether every query head has its own keys, and the addend the queries' dtype, as `attend_learned` needs them."""
     return q.shape[1] == k.shape[1] and q.dtype == scoring.position.dtype
 
 
-def attend_learned(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring, dropout: float = 0.0) -> Tensor:
+def attend_learned(
+    q: Tensor, k: Tensor, v: Tensor, visible: AttentionMask, scoring: ScoreMod, dropout: float = 0.0
+) -> Tensor:
     """The same as `attend` with a mask, where `learns` and `fits_learned` hold.
 
     Takes q (B, H, T, d) and k, v (B, H, S, d), gives (B, H, T, d).
@@ -44,7 +46,7 @@ def attend_learned(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: S
     return F.dropout(scores.softmax(-1), dropout) @ v
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring) -> Tensor:
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, visible: AttentionMask, scoring: ScoreMod) -> Tensor:
     """The same as `attend` in a decoder without dropout, where `learns` holds, tile by tile of the queries.
 
     No scores behind a tile's queries are computed, nor are all scores in memory at any time: of the order of T x S are

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
 from models.attention.options import check_dropout, head_width_of
 from models.attention.protocol import Attention, Context
-from models.attention.standard import Scoring, Visible, attend
 from models.cache import LayerCache
 from models.errors import UserError, did_you_mean
 from models.linear import Drawn, Linear, residual_std
@@ -188,7 +188,7 @@ class LinformerAttention(Attention):
         f = e if self.f is None else self.f()
         k, v = self._sums(k, e, spans), self._sums(v, f, spans)  # (B, H, M * k, d) each
         drop = spec.dropout if self.training else 0.0
-        y = attend(q, k, v, Visible(self._visible(spans), causal=False), Scoring(), drop)  # (B, H, T, d)
+        y = attend(q, k, v, AttentionMask(self._visible(spans), causal=False), ScoreMod(), drop)  # (B, H, T, d)
         return self.o(y.transpose(1, 2).reshape(batch, tokens, spec.heads * spec.head_width))  # (B, T, D)
 
     def _sums(self, x: Tensor, table: Tensor | None, spans: Spans) -> Tensor:

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.blocks import Anchors, Band, Extra, attend_band
-from models.attention.documents import document_starts
 from models.attention.full import Full, FullAttention
+from models.attention.kernels.banded import Anchors, Band, Extra, attend_band
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
 from models.attention.protocol import Context
-from models.attention.standard import Scoring, Visible, attend
+from models.attention.segments import document_starts
 from models.attention.window import Window
 from models.cache import Anchored, AnchoredCache, Kept
 from models.errors import UserError
@@ -168,7 +168,7 @@ class LongformerAttention(FullAttention):
             return self._masked(q, k, v, *behind, context)
         if context.documents is None:
             distance = rows[:, None] - torch.arange(k.shape[2], device=q.device)  # (M, M or T)
-            return attend(q, k, v, Visible(None, not self.bidirectional), scoring(q, k, distance), self.drop())
+            return attend(q, k, v, AttentionMask(None, not self.bidirectional), scoring(q, k, distance), self.drop())
         if self.bidirectional:
             return attend_documents(q, k, v, starts, self.globals, scoring, self.drop())
         documents = (context.documents, context.documents)
@@ -185,7 +185,7 @@ class LongformerAttention(FullAttention):
             position = scoring.position.unflatten(1, distance.shape[:2]).movedim(0, 1)  # (B or 1, H, T, S)
             scoring = replace(scoring, position=position)
         mask = None if seen is None else seen[:, None]  # (B or 1, 1, T, S)
-        return attend(q, k, v, Visible(mask, causal=False), scoring, self.drop())
+        return attend(q, k, v, AttentionMask(mask, causal=False), scoring, self.drop())
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> AnchoredCache:
         sizes = min(self.span, capacity), min(self.globals, capacity)
@@ -222,7 +222,7 @@ def attend_documents(
     v: Tensor,
     starts: Tensor,
     count: int,
-    scoring: Callable[[Tensor, Tensor, Tensor], Scoring],
+    scoring: Callable[[Tensor, Tensor, Tensor], ScoreMod],
     dropout: float = 0.0,
 ) -> Tensor:
     """Attention of the first tokens of each document over their whole document, in O(T count) for any documents.

@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.near import SELF, Layout, Weighing, attend_near
+from models.attention.gather import of_heads
+from models.attention.kernels.bucketed import SELF, Layout, Weighing, bucketed_attention
 from models.attention.options import check_dropout, head_width_of
-from models.attention.places import of_heads
 from models.attention.protocol import NOTHING, Attention, Context, Mixed
 from models.cache.hashed import HashedCache
 from models.errors import UserError
+from models.fp32 import without_autocast
 from models.linear import Linear, residual_std
-from models.precision import without_autocast
 from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, Place
 
 
@@ -170,14 +170,14 @@ class LshAttention(Attention):
         scoring = Weighing(spec.head_width**-0.5 if spec.scale is None else spec.scale, spec.duplicates, drop)
         if self.place.bidirectional:
             chunk = min(spec.chunk, seen)
-            return attend_near(q, k, v, chunks(buckets, documents, chunk, spec.across_buckets), scoring)
+            return bucketed_attention(q, k, v, chunks(buckets, documents, chunk, spec.across_buckets), scoring)
         if seen > new == 1:
             return attend_last(q, k, v, group_of(buckets, documents), spec.chunk, scoring)
         if seen > new and new <= spec.chunk:  # a few new tokens behind a cache: not worth sorting all
             return reference(q, k, v, last_of_bucket(buckets, documents, spec.chunk, new), scoring)
         q = torch.cat([k[:, :, : seen - new], q], dim=2)  # (B, H, S, d); what the first ones see is not used
         layout = windows(buckets, documents, spec.chunk, spec.buckets)
-        return attend_near(q, k, v, layout, scoring)[:, :, seen - new :]
+        return bucketed_attention(q, k, v, layout, scoring)[:, :, seen - new :]
 
     def _buckets(self, q: Tensor) -> Tensor:
         """The buckets (B, H, R, T) of q (B, H, T, d)."""
@@ -308,7 +308,7 @@ def last_of_bucket(buckets: Tensor, documents: Tensor | None, chunk: int, new: i
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scoring: Weighing) -> Tensor:
-    """The same as `attend_near`, written down plainly: seen (B, H, R, T, S) says which keys each round brings.
+    """The same as `bucketed_attention`, written down plainly: seen (B, H, R, T, S) says which keys each round brings.
 
     Takes queries (B, H, T, d), the last T of S tokens, and keys and values (B, H, S, d); gives (B, H, T, d).
     """

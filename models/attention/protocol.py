@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from models.attention.blocks import Band
-from models.attention.standard import Visible
+from models.attention.kernels.banded import Band
+from models.attention.kernels.sdpa import AttentionMask
 from models.cache import LayerCache
 from models.linear import Drawn
 from models.positions import Positional
@@ -42,7 +42,7 @@ class Context(NamedTuple):
         positional: this forward's tables of each position encoding of the model.
         mask: (B or 1, 1, T, S) bool, True = may attend; None when the pattern is plain causal or everything is visible.
         causal: without a mask, whether a token sees only itself and the tokens before it (False: it sees all S).
-        bias: the same as an fp32 addend of the scores, where a training step wants it (models/attention/standard.py).
+        bias: the same as an fp32 addend of the scores, where a training step wants it (kernels/sdpa.py).
         documents: (B or 1, S) of every token so far, the T new ones last, or None when all are of one document. The
             mask holds the same; mechanisms whose pattern is sparse read this instead, and then no mask is made.
         past: tokens before the new ones, S - T.
@@ -50,7 +50,7 @@ class Context(NamedTuple):
             again, what that layer itself did.
         recomputed: whether the backward computes the layers again, so that they return what they decide.
         shared: weights that several layers have in common.
-        block_masks: by how far a query sees (models/attention/flex.py), for layers of kernel `flex` on a device with
+        block_masks: by how far a query sees (kernels/flex.py), for layers of kernel `flex` on a device with
             it, where no token is cached.
     """
 
@@ -66,8 +66,8 @@ class Context(NamedTuple):
     block_masks: Mapping[Any, BlockMask] = MappingProxyType({})
 
     @property
-    def visible(self) -> Visible:
-        return Visible(self.mask, self.causal, self.bias)
+    def visible(self) -> AttentionMask:
+        return AttentionMask(self.mask, self.causal, self.bias)
 
 
 class Attention(Drawn):

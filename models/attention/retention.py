@@ -25,8 +25,8 @@ from models.attention.options import head_width_of
 from models.attention.protocol import Attention, Context
 from models.cache import RecurrentCache, beginnings
 from models.errors import UserError
+from models.fp32 import without_autocast
 from models.linear import Linear, residual_std
-from models.precision import without_autocast
 from models.registry import Registry
 from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, Place
 

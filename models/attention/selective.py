@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.full import Full, FullAttention
+from models.attention.gather import take
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
 from models.attention.learned import attend_causal, learns
-from models.attention.places import take
 from models.attention.protocol import NOTHING, Context, Mixed
-from models.attention.standard import Scoring, Visible, attend
 from models.cache import Kept, Remembered, SelectiveCache
 from models.errors import UserError
-from models.precision import without_autocast
+from models.fp32 import without_autocast
 from models.specs import ATTENTIONS, Place
 
 NOTE = "selection"  # under which a layer leaves its F for the layers above
@@ -128,7 +128,7 @@ class SelectiveAttention(FullAttention):
             losses = {"memory": self.memory_loss / self.layers * held(chosen, context.documents)}
         position = -chosen.masked[:, None]  # (B, 1, T, K)
         scoring = replace(scoring, position=position if scoring.position is None else scoring.position + position)
-        visible, dropout = Visible(chosen.seen[:, None], causal=False), self.drop()
+        visible, dropout = AttentionMask(chosen.seen[:, None], causal=False), self.drop()
         if learns(q, scoring) and not dropout:
             y = attend_causal(q, memory.keys, memory.values, visible, scoring)
         else:
@@ -143,7 +143,7 @@ class SelectiveAttention(FullAttention):
         columns = torch.arange(tokens, device=kept.keys.device)[None]  # (1, T)
         return Remembered(kept.keys, kept.values, columns, kept.keys.new_zeros(batch, tokens, dtype=wide))
 
-    def _scoring_of(self, q: Tensor, memory: Remembered, context: Context) -> Scoring:
+    def _scoring_of(self, q: Tensor, memory: Remembered, context: Context) -> ScoreMod:
         """What becomes of the scores before anything is selected: row by row where the rows remember other tokens."""
         rows = context.past + torch.arange(q.shape[2], device=q.device)
         distance = rows[:, None] - memory.columns[:, None]  # (B or 1, T, K)
@@ -156,7 +156,7 @@ class SelectiveAttention(FullAttention):
             values = replace(values, index=torch.stack([one.values.index for one in each])[:, None])  # (B, 1, T, K)
         return replace(each[0], position=position, values=values)
 
-    def select(self, q: Tensor, memory: Remembered, scoring: Scoring, context: Context) -> Selection:
+    def select(self, q: Tensor, memory: Remembered, scoring: ScoreMod, context: Context) -> Selection:
         """F for the queries q (B, H, T, d) over what is remembered, and what is dropped meanwhile."""
         columns, documents = memory.columns, context.documents
         rows = context.past + torch.arange(q.shape[2], device=q.device)  # (T,)
@@ -200,7 +200,7 @@ class SelectiveAttention(FullAttention):
         return SelectiveCache(batch, self.kv_heads, capacity, self.head_width, self.budget, device, dtype)
 
 
-def head_scores(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
+def head_scores(q: Tensor, k: Tensor, scoring: ScoreMod) -> Tensor:
     """Scores (B, T, K) of head 0, in at least fp32, of its queries (B, T, d) and keys (B, K, d)."""
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(1, 2)).to(exact) * (q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.full import positioned, token_distance
+from models.attention.kernels.sdpa import PLAIN, ScoreMod, attend
 from models.attention.options import check_dropout
 from models.attention.protocol import Attention, Context
-from models.attention.standard import PLAIN, Scoring, attend
 from models.cache import ContiguousCache, Kept, KeyValueCache
 from models.errors import UserError
 from models.linear import Linear, residual_std
@@ -103,7 +103,7 @@ class SingleHeadsAttention(Attention):
         if positional.biases:
             distance = token_distance(q, kept, context)  # (T, S)
             position, values = positioned(positional, q, kept.keys, distance, None, context.past)
-            scoring = Scoring(position=position, values=values)
+            scoring = ScoreMod(position=position, values=values)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, kept.keys, kept.values, context.visible, scoring, dropout)  # (B, H, T, d)
         return y.transpose(1, 2).flatten(2)  # (B, T, D)

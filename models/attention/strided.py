@@ -5,7 +5,7 @@ B batch, H query heads, G key/value heads, T new tokens, S tokens so far, d chan
     first half of the heads     {j : i - l <= j <= i}
     second half                 {j <= i : (i - j) mod l = 0}
 
-Two such layers connect every token to all earlier ones. The first pattern is a band (models/attention/blocks.py); for
+Two such layers connect every token to all earlier ones. The first pattern is a band (kernels/banded.py); for
 the second, the tokens of one residue mod l are a sequence of their own, and the l of them lie in the batch. Time and
 memory are O(T l + T^2 / l), with l about sqrt(T) O(T sqrt(T)). Distances, and so residues, are those within a document.
 """
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.blocks import OUTSIDE, Band, attend_band
 from models.attention.full import Full, FullAttention
+from models.attention.kernels.banded import OUTSIDE, Band, attend_band
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
 from models.attention.protocol import Context
-from models.attention.standard import Scoring, Visible, attend
 from models.cache import Kept
 from models.errors import UserError
 from models.specs import ATTENTIONS, Place
@@ -64,18 +64,18 @@ class TwoPatternAttention(FullAttention):
             halves.append(pattern(q[:, heads], seen, context, partial(self.half_scoring, heads, context)))
         return torch.cat(halves, dim=1)  # (B, H, T, d)
 
-    def half_scoring(self, heads: slice, context: Context, q: Tensor, k: Tensor, distance: Tensor) -> Scoring:
+    def half_scoring(self, heads: slice, context: Context, q: Tensor, k: Tensor, distance: Tensor) -> ScoreMod:
         """`scoring` of half of the heads."""
         all_heads = q.new_empty(0, self.heads, 0, self.head_width)  # of the queries no more is read than their number
         scoring = self.scoring(all_heads, k, distance, context)
         position, sink = (None if x is None else x[heads] for x in (scoring.position, scoring.sink))
         return replace(scoring, position=position, sink=sink)
 
-    def near(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., Scoring]) -> Tensor:
+    def near(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
         """The first half: q (B, H / 2, T, d) over what is kept of G / 2 heads, with the scores of `scoring`."""
         raise NotImplementedError
 
-    def far(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., Scoring]) -> Tensor:
+    def far(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
         """The second half, likewise."""
         raise NotImplementedError
 
@@ -84,7 +84,7 @@ class TwoPatternAttention(FullAttention):
         q: Tensor,
         kept: Kept,
         context: Context,
-        scoring: Callable[..., Scoring],
+        scoring: Callable[..., ScoreMod],
         before: int,
         spans: Tensor | None,
     ) -> Tensor:
@@ -110,7 +110,7 @@ class TwoPatternAttention(FullAttention):
         mask = band.holds(distance)[None]  # (1, T, K)
         if spans is not None:
             mask = mask & (spans[:, context.past :, None] == spans[:, None, first:])  # (B or 1, T, K)
-        return attend(q, keys, values, Visible(mask[:, None], False), scoring(q, keys, distance), self.drop())
+        return attend(q, keys, values, AttentionMask(mask[:, None], False), scoring(q, keys, distance), self.drop())
 
 
 @ATTENTIONS.register("strided")
@@ -143,10 +143,10 @@ class StridedAttention(TwoPatternAttention):
         super().__init__(spec, place)
         self.stride = spec.stride
 
-    def near(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., Scoring]) -> Tensor:
+    def near(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
         return self.attend_behind(q, kept, context, scoring, self.stride, context.documents)
 
-    def far(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., Scoring]) -> Tensor:
+    def far(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
         """Lane a holds the queries a, a + l, ... of the new ones, and the keys of their residue."""
         batch, _, new, _ = q.shape
         past, stride, seen = context.past, self.stride, kept.keys.shape[2]
@@ -167,9 +167,11 @@ class StridedAttention(TwoPatternAttention):
         if found.position is not None:
             position = found.position.unflatten(1, (lanes, steps)).movedim(1, 0)  # (w, H / 2, M, N)
             found = replace(found, position=position.repeat(batch, 1, 1, 1))
-        visible = Visible(None, causal=True)
+        visible = AttentionMask(None, causal=True)
         if mask is not None:
-            visible = Visible(mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None], causal=False)  # (B * w, 1, M, N)
+            visible = AttentionMask(
+                mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None], causal=False
+            )  # (B * w, 1, M, N)
         y = attend(q, k, v, visible, found, self.drop())  # (B * w, H / 2, M, d)
         return y.unflatten(0, (batch, lanes)).movedim(1, 3).flatten(2, 3)[:, :, :new]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.attention.full import Full, FullAttention
-from models.attention.places import take
+from models.attention.gather import take
 from models.attention.pooling import POOLINGS, Mean
 from models.attention.protocol import Context
 from models.attention.tree import (

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from models.attention.full import Full, FullAttention, token_distance
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, logits, weigh
 from models.attention.protocol import Context
-from models.attention.standard import Scoring, Visible, logits, weigh
 from models.cache import Kept
 from models.errors import UserError
 from models.specs import ATTENTIONS, Place
@@ -61,7 +61,7 @@ class TopKAttention(FullAttention):
 
 
 def top_k_attention(
-    q: Tensor, k: Tensor, v: Tensor, keep: int, visible: Visible, scoring: Scoring, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, keep: int, visible: AttentionMask, scoring: ScoreMod, dropout: float = 0.0
 ) -> Tensor:
     """Softmax over the `keep` largest logits of each query, (B, H, T, d).
 
@@ -118,7 +118,14 @@ class PlainTopK(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, keep: int, visible: Visible, scale: float, dropout: float
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: int,
+        visible: AttentionMask,
+        scale: float,
+        dropout: float,
     ) -> Tensor:
         exact, mask = torch.promote_types(q.dtype, torch.float32), visible.dense(q, k)  # (B or 1, 1, T, S)
         q3, k3, v3 = (x.contiguous() for x in (q, k, v))
@@ -153,7 +160,7 @@ class PlainTopK(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def _spans(q: Tensor, k: Tensor, visible: Visible) -> list[tuple[int, int, int]]:
+def _spans(q: Tensor, k: Tensor, visible: AttentionMask) -> list[tuple[int, int, int]]:
     """Queries that are computed together, from and up to which, and how many keys: behind those they see none."""
     new, seen = q.shape[2], k.shape[2]
     if visible.mask is not None or not visible.causal:

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.blocks import Extra, attend_band
-from models.attention.documents import document_ends, document_starts
 from models.attention.full import Full, token_distance
+from models.attention.kernels.banded import Extra, attend_band
+from models.attention.kernels.sdpa import AttentionMask, attend
 from models.attention.protocol import Context
-from models.attention.standard import Visible, attend
+from models.attention.segments import document_ends, document_starts
 from models.attention.window import Window, WindowAttention
 from models.cache import Kept, TransientCache
 from models.errors import UserError
@@ -208,7 +208,7 @@ class TransientAttention(WindowAttention):
         bias = bias.expand(len(extra.position), self.heads, *distance.shape)  # (B or 1, H, T, K)
         scoring = replace(scoring, position=torch.cat([bias, extra.position], dim=-1))
         k, v = torch.cat([kept.keys, extra.keys], dim=2), torch.cat([kept.values, extra.values], dim=2)
-        return attend(q, k, v, Visible(mask, causal=False), scoring, self.drop())
+        return attend(q, k, v, AttentionMask(mask, causal=False), scoring, self.drop())
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> TransientCache:
         sizes, widths = (self.block, capacity), (self.head_width, self.width)

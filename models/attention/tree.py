@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention.documents import document_ends, document_starts
-from models.attention.places import take
+from models.attention.gather import take
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend, reference_attention
 from models.attention.protocol import Context
-from models.attention.standard import Scoring, Visible, attend, reference_attention
+from models.attention.segments import document_ends, document_starts
 from models.cache.summaries import ABSENT, Entries
 
 SMALLEST, LARGEST = 64, 256  # tokens of a block where chunks begin anywhere
@@ -225,7 +225,7 @@ def attend_tree(
     q: Tensor,
     tokens: Tokens,
     lists: Sequence[Listed],
-    scoring: Callable[[Tensor, Tensor], Scoring],
+    scoring: Callable[[Tensor, Tensor], ScoreMod],
     dropout: float = 0.0,
 ) -> Tensor:
     """Attention of the new tokens over what they see of every level: time and memory O(T chunk log T).
@@ -267,7 +267,7 @@ def attend_tree(
     q = q if blocks * block == new else q[:, :, columns]
     q = q.unflatten(2, (blocks, block)).movedim(2, 1).flatten(0, 1)  # (B * N, H, C, d)
     k, v, mask = torch.cat(keys, 2), torch.cat(values, 2), torch.cat(masks, -1)[:, None]
-    y = attend(q, k, v, Visible(mask, causal=False), scoring(q, k), dropout)
+    y = attend(q, k, v, AttentionMask(mask, causal=False), scoring(q, k), dropout)
     return y.unflatten(0, (batch, blocks)).movedim(1, 2).flatten(2, 3)[:, :, :new]
 
 
@@ -302,7 +302,7 @@ def reference_tree(
     q: Tensor,
     tokens: Tokens,
     lists: Sequence[Listed],
-    scoring: Callable[[Tensor, Tensor], Scoring],
+    scoring: Callable[[Tensor, Tensor], ScoreMod],
     dropout: float = 0.0,
 ) -> Tensor:
     """The same as `attend_tree`, written down plainly: every query is compared with every entry."""
@@ -317,7 +317,7 @@ def reference_tree(
         torch.cat([split_heads(getattr(entries, name), level.summaries, q.shape[-1]) for level, entries, _ in lists], 2)
         for name in ("keys", "values")
     )
-    return reference_attention(q, k, v, Visible(torch.cat(masks, -1), causal=False), scoring(q, k), dropout)
+    return reference_attention(q, k, v, AttentionMask(torch.cat(masks, -1), causal=False), scoring(q, k), dropout)
 
 
 def split_heads(rows: Tensor, summaries: int, width: int) -> Tensor:

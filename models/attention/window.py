@@ -5,7 +5,7 @@ B batch, H query heads, G key/value heads, T tokens, K keys that are kept, w win
     decoder   i - w D < j <= i       w keys, and with D above 1 every D-th token: (i - j) mod D = 0
     encoder   |i - j| <= w D / 2     w + 1 keys, w even (Longformer's and ModernBERT's convention), likewise
 
-No T x T matrix is made: time and memory are O(T w), also with a dilation (models/attention/blocks.py).
+No T x T matrix is made: time and memory are O(T w), also with a dilation (models/attention/kernels/banded.py).
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.blocks import Band, attend_band
-from models.attention.flex import attend_flex
 from models.attention.full import Full, FullAttention, token_distance
+from models.attention.kernels.banded import Band, attend_band
+from models.attention.kernels.flex import attend_flex
+from models.attention.kernels.sdpa import AttentionMask, attend
 from models.attention.protocol import Context
-from models.attention.standard import Visible, attend
 from models.cache import Kept, KeyValueCache, RollingCache
 from models.errors import UserError
 from models.specs import ATTENTIONS, Place
@@ -104,7 +104,7 @@ class WindowAttention(FullAttention):
         """All queries over all keys that are kept: for few tokens, and for the next one behind a cache."""
         distance = token_distance(q, kept, context)  # (T, K)
         scoring = self.scoring(q, kept.keys, distance, context)
-        visible = Visible(self._mask(distance, kept, context), causal=False)
+        visible = AttentionMask(self._mask(distance, kept, context), causal=False)
         return attend(q, kept.keys, kept.values, visible, scoring, self.drop())
 
     def _mask(self, distance: Tensor, kept: Kept, context: Context) -> Tensor | None:

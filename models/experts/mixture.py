@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.attention import Context
-from models.attention.protocol import NOTHING, Mixed
+from models.attention.protocol import NOTHING, Context, Mixed
 from models.experts.balancing import Auxiliary, Routed
 from models.experts.pairs import Pairs, token_pairs
 from models.experts.router import Routing

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import UserError
+from models.fp32 import ExactBuffers, exact, without_autocast
 from models.linear import Linear
-from models.precision import ExactBuffers, exact, without_autocast
 from models.registry import Registry
 
 ROUTERS = Registry("router", example="{kind: softmax}")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from models.attention import Full, Window
+from models.attention.full import Full
+from models.attention.window import Window
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.families.uniform import common, flag, integer, number, word

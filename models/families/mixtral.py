@@ -6,7 +6,8 @@ The router's jitter stands for the noise of its own input; `transformers` lets t
 from collections.abc import Mapping
 from typing import Any
 
-from models.attention import Full, Window
+from models.attention.full import Full
+from models.attention.window import Window
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.experts import Experts

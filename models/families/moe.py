@@ -10,8 +10,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from models.attention import Full, Window
+from models.attention.full import Full
 from models.attention.options import QkRms
+from models.attention.window import Window
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.experts import BALANCES, ROUTERS, Experts

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from models.attention import Full, Window
+from models.attention.full import Full
+from models.attention.window import Window
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.experts import Experts

@@ -20,7 +20,7 @@ from compress.quantization.tuning import BlockTuning, _tokens
 from compress.quantization.vectors import arrange, assign, cluster, update
 from compress.statistics import Hessian
 from compress.store import FolderStore
-from models.attention import Context
+from models.attention.protocol import Context
 from models.config import ModelConfig
 from models.errors import UserError
 from models.folder import load, save_model, writing

@@ -8,13 +8,13 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward a
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from models.attention import Full
+from models.attention.full import Full
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend, reference_attention
 from models.attention.options import QK_NORMS
-from models.attention.standard import Scoring, Visible, attend, reference_attention
 from models.errors import UserError
 
 HEADS, GROUPS, TOKENS, WIDTH = 4, 2, 7, 8
-CAUSAL = Visible(mask=None, causal=True)
+CAUSAL = AttentionMask(mask=None, causal=True)
 
 
 def inputs():
@@ -34,12 +34,12 @@ def theirs(function, sinks=None, **options):
 
 
 def test_softcap_is_that_of_gemma_2():
-    torch.testing.assert_close(attend(*inputs(), CAUSAL, Scoring(softcap=1.5)), theirs(gemma2, softcap=1.5))
+    torch.testing.assert_close(attend(*inputs(), CAUSAL, ScoreMod(softcap=1.5)), theirs(gemma2, softcap=1.5))
 
 
 def test_sink_is_that_of_gpt_oss():
     sinks = torch.tensor([0.0, 1.0, -2.0, 3.0])
-    torch.testing.assert_close(attend(*inputs(), CAUSAL, Scoring(sink=sinks)), theirs(gpt_oss, sinks))
+    torch.testing.assert_close(attend(*inputs(), CAUSAL, ScoreMod(sink=sinks)), theirs(gpt_oss, sinks))
 
 
 @pytest.mark.parametrize("scale", [None, 1.0, 0.3])
@@ -48,15 +48,15 @@ def test_sink_is_that_of_gpt_oss():
     "visible",
     [
         CAUSAL,
-        Visible(None, causal=False),
-        Visible(torch.rand(2, 1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(3)).gt(0.5).logical_or(
+        AttentionMask(None, causal=False),
+        AttentionMask(torch.rand(2, 1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(3)).gt(0.5).logical_or(
             torch.eye(TOKENS, dtype=torch.bool)), causal=False),
     ],
     ids=["causal", "everything", "mask"],
 )  # fmt: skip
 def test_the_kernel_equals_the_reference(visible, positioned, scale):
     position = torch.randn(HEADS, TOKENS, TOKENS, generator=torch.Generator().manual_seed(1)) if positioned else None
-    scoring = Scoring(scale=scale, position=position)
+    scoring = ScoreMod(scale=scale, position=position)
     torch.testing.assert_close(attend(*inputs(), visible, scoring), reference_attention(*inputs(), visible, scoring))
 
 

@@ -10,7 +10,7 @@ from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAtt
 
 from models.attention.bigbird import random_blocks
 from models.attention.full import token_distance
-from models.attention.standard import Visible, reference_attention
+from models.attention.kernels.sdpa import AttentionMask, reference_attention
 from models.cache import Kept
 from models.config import ModelConfig
 from models.errors import UserError
@@ -93,7 +93,7 @@ def compare(model, tokens, documents):
     kept = Kept(k, v, None)
     mask = dense_mask(attention, packed(tokens) if documents else torch.zeros(2, tokens, dtype=torch.int64))
     scoring = attention.scoring(q, k, token_distance(q, kept, context), context)
-    theirs = reference_attention(q, k, v, Visible(mask, causal=False), scoring)
+    theirs = reference_attention(q, k, v, AttentionMask(mask, causal=False), scoring)
     mine = attention.mix(q, kept, context)
     torch.testing.assert_close(mine, theirs)
     upstream = torch.randn_like(theirs)

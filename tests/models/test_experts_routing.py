@@ -11,7 +11,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter, load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from models.attention import Context
+from models.attention.protocol import Context
 from models.config import ModelConfig
 from models.errors import UserError
 from models.experts import BALANCES, ROUTERS, Capacity

@@ -14,7 +14,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from models.attention import Full, Window
+from models.attention.full import Full
+from models.attention.window import Window
 from models.errors import UserError
 from models.families import import_folder
 from models.files import WEIGHTS

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from models.attention.flash import Tiles, tiled_attention
+from models.attention.kernels.flash import Tiles, tiled_attention
 from models.attention.protocol import document_mask
 from models.config import ModelConfig
 from models.errors import UserError

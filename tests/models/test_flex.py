@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models.attention import flex
-from models.attention.blocks import Band
-from models.attention.standard import Scoring, Visible, reference_attention
+from models.attention.kernels import flex
+from models.attention.kernels.banded import Band
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, reference_attention
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
@@ -35,7 +35,7 @@ def test_pairs_of_a_block_mask_are_those_of_the_pattern(monkeypatch, causal, ban
     seen = (seen if band is None else seen & band.holds(distance))[None, None]
     if documents is not None:
         seen = seen & (documents[:, :, None] == documents[:, None, :])[:, None]
-    expected = reference_attention(q, k, v, Visible(seen, causal=False), Scoring(scale=0.3))
+    expected = reference_attention(q, k, v, AttentionMask(seen, causal=False), ScoreMod(scale=0.3))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from models.attention import learned
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, reference_attention
 from models.attention.learned import attend_causal, causal_attention
 from models.attention.selective import running_sum
-from models.attention.standard import Scoring, Visible, reference_attention
 
 
 def drawn(queries: int, keys: int, groups: int, bias_heads: int, dtype: torch.dtype = torch.float64):
@@ -23,8 +23,8 @@ def drawn(queries: int, keys: int, groups: int, bias_heads: int, dtype: torch.dt
 def test_tiles_equal_all_at_once_in_outputs_and_gradients(monkeypatch, queries, keys, groups, bias_heads):
     monkeypatch.setattr(learned, "TILE", 4)
     inputs, bias = drawn(queries, keys, groups, bias_heads)
-    visible = Visible(torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), causal=False)
-    scoring = Scoring(0.3, bias)
+    visible = AttentionMask(torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), causal=False)
+    scoring = ScoreMod(0.3, bias)
     mine, theirs = (attend(*inputs, visible, scoring) for attend in (attend_causal, reference_attention))
     torch.testing.assert_close(mine, theirs)
     upstream = torch.randn_like(mine)
@@ -38,7 +38,7 @@ def test_gradients_are_those_of_finite_differences(monkeypatch):
     inputs, bias = drawn(5, 5, 2, 1)
 
     def run(q, k, v, position):
-        return attend_causal(q, k, v, Visible(None, causal=True), Scoring(None, position))
+        return attend_causal(q, k, v, AttentionMask(None, causal=True), ScoreMod(None, position))
 
     assert torch.autograd.gradcheck(run, (*inputs, bias))
 
@@ -52,7 +52,7 @@ def test_autocast_changes_nothing():
     inputs, bias = drawn(9, 9, 2, 1, torch.float32)
 
     def gradients():
-        y = attend_causal(*inputs, Visible(None, causal=True), Scoring(None, bias))
+        y = attend_causal(*inputs, AttentionMask(None, causal=True), ScoreMod(None, bias))
         return torch.autograd.grad(y.square().sum(), (*inputs, bias))
 
     plain = gradients()
@@ -63,9 +63,9 @@ def test_autocast_changes_nothing():
 def test_bf16_is_as_near_to_exact_as_the_plain_way(monkeypatch):
     monkeypatch.setattr(learned, "TILE", 16)
     inputs, bias = drawn(40, 40, 2, 1, torch.bfloat16)
-    visible = Visible(None, causal=True)
-    exact = reference_attention(*(x.double() for x in inputs), visible, Scoring(None, bias.double()))
-    mine, theirs = (attend(*inputs, visible, Scoring(None, bias)) for attend in (attend_causal, reference_attention))
+    visible = AttentionMask(None, causal=True)
+    exact = reference_attention(*(x.double() for x in inputs), visible, ScoreMod(None, bias.double()))
+    mine, theirs = (attend(*inputs, visible, ScoreMod(None, bias)) for attend in (attend_causal, reference_attention))
     assert mine.dtype == torch.bfloat16
     assert (mine - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
 

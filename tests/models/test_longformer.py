@@ -6,9 +6,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LongformerConfig
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
-from models.attention import blocks
+from models.attention.kernels import banded
+from models.attention.kernels.sdpa import PLAIN, AttentionMask, ScoreMod, reference_attention
 from models.attention.longformer import attend_documents
-from models.attention.standard import PLAIN, Scoring, Visible, reference_attention
 from models.config import ModelConfig
 from models.errors import UserError
 from models.positions.alibi import slopes
@@ -57,8 +57,8 @@ def dense_oracle(attention, x, documents, alibi):
             q, k = attention.q_norm(q), attention.k_norm(k)
         bias = -slopes(4)[:, None, None] * (i - j).abs() if alibi else None
         sink = None if attention.sink is None else attention.sink(q)
-        scoring = Scoring(attention.scale, bias, attention.softcap, sink)
-        return reference_attention(q, k, v, Visible(mask[:, None], False), scoring)
+        scoring = ScoreMod(attention.scale, bias, attention.softcap, sink)
+        return reference_attention(q, k, v, AttentionMask(mask[:, None], False), scoring)
 
     local = rows(attention.q, attention.k, attention.v, ordinary)
     own = rows(attention.q_global, attention.k_global, attention.v_global, same & past)
@@ -73,7 +73,7 @@ def dense_oracle(attention, x, documents, alibi):
 @pytest.mark.parametrize("tokens", [1, 3, 4, 13, 47])
 def test_it_equals_dense_masks(tokens, direction, dilation, documents, options, monkeypatch):
     """Outputs and gradients in fp64."""
-    monkeypatch.setattr(blocks, "SMALLEST", 6)  # so that there are several
+    monkeypatch.setattr(banded, "SMALLEST", 6)  # so that there are several
     model = build(direction=direction, dilation=dilation, **options).double()
     numbers = document_numbers(tokens) if documents else None
     _, context = model.embed(torch.zeros(2, tokens, dtype=torch.int64), documents=numbers)
@@ -154,7 +154,7 @@ def test_a_later_token_sees_the_window_and_the_global_tokens_only():
     assert {number for number, row in enumerate(gradient[0]) if row.any()} == {0, 1, 15, 16, 17}
 
 
-@pytest.mark.parametrize("scoring", [PLAIN, Scoring(0.5, None, 2.0, torch.tensor([0.3, -1.0]))], ids=["plain", "rich"])
+@pytest.mark.parametrize("scoring", [PLAIN, ScoreMod(0.5, None, 2.0, torch.tensor([0.3, -1.0]))], ids=["plain", "rich"])
 def test_a_softmax_by_documents_is_one_for_each(scoring):
     q, (k, v) = torch.randn(2, 2, 30, 4), torch.randn(2, 2, 1, 30, 4)
     numbers = document_numbers(30)
@@ -164,29 +164,31 @@ def test_a_softmax_by_documents_is_one_for_each(scoring):
         for start in starts[row].unique().tolist():
             own = (starts[row] == start).nonzero().flatten()
             k_own, v_own = k[row : row + 1, :, own], v[row : row + 1, :, own]
-            expected = reference_attention(q[row : row + 1, :, own[:2]], k_own, v_own, Visible(None, False), scoring)
+            expected = reference_attention(
+                q[row : row + 1, :, own[:2]], k_own, v_own, AttentionMask(None, False), scoring
+            )
             torch.testing.assert_close(y[row : row + 1, :, own[:2]], expected)
             assert not y[row, :, own[2:]].any()
 
 
 @pytest.mark.parametrize("after", [0, 2])
 def test_the_first_tokens_of_a_document_are_seen_by_later_ones_only(after, monkeypatch):
-    monkeypatch.setattr(blocks, "SMALLEST", 6)
+    monkeypatch.setattr(banded, "SMALLEST", 6)
     q, k, v = torch.randn(3, 2, 1, 40, 4)
     numbers, i, j = document_numbers(40), torch.arange(40)[:, None], torch.arange(40)
     same = numbers[:, :, None] == numbers[:, None, :]
     starts = same.int().argmax(-1)  # (B, T)
     anchored = (j - starts[..., None] < 3) & (j <= i)
     seen = same & (((i - j <= 1) & (j - i <= after)) | anchored)
-    expected = reference_attention(q, k, v, Visible(seen[:, None], False))
-    documents, anchors = (numbers, numbers), blocks.Anchors(starts, 3)
-    y = blocks.attend_band(q, k, v, blocks.Band(1, after), lambda *_: PLAIN, documents, anchors=anchors)
+    expected = reference_attention(q, k, v, AttentionMask(seen[:, None], False))
+    documents, anchors = (numbers, numbers), banded.Anchors(starts, 3)
+    y = banded.attend_band(q, k, v, banded.Band(1, after), lambda *_: PLAIN, documents, anchors=anchors)
     torch.testing.assert_close(y, expected)
 
 
 def test_an_anchor_counts_once_wherever_a_document_begins(monkeypatch):
     """Also where it is the first key that a block sees, or the last that it does not: a document from every place."""
-    monkeypatch.setattr(blocks, "SMALLEST", 6)  # so that blocks hold 16 queries and see 16 keys before them
+    monkeypatch.setattr(banded, "SMALLEST", 6)  # so that blocks hold 16 queries and see 16 keys before them
     q, k, v = torch.randn(3, 40, 1, 64, 4)
     i, j, starts = torch.arange(64)[:, None], torch.arange(64), torch.arange(40)
     numbers = (j >= starts[:, None]).long()  # (B, T)
@@ -198,13 +200,13 @@ def test_an_anchor_counts_once_wherever_a_document_begins(monkeypatch):
     def bias(distance):  # (., .) -> (H, ., .)
         return table[distance.clamp(0, 63)][None]
 
-    expected = reference_attention(q, k, v, Visible(seen[:, None], False), Scoring(None, bias(i - j)))
-    documents, anchors = (numbers, numbers), blocks.Anchors(starts, 3, bias)
+    expected = reference_attention(q, k, v, AttentionMask(seen[:, None], False), ScoreMod(None, bias(i - j)))
+    documents, anchors = (numbers, numbers), banded.Anchors(starts, 3, bias)
 
     def scoring(q, k, distance):
-        return Scoring(None, bias(distance))
+        return ScoreMod(None, bias(distance))
 
-    y = blocks.attend_band(q, k, v, blocks.Band(1, 0), scoring, documents, anchors=anchors)
+    y = banded.attend_band(q, k, v, banded.Band(1, 0), scoring, documents, anchors=anchors)
     torch.testing.assert_close(y, expected)
 
 

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
+from models.attention.kernels.bucketed import Weighing, bucketed_attention
 from models.attention.lsh import attend_last, chunks, group_of, last_of_bucket, reference, unit, windows
-from models.attention.near import Weighing, attend_near
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
@@ -79,7 +79,7 @@ def test_sorted_blocks_equal_a_dense_mask(form, tokens, packed, duplicates):
         layout, seen = chunks(buckets, documents, 4, across), of_chunk(buckets, documents, 4, across)
     scoring = Weighing(0.4, duplicates)
     q, v = q.requires_grad_(), v.requires_grad_()
-    mine, theirs = (f(q, unit(q), v, how, scoring) for f, how in ((attend_near, layout), (reference, seen)))
+    mine, theirs = (f(q, unit(q), v, how, scoring) for f, how in ((bucketed_attention, layout), (reference, seen)))
     torch.testing.assert_close(mine, theirs)
     upstream = torch.randn_like(mine)
     for a, b in zip(*(torch.autograd.grad(y, (q, v), upstream) for y in (mine, theirs)), strict=True):
@@ -94,7 +94,9 @@ def test_chunks_of_a_long_document_are_cut_from_its_beginning_wherever_that_is(s
     documents = (torch.arange(30) >= torch.tensor([[start], [start + 4]])).long()
     layout, seen = chunks(buckets, documents, 4, across), of_chunk(buckets, documents, 4, across)
     scoring = Weighing(0.4, False)
-    torch.testing.assert_close(attend_near(q, unit(q), v, layout, scoring), reference(q, unit(q), v, seen, scoring))
+    torch.testing.assert_close(
+        bucketed_attention(q, unit(q), v, layout, scoring), reference(q, unit(q), v, seen, scoring)
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
@@ -130,7 +132,7 @@ def test_it_is_that_of_transformers_for_given_buckets():
     expected = theirs(x, buckets=offset).hidden_states.unflatten(-1, (3, 8)).transpose(1, 2)  # (B, H, T, d)
     q, v = (linear(x).unflatten(-1, (3, 8)).transpose(1, 2) for linear in (theirs.query_key, theirs.value))
     layout = chunks(buckets, None, chunk, across=True)
-    mine = attend_near(q, unit(q), v, layout, Weighing(1.0, duplicates=True))
+    mine = bucketed_attention(q, unit(q), v, layout, Weighing(1.0, duplicates=True))
     inner = (layout.numbers > 0).all(2)
     assert inner.float().mean() > 0.7
     torch.testing.assert_close(mine[inner], expected[inner], atol=1e-5, rtol=1e-5)
@@ -143,7 +145,7 @@ def test_where_all_tokens_are_near_it_is_that_of_reformer_pytorch(causal):
     theirs = LSHAttention(bucket_size=16, n_hashes=1, causal=causal, attend_across_buckets=True).eval()(qk, v)[0]
     q, values, one = qk[:, None], v[:, None], torch.zeros(2, 1, 1, 32, dtype=torch.int64)
     layout = windows(one, None, 32, 2) if causal else chunks(one, None, 32, across=False)
-    mine = attend_near(q, unit(q), values, layout, Weighing(8**-0.5))
+    mine = bucketed_attention(q, unit(q), values, layout, Weighing(8**-0.5))
     torch.testing.assert_close(mine[:, 0], theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -251,10 +253,10 @@ def test_what_it_cannot_be_is_refused(change, message):
 @pytest.mark.parametrize("chunk", [3, 12, 17])
 def test_earlier_outputs_are_the_same_to_the_bit_however_later_tokens_fall(chunk):
     q, v, buckets = drawn(301, buckets=16, dtype=torch.float32)
-    before = attend_near(q, unit(q), v, windows(buckets, None, chunk, 16), Weighing(0.4))
+    before = bucketed_attention(q, unit(q), v, windows(buckets, None, chunk, 16), Weighing(0.4))
     for t in (100, 200, 299):
         others = buckets.clone()
         others[..., t:] = 15 - others[..., t:]
-        after = attend_near(q, unit(q), v, windows(others, None, chunk, 16), Weighing(0.4))
+        after = bucketed_attention(q, unit(q), v, windows(others, None, chunk, 16), Weighing(0.4))
         assert torch.equal(after[:, :, :t], before[:, :, :t])
         assert not torch.equal(after[:, :, t:], before[:, :, t:])

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2BertConfig, XLNetConfig, XLNetModel
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
-from models.attention import Context, Full
+from models.attention.full import Full
+from models.attention.protocol import Context
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.attention import Context
+from models.attention.protocol import Context
 from models.attention.retention import GatedRetention, Powers, Range, Retention, chunkwise, parallel, recurrent
 from models.cache import beginnings
 from models.config import ModelConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.attention import Context
+from models.attention.protocol import Context
 from models.attention.single_heads import SingleHeads
 from models.config import ModelConfig
 from models.errors import UserError

@@ -6,9 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.attention.documents import document_ends, document_starts
 from models.attention.full import token_distance
-from models.attention.standard import Visible, reference_attention
+from models.attention.kernels.sdpa import AttentionMask, reference_attention
+from models.attention.segments import document_ends, document_starts
 from models.cache import Kept
 from models.config import ModelConfig
 from models.errors import UserError
@@ -83,7 +83,7 @@ def compare(model, spec, tokens, documents):
     kept = Kept(k, v, None)
     mask = dense_mask(spec, packed(tokens) if documents else torch.zeros(2, tokens))
     scoring = attention.scoring(q, k, token_distance(q, kept, context), context)
-    theirs = reference_attention(q, k, v, Visible(mask, causal=False), scoring)
+    theirs = reference_attention(q, k, v, AttentionMask(mask, causal=False), scoring)
     mine = attention.mix(q, kept, context)
     torch.testing.assert_close(mine, theirs)
     upstream = torch.randn_like(theirs)

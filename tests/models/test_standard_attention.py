@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from models import products
-from models.attention import standard
+from models.attention.kernels import sdpa
+from models.attention.kernels.sdpa import AttentionMask, StandardAttention, attend, training_bias
 from models.attention.protocol import document_mask
-from models.attention.standard import StandardAttention, Visible, attend, training_bias
 
 CASES = {
     "as many groups as heads": (2, 3, 3, 7, 4),
@@ -78,8 +78,8 @@ def test_only_a_short_training_step_in_bf16_asks_for_it(fast_products, monkeypat
         return training_bias(torch.zeros(2, length, 4, dtype=dtype), None, True) is not None
 
     assert asked()
-    assert asked(length=standard.LONGEST)
-    assert not asked(length=standard.LONGEST + 1)
+    assert asked(length=sdpa.LONGEST)
+    assert not asked(length=sdpa.LONGEST + 1)
     assert not asked(dtype=torch.float32)
     with torch.no_grad():
         assert not asked()
@@ -102,7 +102,7 @@ def test_a_compiled_step_takes_it_and_stays_near_the_kernel(fast_products, packe
 
     @torch.compile(backend=keep, fullgraph=True)
     def step(q, k, v):
-        return attend(q, k, v, Visible(mask, causal=mask is None, bias=bias))
+        return attend(q, k, v, AttentionMask(mask, causal=mask is None, bias=bias))
 
     q, k, v = inputs(batch, heads, groups, length, width, dtype=torch.bfloat16)
     y, exact = step(q, k, v), kernel(q.double(), k.double(), v.double(), mask)

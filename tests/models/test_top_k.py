@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.attention.standard import PLAIN, Scoring, Visible
+from models.attention.kernels.sdpa import PLAIN, AttentionMask, ScoreMod
 from models.attention.top_k import largest, top_k_attention
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
 
-CAUSAL, ALL = Visible(None, causal=True), Visible(None, causal=False)
+CAUSAL, ALL = AttentionMask(None, causal=True), AttentionMask(None, causal=False)
 
 
 def inputs(tokens=9, dtype=torch.float64):
@@ -54,7 +54,7 @@ def test_rows_are_those_of_an_explicit_sort(keep, visible, options):
     if options:
         extra = {"softcap": 1.5, "sink": torch.tensor([0.0, 1.0, -1.0, 2.0]), "position": torch.randn(4, 9, 9)}
         extra = {name: x.double() if name != "softcap" else x for name, x in extra.items()}
-    mine = top_k_attention(*found, keep, visible, Scoring(**extra) if options else PLAIN)
+    mine = top_k_attention(*found, keep, visible, ScoreMod(**extra) if options else PLAIN)
     theirs = oracle(*found, keep, visible.causal, **extra)
     torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-10)
     upstream = torch.randn_like(theirs)
@@ -122,7 +122,11 @@ def test_few_large_tensors_are_kept_for_the_backward():
 
 @pytest.mark.parametrize(
     "visible",
-    [CAUSAL, ALL, Visible(torch.rand(2, 1, 21, 21).tril(-1).round().bool() | torch.eye(21, dtype=torch.bool), False)],
+    [
+        CAUSAL,
+        ALL,
+        AttentionMask(torch.rand(2, 1, 21, 21).tril(-1).round().bool() | torch.eye(21, dtype=torch.bool), False),
+    ],
     ids=["causal", "all", "mask"],
 )
 def test_blocks_of_queries_are_the_whole_with_and_without_dropout(visible, monkeypatch):

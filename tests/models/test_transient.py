@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LongT5Config
 from transformers.models.longt5.modeling_longt5 import LongT5TransientGlobalAttention
 
-from models.attention import blocks
+from models.attention.kernels import banded
 from models.attention.transient import complete_blocks
 from models.config import ModelConfig
 from models.errors import UserError
@@ -91,7 +91,7 @@ def oracle(attention, x, documents, positional):
 @pytest.mark.parametrize("tokens", [1, 2, 4, 12, 35])
 def test_it_is_what_the_definition_says(tokens, direction, documents, options, monkeypatch):
     """Outputs and gradients in fp64."""
-    monkeypatch.setattr(blocks, "SMALLEST", 6)  # so that there are several
+    monkeypatch.setattr(banded, "SMALLEST", 6)  # so that there are several
     model = build(direction=direction, **options).double()
     numbers = document_numbers(tokens) if documents else None
     _, context = model.embed(torch.zeros(2, tokens, dtype=torch.int64), documents=numbers)

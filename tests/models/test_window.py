@@ -9,8 +9,8 @@ from transformers import GPTNeoConfig, MistralConfig, ModernBertConfig, ModernBe
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
 
-from models.attention import blocks
 from models.attention.full import token_distance
+from models.attention.kernels import banded
 from models.cache import Kept, RollingCache
 from models.config import ModelConfig
 from models.errors import UserError
@@ -49,7 +49,7 @@ def dense_oracle(attention, q, kept, context):
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])
 @pytest.mark.parametrize("tokens", [3, 4, 5, 8, 16, 17, 41])
 def test_blocks_equal_a_dense_mask(tokens, direction, dilation, documents, monkeypatch):
-    monkeypatch.setattr(blocks, "SMALLEST", 6)  # so that there are several
+    monkeypatch.setattr(banded, "SMALLEST", 6)  # so that there are several
     attention = build(direction=direction, dilation=dilation).blocks[0].attention.double()
     q = torch.randn(2, 4, tokens, 4, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(2, 2, tokens, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))

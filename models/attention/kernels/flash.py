@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models.precision import without_autocast
+from models.fp32 import without_autocast
 
 
 class Tiles(NamedTuple):

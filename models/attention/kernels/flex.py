@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from models.attention.blocks import Band
+from models.attention.kernels.banded import Band
 
 DEVICES = ("cuda",)
 

@@ -61,7 +61,7 @@ class Weighing(NamedTuple):
 SELF = -1e5  # the score of a query with itself: what is left where it sees no other
 
 
-def attend_near(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Weighing) -> Tensor:
+def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Weighing) -> Tensor:
     """Attention of each query to the keys that the rounds bring it.
 
     Args:
@@ -84,7 +84,7 @@ def attend_near(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scoring: Weighi
         times = torch.ones_like(hidden, dtype=torch.uint8)
         for other in range(1, rounds):
             times += ~_hidden(layout, front, other)
-    return NearAttention.apply(q, k, v, layout, scoring, front, place, hidden, times)
+    return BucketedAttention.apply(q, k, v, layout, scoring, front, place, hidden, times)
 
 
 def _hidden(layout: Layout, front: Tensor, other: int) -> Tensor:
@@ -126,8 +126,8 @@ def _by_key(x: Tensor, layout: Layout) -> Tensor:
     return x.as_strided(shape, strides, more * block).reshape(-1, keys, block)
 
 
-class NearAttention(torch.autograd.Function):
-    """`apply(q, k, v, layout, scoring, front, place, hidden, times)`, see `attend_near`."""
+class BucketedAttention(torch.autograd.Function):
+    """`apply(q, k, v, layout, scoring, front, place, hidden, times)`, see `bucketed_attention`."""
 
     @staticmethod
     def forward(

@@ -26,7 +26,7 @@ LONGEST = 512  # tokens, for which one layer keeps 2 * 512 * 512 bytes of scores
 
 
 @dataclass(frozen=True)
-class Visible:
+class AttentionMask:
     """Which keys a query may see.
 
     Attributes:
@@ -66,7 +66,7 @@ class ValueTerms:
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoreMod:
     """What is done to the scores, beside dividing them by sqrt(d), and to the values.
 
     Attributes:
@@ -89,10 +89,12 @@ class Scoring:
         return self.softcap is None and self.sink is None and self.values is None
 
 
-PLAIN = Scoring()
+PLAIN = ScoreMod()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring = PLAIN, dropout: float = 0.0) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: AttentionMask, scoring: ScoreMod = PLAIN, dropout: float = 0.0
+) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V over the keys that each query may see.
 
     Args:
@@ -130,7 +132,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring =
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring = PLAIN, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, visible: AttentionMask, scoring: ScoreMod = PLAIN, dropout: float = 0.0
 ) -> Tensor:
     """The same as `attend`, written down plainly: all scores in memory, softmax in at least fp32."""
     scores = logits(q, k, scoring)  # (B, H, T, S)
@@ -139,7 +141,7 @@ def reference_attention(
     return weigh(scores, q, v, scoring, dropout)
 
 
-def logits(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
+def logits(q: Tensor, k: Tensor, scoring: ScoreMod) -> Tensor:
     """What `scoring` makes of Q K^T, in at least fp32: q (B, H, T, d), k (B, G, S, d) -> (B, H, T, S)."""
     exact = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
@@ -150,7 +152,7 @@ def logits(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
     return scores if scoring.position is None else scores + scoring.position
 
 
-def weigh(scores: Tensor, q: Tensor, v: Tensor, scoring: Scoring, dropout: float) -> Tensor:
+def weigh(scores: Tensor, q: Tensor, v: Tensor, scoring: ScoreMod, dropout: float) -> Tensor:
     """The values v (B, G, S, d) by the softmax of scores (B, H, T, S), the sink among them: (B, H, T, d) as q."""
     if scoring.sink is not None:
         sink = scoring.sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)  # (B, H, T, 1)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
 from models.attention.learned import attend_learned, fits_learned, learns
-from models.attention.standard import Scoring, Visible, attend
 
 OUTSIDE = -2  # the document of what lies before the first token or behind the last
 SMALLEST, LARGEST = 64, 256  # tokens of a block: smaller ones copy their keys too often, larger ones see too many
@@ -86,7 +86,7 @@ def attend_band(
     k: Tensor,
     v: Tensor,
     band: Band,
-    scoring: Callable[[Tensor, Tensor, Tensor], Scoring],
+    scoring: Callable[[Tensor, Tensor, Tensor], ScoreMod],
     documents: tuple[Tensor, Tensor] | None = None,
     extra: Extra | None = None,
     dropout: float = 0.0,
@@ -143,7 +143,7 @@ def attend_band(
         k, v, mask, found = _joined(k, v, mask, found, more)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, c, K + X)
     mix = attend_learned if learns(q, found) and fits_learned(q, k, found) else attend
-    y = mix(q, k, v, Visible(mask, causal=False), found, dropout)
+    y = mix(q, k, v, AttentionMask(mask, causal=False), found, dropout)
     return y.unflatten(0, (batch, blocks)).movedim(1, 2).flatten(2, 3)[:, :, :tokens]
 
 
@@ -164,7 +164,7 @@ def _by_remainder(
     k: Tensor,
     v: Tensor,
     band: Band,
-    scoring: Callable[[Tensor, Tensor, Tensor], Scoring],
+    scoring: Callable[[Tensor, Tensor, Tensor], ScoreMod],
     documents: tuple[Tensor, Tensor] | None,
     extra: Extra | None,
     dropout: float,
@@ -246,8 +246,8 @@ def _anchored(k: Tensor, v: Tensor, anchors: Anchors, starts: Tensor, rows: Tens
 
 
 def _joined(
-    k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring, beside: _Beside
-) -> tuple[Tensor, Tensor, Tensor, Scoring]:
+    k: Tensor, v: Tensor, mask: Tensor, scoring: ScoreMod, beside: _Beside
+) -> tuple[Tensor, Tensor, Tensor, ScoreMod]:
     """The keys, values and mask of every block with those beside the band behind them, and the scoring of all."""
     batch = max(mask.shape[0], beside.visible.shape[0])
     mask = torch.cat([x.expand(batch, -1, -1, -1) for x in (mask, beside.visible)], dim=-1)  # (., N, c, K + X)

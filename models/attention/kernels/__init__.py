@@ -1,0 +1,1 @@
+"""Kernels of softmax attention: what the mechanisms compute with, each a file."""
