@@ -102,7 +102,7 @@ def seen_by(model, token, tokens=24):
     x = x.detach().requires_grad_()
     y = x
     for block in model.blocks:
-        y = block(y, context)
+        y = block(y, context).y
     (gradient,) = torch.autograd.grad((y[0, token] * torch.randn(16, dtype=y.dtype)).sum(), x)
     return {number for number, row in enumerate(gradient[0]) if row.any()}
 
