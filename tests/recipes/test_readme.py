@@ -16,7 +16,7 @@ from tests.recipes.conftest import ARCHITECTURE, QUICK
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-DRAWN = ROOT / "docs/architecture_picture.py"
+OTHERS = [ROOT / "docs/architecture_picture.py", ROOT / "tests/benchmarks/RESULTS.md"]
 GUIDE = (ROOT / "docs/guide.md").read_text()  # its examples go on from those of the README
 INDENTED = [x.strip() for x in (README + GUIDE).replace("\\\n", " ").splitlines() if x.startswith("    ")]
 COMMANDS = [shlex.split(line, comments=True) for line in INDENTED if line.startswith("espalier ")]
@@ -42,7 +42,7 @@ def test_table_lists_every_verb():
     assert set(cli.VERBS) - {"validate", "test", "predict"} <= listed
 
 
-@pytest.mark.parametrize("page", [*PAGES, DRAWN], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.name)
 def test_files_that_a_page_names_are_there(page):
     text = page.read_text()
     named = re.findall(r"(?<![\w/.-])((?:recipes|models|compress|app|tests|docs)/[\w/.*-]*)(?<!\.)", text)
