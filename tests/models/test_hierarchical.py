@@ -175,6 +175,6 @@ def test_windows_that_grow_with_the_depth_reach_as_far_as_their_sum():
     x, context = model.embed(torch.randint(40, (1, 12)))
     y = x = x.detach().requires_grad_()
     for block in model.blocks:
-        y = block(y, context)
+        y = block(y, context).y
     (gradient,) = torch.autograd.grad(y[0, -1].square().sum(), x)
     assert gradient[0].any(-1).tolist() == [False] * 7 + [True] * 5  # itself, and 1 + 3 tokens before

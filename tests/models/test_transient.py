@@ -160,7 +160,7 @@ def seen_by(model, token, tokens=20):
     model = model.double()
     x, context = model.embed(torch.randint(40, (1, tokens)))
     x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(model.blocks[0](x, context)[0, token].sum(), x)
+    (gradient,) = torch.autograd.grad(model.blocks[0](x, context).y[0, token].sum(), x)
     return {number for number, row in enumerate(gradient[0]) if row.any()}
 
 
