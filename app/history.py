@@ -16,6 +16,7 @@ from typing import Any
 
 from app.evaluation import wording
 from app.evaluation.environment import environment
+from app.tasks.base import Task
 from models.config import ModelConfig
 from models.errors import UserError
 from models.families import family_of
@@ -112,26 +113,31 @@ def verify(folder: Path) -> list[str]:
 
 
 def write_card(
-    folder: Path, model: Transformer, entries: Sequence[Mapping[str, Any]], figures: Mapping[str, Any] | None = None
+    folder: Path,
+    model: Transformer,
+    entries: Sequence[Mapping[str, Any]],
+    task: Task,
+    figures: Mapping[str, Any] | None = None,
 ) -> None:
     """Write README.md, the model card: what the model is, how it came about, what it measures, how to load it.
 
     Args:
+        task: what it was trained for.
         figures: the block of report.json of this model (`quality`, `size`, `speed`), where it was measured.
     """
-    (folder / "README.md").write_text(_card(model, entries, figures or {}), encoding="utf-8")
+    (folder / "README.md").write_text(_card(model, entries, task, figures or {}), encoding="utf-8")
 
 
-def _card(model: Transformer, entries: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> str:
+def _card(model: Transformer, entries: Sequence[Mapping[str, Any]], task: Task, figures: Mapping[str, Any]) -> str:
     config = model.config
     counts = model.count_parameters()
     lines = [
         "---",
         "library_name: espalier",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'text-generation' if task.generates else 'fill-mask'}",
         "---",
         "",
-        f"# {wording.count(counts['total'])} parameter decoder",
+        f"# {wording.count(counts['total'])} parameter {task.describes}",
         "",
         f"{len(config.layers)} layers, width {config.width}, vocabulary {config.vocab_size}, "
         f"context {config.context} tokens.{_experts(counts)}",
@@ -144,19 +150,17 @@ def _card(model: Transformer, entries: Sequence[Mapping[str, Any]], figures: Map
         "",
     ]
     if "quality" in figures:
-        lines += ["## What it measures", "", *_measured(figures), "", "`report.md` has the whole report.", ""]
-    lines += [
-        "## How to load it",
-        "",
-        "    import models",
-        '    model = models.load("this/folder")',
-        "",
-        *_commands(config),
-        "",
-        "The model continues text of the kind that it was trained on. It was not tuned to follow instructions, and",
-        "nothing filters what it writes.",
-        "",
-    ]
+        measured = _measured(figures, task)
+        lines += ["## What it measures", "", *measured, "", "`report.md` has the whole report.", ""]
+    lines += ["## How to load it", "", "    import models", '    model = models.load("this/folder")', ""]
+    if task.generates:
+        lines += [
+            *_commands(config),
+            "",
+            "The model continues text of the kind that it was trained on. It was not tuned to follow instructions, and",
+            "nothing filters what it writes.",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -182,15 +186,17 @@ def _stage(entry: Mapping[str, Any]) -> str:
     return f"**{stage}**{on}: {title} (weights {wording.code(str(entry.get('weights'))[:12])})"
 
 
-def _measured(figures: Mapping[str, Any]) -> list[str]:
+def _measured(figures: Mapping[str, Any], task: Task) -> list[str]:
     quality, size = figures["quality"], figures.get("size", {})
-    perplexity = f"perplexity per token, {quality.get('tokens', 0):,} held-out tokens"
-    lines = ["| figure | value |", "|---|---|", f"| {perplexity} | {wording.number(quality['perplexity'])} |"]
-    if "bits_per_byte" in quality:
-        lines.append(f"| bits per byte | {wording.number(quality['bits_per_byte'])} |")
+    lines = ["| figure | value |", "|---|---|"]
+    for number, metric in enumerate(task.metrics):
+        if metric.kind in quality:
+            over = "" if number else f" per token, {quality.get('tokens', 0):,} held-out tokens"
+            lines.append(f"| {metric.label}{over} | {metric.show(quality[metric.kind])} |")
     if size:
         lines.append(f"| weights on disk | {wording.size(size['stored_bytes'])} |")
         lines.append(f"| weights in memory | {wording.size(size['memory_bytes'])} |")
     if "speed" in figures:
-        lines.append(f"| decoding, batch 1 | {wording.rate(figures['speed']['decode_tokens_per_second'])} |")
+        first = task.protocol.throughputs[0]
+        lines.append(f"| {first.label.lower()}, batch 1 | {wording.rate(figures['speed'][first.name])} |")
     return lines

@@ -3,7 +3,7 @@
 import hashlib
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 
 from app.data.tokenizer import Tokenizer, load_tokenizer
 from app.history import read_history
+from app.tasks import TASKS, CausalLM, Task
 from models import families, folder
 from models.config import ModelConfig
 from models.errors import UserError
@@ -46,11 +47,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode, its tokenizer (None where none came with it), and where both came from."""
+    """A model in evaluation mode, its tokenizer (None where none came with it), where both came from, and its task."""
 
     model: Transformer
     tokenizer: Tokenizer | None
     source: Source
+    task: Task = field(default_factory=CausalLM)
 
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -62,13 +64,14 @@ class Loaded:
         if self.tokenizer is None:
             raise UserError(f"{self.source.path} has no tokenizer.json, and text cannot be read without one")
         rows = self.model.config.vocab_size
-        for name, number in (
-            (self.tokenizer.begin_of_text, self.tokenizer.begin),
-            (self.tokenizer.end_of_text, self.tokenizer.eot),
+        for name, number, use in (
+            (self.tokenizer.begin_of_text, self.tokenizer.begin, "begins or ends texts with"),
+            (self.tokenizer.end_of_text, self.tokenizer.eot, "begins or ends texts with"),
+            *([(self.tokenizer.mask_token, self.tokenizer.mask, "masks with")] if self.task.needs_mask else []),
         ):
             if number >= rows:
                 raise UserError(
-                    f"the tokenizer in {self.source.path} begins or ends texts with {name!r}, its token {number}, "
+                    f"the tokenizer in {self.source.path} {use} {name!r}, its token {number}, "
                     f"but the model has embeddings for {rows} tokens"
                 )
         return self.tokenizer
@@ -124,7 +127,20 @@ def _load(path: Path, device: str | torch.device, dtype: torch.dtype | None) -> 
     model = families.import_folder(path, device, dtype) if foreign else folder.load(path, device, dtype)
     tokenizer = load_tokenizer(path) if (path / "tokenizer.json").exists() else None
     kind: Kind = "hugging face" if foreign else "folder"
-    return Loaded(model, tokenizer, Source(path, kind, folder.hash_weights(path), read_history(path)))
+    task = _task(None if foreign else folder.read_task(path), path / folder.CONFIG, model.config)
+    return Loaded(model, tokenizer, Source(path, kind, folder.hash_weights(path), read_history(path)), task)
+
+
+def _task(value: Any, where: Path, config: ModelConfig) -> Task:
+    """The task that a config names; where it names none it was written before there were others than causal_lm."""
+    if value is None:
+        return CausalLM()
+    task = TASKS.parse(value, f"{where}: task")
+    try:
+        task.check(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return task
 
 
 def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype | None) -> Loaded:
@@ -151,7 +167,8 @@ def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype 
             raise UserError(f"{path}: the weights of {name} should have shape {list(shape)}, but it holds {held}")
     model = folder.fill(model, iter(found.items()), device, dtype)
     source = Source(path, "checkpoint", _hash(path), _history_of(record))
-    return Loaded(model, _tokenizer_of(path.absolute()), source)
+    task = _task(content["hyper_parameters"].get("task"), path, model.config)
+    return Loaded(model, _tokenizer_of(path.absolute()), source, task)
 
 
 def read_checkpoint(path: Path, sharded: bool = True) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The model folder: what passes between stages and what a person keeps.
 
-    config.json          {"format": "espalier", "format_version": 1, "architecture": {...}}
+    config.json          {"format": "espalier", "format_version": 1, "architecture": {...}, "task": {"kind": ...}}
     model.safetensors    the weights as stored: packed where quantized; in shards with an index when large
 
 The config says all that is needed to rebuild the model, and names no Python class.
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,15 @@ FORMAT = "espalier"
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what a weight that is not packed may be
-_KEYS = ("format", "format_version", "architecture")
+_KEYS = ("format", "format_version", "architecture", "task")
 
 
 def save_model(
-    model: Transformer, directory: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    model: Transformer,
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    task: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `config.json` and the weights of `model` into an existing `directory` (usually from `writing`).
 
@@ -42,12 +47,12 @@ def save_model(
         dtype: of the dense floating-point tensors; by default each as it is. Packed tensors are never converted, nor
             are the buffers that a model keeps in fp32.
         shard_bytes: largest size of one file; more go into shards with an index.
+        task: what the model was trained for, as plain values with a `kind`; None leaves it out.
     """
     packed = described(model)
     config = replace(model.config, compression=packed)
-    write_json(
-        directory / CONFIG, {"format": FORMAT, "format_version": FORMAT_VERSION, "architecture": config.to_dict()}
-    )
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "architecture": config.to_dict()}
+    write_json(directory / CONFIG, content | ({} if task is None else {"task": dict(task)}))
     write_tensors(directory, _converted(model, packed, dtype), shard_bytes)
 
 
@@ -85,6 +90,11 @@ def read_config(folder: str | Path) -> ModelConfig:
         return ModelConfig.from_dict(content["architecture"])
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
+
+
+def read_task(folder: str | Path) -> Any:
+    """What `config.json` says the model was trained for; None where it says nothing. Nothing of it is checked here."""
+    return read_json(inside(Path(folder).expanduser(), CONFIG)).get("task")
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:

@@ -96,7 +96,7 @@ def named_tokens(source: Path) -> dict[str, str]:
     for name in (SPECIAL_MAP, TOKENIZER_CONFIG):
         if (source / name).is_file():
             content = read_json(inside(source, name))
-            for role in SPECIAL:
+            for role in (*SPECIAL, "mask_token"):
                 token = content.get(role)
                 text = token.get("content") if isinstance(token, dict) else token
                 if text is not None and not isinstance(text, str):

@@ -1,4 +1,4 @@
-"""`espalier fit|validate|test|predict`: LightningCLI over the language model and the text data module.
+"""`espalier fit|validate|test|predict`: LightningCLI over the training of a task and the text data module.
 
 The command line wins over the recipes, and both win over what a checkpoint holds; the difference is printed.
 """
@@ -42,9 +42,10 @@ from app.callbacks.folder import Weights
 from app.data.module import TextData
 from app.memory import keep_freed_memory
 from app.strategies import FSDP2, WholeCheckpoints
+from app.tasks import TASKS
 from app.tasks.architecture import resolve_architecture
 from app.tasks.gradients import check_max_norm
-from app.tasks.language import LanguageModel
+from app.tasks.training import Training
 from models.errors import UserError, did_you_mean
 from recipes.fit_arguments import prepare, trusting
 from recipes.fit_errors import explained
@@ -119,7 +120,7 @@ class FitCLI(LightningCLI):
         self.plan = Plan()
         loops = {name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False}
         super().__init__(
-            LanguageModel,
+            Training,
             TextData,
             save_config_callback=None,  # it refuses to resume into its own folder; RunRecord writes the recipe
             trainer_defaults=DEFAULTS,
@@ -160,7 +161,9 @@ class FitCLI(LightningCLI):
         check_device(config.trainer.accelerator)
         check_strategy(config.trainer.strategy)
         check_max_norm(config.trainer.gradient_clip_val)
-        resolve_architecture(config.model.architecture, 1, config.data.sequence_length)  # 1: no tokenizer is known yet
+        task = TASKS.parse(config.model.task, "model.task")
+        # 1: no tokenizer is known yet
+        task.check(resolve_architecture(config.model.architecture, 1, config.data.sequence_length))
         out = None if config.out is None else Path(config.out).expanduser()
         self.root = run_folder(out) if out is not None else None
         place_below(config.trainer, self.root)
@@ -187,6 +190,7 @@ class FitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        self.datamodule.task = self.model.task
         if self.resume is None:
             return
         trained = describe_checkpoint(self.resume)

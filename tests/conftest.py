@@ -51,13 +51,14 @@ class Trained(NamedTuple):
         or the last bits of the training (which the number of threads decides about) make of them.
         """
         found = [[evaluate_quality(model, split) for split in self.splits] for model in models]
-        means = [replace(ones[0], nll=np.mean([one.nll for one in ones], axis=0)) for ones in zip(*found, strict=True)]
-        shift = np.concatenate([np.full(len(one.nll), 10**6 * number) for number, one in enumerate(means)])
+        means = [np.mean([one.sums["nll"] for one in ones], axis=0) for ones in zip(*found, strict=True)]
+        shift = np.concatenate([np.full(len(nll), 10**6 * number) for number, nll in enumerate(means)])
         block, document, tokens = (
-            np.concatenate([getattr(one.segments, name) for one in means]) for name in ("block", "document", "tokens")
+            np.concatenate([getattr(one.segments, name) for one in found[0]])
+            for name in ("block", "document", "tokens")
         )
         segments = Segments(block + shift, document + shift, tokens)
-        return replace(means[0], segments=segments, nll=np.concatenate([one.nll for one in means]))
+        return replace(found[0][0], segments=segments, sums={"nll": np.concatenate(means)})
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ class FiniteGuard(Callback):
         if module.figures is None or not module.stepped:
             return
         self.check(trainer)
-        value = torch.stack([module.figures.nll.float(), module.figures.grad_norm])  # (2,)
+        value = torch.stack([module.figures.loss.float(), module.figures.grad_norm])  # (2,)
         self._pending = (trainer.global_step, self._documents, value)
         self._documents = []
         if value.device.type == "cpu":

@@ -65,7 +65,7 @@ class ModelFolder(Callback):
         model.load_state_dict(state, assign=True)
         data = trainer.datamodule
         with writing(self.out, overwrite=True) as folder:
-            save_model(model, folder, dtype=module.compute_dtype)
+            save_model(model, folder, dtype=module.compute_dtype, task=module.task.dump())
             if getattr(data, "tokenizer", None) is not None:
                 data.tokenizer.save(folder)
             entry = history_entry(
@@ -81,5 +81,5 @@ class ModelFolder(Callback):
             entry["steps"] = trainer.global_step
             entry["stopped_early"] = trainer.should_stop and trainer.global_step < trainer.estimated_stepping_batches
             write_history(folder, [entry])
-            write_card(folder, model, [entry])
+            write_card(folder, model, [entry], module.task)
         (Path(trainer.default_root_dir) / COMPLETE).touch()

@@ -16,12 +16,13 @@ from app.callbacks.peaks import peak_flops
 from models.errors import UserError
 
 GIB = 2**30
+LARGEST = math.exp(700.0)  # of a figure in TensorBoard
 
 
 class Metrics(Callback):
     """Logs, every so many optimizer steps:
 
-        train/loss, train/perplexity, train/bits_per_byte    of the step, over all ranks
+        train/loss, train/METRIC                             of the step, over all ranks; the metrics of the task
         train/learning_rate, train/grad_norm                 of the first parameter group; norm before clipping
         speed/tokens_per_second, speed/mfu                   over the steps since the last entry, validation left out
         memory/peak_gib                                      of the device, or of the process on CPU
@@ -68,23 +69,21 @@ class Metrics(Callback):
 
     def _log(self, trainer: Trainer, module: LightningModule, length: int) -> None:
         figures = module.figures
-        both = torch.stack([figures.nll.double(), figures.tokens.double()])  # (2,)
+        sums = torch.stack([*(value.double() for value in figures.sums.values()), figures.count.double()])
         if trainer.world_size > 1:
-            both = trainer.strategy.reduce(both, reduce_op="sum")
-        nll, tokens = both.tolist()  # waits for the device, so that the clock below is true
+            sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        *sums, count = sums.tolist()  # waits for the device, so that the clock below is true
+        means = dict(zip(figures.sums, (value / max(count, 1) for value in sums), strict=True))
         seconds = time.perf_counter() - self._since - self._paused
-        loss, rate = nll / max(tokens, 1), self._tokens / seconds
+        rate = self._tokens / seconds
         values = {
-            "train/loss": loss,
-            "train/perplexity": math.exp(min(loss, 700.0)),
+            **{f"train/{name}": min(value, LARGEST) for name, value in module.metrics_of(means).items()},
+            "train/loss": next(iter(means.values())),
             "train/learning_rate": figures.learning_rate,
             "train/grad_norm": figures.grad_norm.item(),
             "speed/tokens_per_second": rate,
             "memory/peak_gib": peak_memory(module.device) / GIB,
         }
-        bytes_per_token = getattr(trainer.datamodule, "bytes_per_token", None)
-        if bytes_per_token:
-            values["train/bits_per_byte"] = loss / math.log(2) / bytes_per_token
         if self.peak is not None:
             flops = rate * module.model.training_flops_per_token(length)
             values["speed/mfu"] = flops / (self.peak * trainer.world_size)

@@ -72,7 +72,7 @@ class RunProgress(ProgressBar):
             self._show(trainer, module, now - self._begin)
 
     def _show(self, trainer: Trainer, module: LightningModule, seconds: float) -> None:
-        loss = (module.figures.nll / module.figures.tokens).item()
+        loss = (module.figures.loss / module.figures.count).item()
         left = seconds / self._steps * (self._total - trainer.global_step)
         text = f"loss {loss:.3f}  {self._tokens / seconds:,.0f} tokens/s  {duration(left)} left"
         if self._bar is not None:
@@ -88,10 +88,14 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._bar.update(self._task, description="training")
         if self._enabled and trainer.state.fn == "fit" and "validation/loss" in trainer.callback_metrics:
-            loss, perplexity = (float(trainer.callback_metrics[f"validation/{x}"]) for x in ("loss", "perplexity"))
-            self._console.print(
-                f"step {trainer.global_step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}", highlight=False
-            )
+            found = {name.removeprefix("validation/"): float(x) for name, x in trainer.callback_metrics.items()}
+            parts = [f"loss {found['loss']:.4f}"]
+            parts += [
+                f"{metric.label} {metric.show(found[metric.kind])}"
+                for metric in module.task.metrics
+                if metric.kind in found and metric.kind != "loss"
+            ]
+            self._console.print(f"step {trainer.global_step}: validation {', '.join(parts)}", highlight=False)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if self._bar is not None:

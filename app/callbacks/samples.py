@@ -1,4 +1,4 @@
-"""Continuations that the model writes while it trains, as text in TensorBoard."""
+"""What the model makes of a few texts while it trains, as text in TensorBoard."""
 
 import sys
 import warnings
@@ -12,14 +12,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from app.callbacks.metrics import log_text
 from app.strategies import FSDP2
 from models.errors import UserError
-from models.generation import generate
 
 
 class Samples(Callback):
-    """Writes continuations of a few prompts after each validation.
+    """Writes what the task makes of a few prompts after each validation: a continuation, or hidden tokens filled in.
 
     Args:
-        prompts: texts to continue; an empty text begins a new document.
+        prompts: texts to continue or to hide tokens of; an empty text begins a new document.
         max_new_tokens: of each continuation, or as many as learned positions have room for.
         temperature: 0 takes the likeliest token.
         seed: of the sampling.
@@ -36,7 +35,7 @@ class Samples(Callback):
         """Refuse prompts that leave no room for a continuation now, not after hours at the first validation."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
         config = module.model.config
-        if tokenizer is None or not config.position.bounded:
+        if tokenizer is None or not module.task.generates or not config.position.bounded:
             return
         for text in self.prompts:
             tokens = len(tokenizer.prompt(text))
@@ -53,27 +52,15 @@ class Samples(Callback):
         sharded = isinstance(trainer.strategy, FSDP2)
         if not (trainer.is_global_zero or sharded):  # a sharded model runs on all ranks together
             return
-        log_text(trainer, "samples", "\n\n".join(self._continue(module, tokenizer)))
+        log_text(trainer, "samples", "\n\n".join(self._written(module, tokenizer)))
 
-    def _continue(self, module: LightningModule, tokenizer) -> list[str]:
-        prompts = [tokenizer.prompt(text) for text in self.prompts]
-        config, new_tokens = module.model.config, self.max_new_tokens
-        if config.position.bounded:
-            new_tokens = min(new_tokens, config.context - max(map(len, prompts)))
+    def _written(self, module: LightningModule, tokenizer) -> list[str]:
+        options = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
         eager = nullcontext() if module.compiling is None else torch.compiler.set_stance("force_eager")
         with torch.no_grad(), eager, warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always", UserWarning)
-            written = generate(
-                module.model,
-                prompts,
-                max_new_tokens=new_tokens,
-                temperature=self.temperature,
-                stop_tokens=tokenizer.stops,
-                seed=self.seed,
-            )
+            texts = module.task.samples(module.model, tokenizer, self.prompts, **options)
         self._say(f"samples: {warning.message}" for warning in found)
-        continued = map(tokenizer.continuation, prompts, written)
-        texts = [prompt + text for prompt, text in zip(self.prompts, continued, strict=True)]
         return ["```\n" + text.replace("```", "'''") + "\n```" for text in texts]
 
     @rank_zero_only

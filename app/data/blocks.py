@@ -160,6 +160,10 @@ class TokenBlocks(Dataset):
             raise UserError(f"corpus '{self.corpus}' has no document {number} in its {self.split} split")
         return (self.folder / "names.txt").read_text(encoding="utf-8").split("\n")[place]
 
+    def number(self, index: int) -> int:
+        """Return which block of the split that at `index` is."""
+        return int(self._blocks[index % len(self)])
+
     def __getitem__(self, index: int) -> Batch:
         """Return one row without the batch dimension. Raises IndexError past the end."""
         if not -1 <= index < len(self):
@@ -172,12 +176,15 @@ class TokenBlocks(Dataset):
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return the blocks `indices` as one batch; the index -1 gives a row of padding.
 
+        An index past the end is a block of a later epoch: the same one again.
+
         Returns:
             tokens (B, T) int64; targets (B, T) int64, -100 where nothing is predicted; documents (B, T) int32, places
             in the split, -1 for padding (left out with `cross_documents`); ids (B, 2) int64, the numbers in the corpus
             of the first and the last document of each row, -1 for a row of padding.
         """
         rows = np.asarray(indices, dtype=np.int64)  # (B,)
+        rows = np.where(rows == PADDING, PADDING, rows % len(self))
         length, end = self.sequence_length, self.tokens
         begins = np.where(rows == PADDING, end, self._blocks[rows] * length)  # (B,)
         places = begins[:, None] + np.arange(length + 1)  # (B, T + 1)

@@ -2,10 +2,12 @@
 
 import sys
 from functools import cached_property
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import Dataset
 
 from app.data.blocks import TokenBlocks, fingerprint_of, tokenize
 from app.data.cache import cache_root, track
@@ -60,6 +62,7 @@ class TextData(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        self.task: Any = None  # the task whose examples are given (app/tasks/base.py); None: blocks as they are
         for name, value, least in (
             ("sequence_length", sequence_length, 1),
             ("batch_size", batch_size, 1),
@@ -100,7 +103,8 @@ class TextData(LightningDataModule):
             self.corpus.sizes["train"],
             len,
         )
-        return cached_tokenizer(texts, self.corpus.sha256, self._vocab_size, self.cache / "tokenizers")
+        mask = self.task is not None and self.task.needs_mask
+        return cached_tokenizer(texts, self.corpus.sha256, self._vocab_size, self.cache / "tokenizers", mask)
 
     @property
     def vocab_size(self) -> int:
@@ -118,9 +122,16 @@ class TextData(LightningDataModule):
         return "; ".join(self.corpus.left_out)
 
     @property
-    def bytes_per_token(self) -> float:
+    def bytes_per_token(self) -> float | None:
         """UTF-8 bytes a predicted token in the validation split, which turns its loss into bits per byte."""
-        return self.blocks("validation").bytes_per_token
+        return self.examples("validation").bytes_per_token
+
+    def examples(self, split: str) -> Dataset:
+        """Return what the task makes of the blocks of a split."""
+        blocks = self.blocks(split)
+        if self.task is None:
+            return blocks
+        return self.task.examples(blocks, self.tokenizer, training=split == "train", seed=self.seed)
 
     def blocks(self, split: str) -> TokenBlocks:
         """Return the blocks of a split, tokenized now unless the cache has them; a short last block is dropped from
@@ -176,7 +187,7 @@ class TextData(LightningDataModule):
         order = Order(len(blocks), self.seed)
         rank, ranks = self._ranks()
         batches = TrainingBatches(order, self._start, self._epoch(), self.batch_size, rank, ranks)
-        return Loader(blocks, batches, self.workers)
+        return Loader(self.examples("train"), batches, self.workers)
 
     def val_dataloader(self) -> Loader:
         """Return the whole validation split in order."""
@@ -272,7 +283,7 @@ class TextData(LightningDataModule):
         return 0 if self.trainer is not None and self.trainer.overfit_batches else self.position
 
     def _evaluation(self, split: str) -> Loader:
-        blocks = self.blocks(split)
+        blocks = self.examples(split)
         return Loader(blocks, EvaluationBatches(len(blocks), self.batch_size, *self._ranks()), self.workers)
 
     def _ranks(self) -> tuple[int, int]:

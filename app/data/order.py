@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from app.data.blocks import PADDING, Batch, TokenBlocks
+from app.data.blocks import PADDING, Batch
 
 
 class Order:
@@ -25,11 +25,14 @@ class Order:
         self._permutation = np.zeros(0, dtype=np.int64)
 
     def slice(self, begin: int, end: int) -> np.ndarray:
-        """Return the block numbers at the places [begin, end) of the stream: (end - begin,) int64."""
+        """Return the samples at the places [begin, end) of the stream: (end - begin,) int64.
+
+        A sample is the number of its block, plus `count` for every epoch before it.
+        """
         pieces = []
         while begin < end:
             epoch, offset = divmod(begin, self.count)
-            piece = self._of(epoch)[offset : offset + end - begin]
+            piece = self._of(epoch)[offset : offset + end - begin] + epoch * self.count
             pieces.append(piece)
             begin += len(piece)
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
@@ -100,7 +103,7 @@ class Loader:
     dropout as the uninterrupted one.
     """
 
-    def __init__(self, blocks: TokenBlocks, batches: Sampler[list[int]], workers: int) -> None:
+    def __init__(self, blocks: Dataset, batches: Sampler[list[int]], workers: int) -> None:
         self._loader = DataLoader(
             blocks,
             batch_sampler=batches,

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -22,6 +23,9 @@ from models.sidecars import TOKENIZER, TOKENIZER_CONFIG, named_tokens, read_side
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+MASK = "<mask>"
+_KNOWN_MASKS = (MASK, "[MASK]")
+_SPACES = str.maketrans("ĠĊĉč▁", " \n\t\r ")  # what byte-level BPE and SentencePiece write for white space
 # What given tokenizers call the token between documents, where their tokenizer_config.json does not say.
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
@@ -38,6 +42,7 @@ class Tokenizer:
         files: path in a folder -> content of it and the files beside it, saved as they are given (models/sidecars.py).
         end_of_text: the token between documents.
         begin_of_text: the token that a model reads first in a document; `end_of_text` when None.
+        mask: the token that stands for a hidden one; None: there is none.
         stops: ids of further tokens that end a text.
 
     Raises:
@@ -51,6 +56,7 @@ class Tokenizer:
         end_of_text: str = END_OF_TEXT,
         begin_of_text: str | None = None,
         stops: Iterable[int] = (),
+        mask: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.files = dict(files)
@@ -61,6 +67,7 @@ class Tokenizer:
         self.begin_of_text = begin_of_text or end_of_text
         self.eot = self._id(end_of_text, "to put between documents")
         self.begin = self._id(self.begin_of_text, "to begin documents with")
+        self.mask_token = mask
         self.stops = frozenset((self.eot, *stops))  # tokens after which nothing is generated
         # Given tokenizers may number their tokens with gaps: what an embedding needs is the largest number plus one.
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -70,6 +77,34 @@ class Tokenizer:
         if number is None:
             raise UserError(f"the tokenizer has no token '{token}' {use}")
         return number
+
+    @property
+    def mask(self) -> int:
+        """The id of the mask token. Raises UserError where there is none."""
+        if self.mask_token is None:
+            raise UserError(
+                "the tokenizer has no mask token, which masked_lm hides tokens behind; give one that has, or train one "
+                "for this task (data.tokenizer: null)"
+            )
+        return self._id(self.mask_token, "to hide tokens behind")
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The ids of its special tokens."""
+        return [number for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special]
+
+    @property
+    def word_edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each token, whether its first character goes on with a word, and whether its last one can be gone on with.
+
+        Two (V,) bool: a token belongs to the word of the one before where both are true.
+        """
+        edges = np.zeros((2, self.vocab_size), dtype=bool)
+        for token, number in self.tokenizer.get_vocab(with_added_tokens=False).items():
+            text = token.removeprefix("##").translate(_SPACES)
+            if text:
+                edges[:, number] = text[0].isalnum(), text[-1].isalnum()
+        return edges[0], edges[1]
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without any token that marks a beginning or an end."""
@@ -121,7 +156,7 @@ class Tokenizer:
         write_sidecars(self.files, Path(folder))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, mask: bool = False) -> Tokenizer:
     """Train a byte-level BPE (GPT-2's pre-tokenizer: Radford et al. 2019, section 2.2) on `texts`.
 
     The same texts in the same order give the same tokenizer, on any number of threads. Small corpora may hold fewer
@@ -130,19 +165,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Args:
         texts: training texts, consumed once.
         vocab_size: tokens wanted, at least 257: the 256 bytes and `<|endoftext|>`.
+        mask: whether to add `<mask>`, as token 1.
 
     Raises:
         UserError: `vocab_size` is below 257, or the texts are empty.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"vocab_size {vocab_size} is too small: byte-level BPE needs at least {SMALLEST_VOCABULARY}")
+    smallest = SMALLEST_VOCABULARY + mask
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size {vocab_size} is too small: byte-level BPE needs at least {smallest}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, MASK] if mask else [END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -151,7 +188,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if not counted.characters:
         raise UserError("the training split holds no text to train a tokenizer on")
     content = (tokenizer.to_str(pretty=True) + "\n").encode()
-    return Tokenizer(tokenizer, {TOKENIZER: content, TOKENIZER_CONFIG: _config(END_OF_TEXT, END_OF_TEXT)})
+    token = MASK if mask else None
+    files = {TOKENIZER: content, TOKENIZER_CONFIG: _config(END_OF_TEXT, END_OF_TEXT, token)}
+    return Tokenizer(tokenizer, files, mask=token)
 
 
 class _Counted:
@@ -167,7 +206,7 @@ class _Counted:
             yield text
 
 
-def _config(end_of_text: str, begin_of_text: str) -> bytes:
+def _config(end_of_text: str, begin_of_text: str, mask: str | None = None) -> bytes:
     """A tokenizer_config.json with which `transformers.AutoTokenizer` loads a tokenizer."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -177,7 +216,7 @@ def _config(end_of_text: str, begin_of_text: str) -> bytes:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000_000,
-    }
+    } | ({} if mask is None else {"mask_token": mask})
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -215,7 +254,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     adds_begin = TOKENIZER_CONFIG in files and read_json(inside(folder, TOKENIZER_CONFIG)).get("add_bos_token")
     begin = first or (named.get("bos_token") if adds_begin else None) or end
     files.setdefault(TOKENIZER_CONFIG, _config(end, begin))
-    return Tokenizer(tokenizer, files, end, begin, stop_tokens(folder))
+    masks = (named.get("mask_token"), *_KNOWN_MASKS)
+    mask = next((name for name in masks if name is not None and tokenizer.token_to_id(name) is not None), None)
+    return Tokenizer(tokenizer, files, end, begin, stop_tokens(folder), mask)
 
 
 @contextlib.contextmanager
@@ -236,7 +277,7 @@ def _first_token(tokenizer: tokenizers.Tokenizer) -> str | None:
     return encoding.tokens[0] if encoding.special_tokens_mask[:1] == [1] else None
 
 
-def cached_tokenizer(texts: Iterable[str], key: str, vocab_size: int, folder: Path) -> Tokenizer:
+def cached_tokenizer(texts: Iterable[str], key: str, vocab_size: int, folder: Path, mask: bool = False) -> Tokenizer:
     """Return the tokenizer trained on the corpus with SHA-256 `key`, from `folder` where an earlier run left it."""
-    place = folder / f"{key[:32]}-{vocab_size}"
-    return load_tokenizer(build_once(place, lambda temporary: train_tokenizer(texts, vocab_size).save(temporary)))
+    place = folder / f"{key[:32]}-{vocab_size}{'-mask' if mask else ''}"
+    return load_tokenizer(build_once(place, lambda temporary: train_tokenizer(texts, vocab_size, mask).save(temporary)))

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from app.evaluation import wording
+from app.evaluation.metrics import Metric
 from app.evaluation.quality import (
-    IGNORED,
-    Ledger,
+    PREDICTION,
     Part,
     Progress,
     Quality,
     batches,
+    closed,
     evaluate_quality,
     no_progress,
-    settle,
+    quality,
 )
+from app.evaluation.rows import IGNORED, Ledger
 from models.config import ModelConfig
 from models.folder import skeleton
 from models.transformer import Transformer
@@ -39,22 +41,28 @@ def count_tokens(blocks: Iterable[dict[str, Tensor]], vocabulary: int) -> np.nda
     return counts
 
 
-def unigram(blocks: Sequence[dict[str, Tensor]], counts: np.ndarray) -> Quality:
+def unigram(
+    blocks: Sequence[dict[str, Tensor]], counts: np.ndarray, metrics: tuple[Metric, ...] = PREDICTION
+) -> Quality:
     """Quality of p(token) = (count + 1) / (sum of counts + V), add-one smoothing, on every token of `blocks`."""
-    nll = torch.from_numpy(np.log(counts.sum() + len(counts)) - np.log(counts + 1.0))  # (V,) float64
-    ledger = Ledger(3)
+    log = torch.from_numpy(np.log(counts + 1.0) - np.log(counts.sum() + len(counts)))  # (V,) float64
+    measured = {metric.quantity: metric.units for metric in metrics} | {"nll": lambda log, target: -log[0, target]}
+    ledger = Ledger(measured)
     done = 0
     for batch in batches(blocks, 64):
         segment, valid = ledger.open(batch, done)
-        ledger.add(0, segment[valid], nll[batch["targets"][valid]])
+        target = batch["targets"][valid]  # (N,)
+        for name, units in measured.items():
+            ledger.add(name, segment[valid], units(log.expand(len(target), -1), target))
         done += len(valid)
-    return settle(ledger, 1, getattr(blocks, "bytes_per_token", None))[0][0]
+    return quality(ledger, *closed(ledger), metrics, blocks)
 
 
 def untrained(
     config: ModelConfig,
     blocks: Sequence[dict[str, Tensor]],
     *,
+    metrics: tuple[Metric, ...] = PREDICTION,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Progress = no_progress,
@@ -66,7 +74,7 @@ def untrained(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Transformer(replace(config, compression={})).to(device)
-    return evaluate_quality(model, Part.spread(blocks, UNTRAINED_BLOCKS), progress=progress)
+    return evaluate_quality(model, Part.spread(blocks, UNTRAINED_BLOCKS), metrics=metrics, progress=progress)
 
 
 def baselines(
@@ -74,6 +82,7 @@ def baselines(
     blocks: Sequence[dict[str, Tensor]],
     training_blocks: Iterable[dict[str, Tensor]] | None = None,
     *,
+    metrics: tuple[Metric, ...] = PREDICTION,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Progress = no_progress,
@@ -87,8 +96,8 @@ def baselines(
     counted = "the training split" if training_blocks is not None else "the evaluation text itself"
     counts = count_tokens(training_blocks if training_blocks is not None else blocks, config.vocab_size)
     return {
-        "unigram": unigram(blocks, counts).figures() | {"source": f"token frequencies of {counted}"},
-        "untrained": untrained(config, blocks, seed=seed, device=device, progress=progress).figures()
+        "unigram": unigram(blocks, counts, metrics).figures() | {"source": f"token frequencies of {counted}"},
+        "untrained": untrained(config, blocks, metrics=metrics, seed=seed, device=device, progress=progress).figures()
         | {"source": f"{describe(config)}, freshly initialised, seed {seed}, at most {UNTRAINED_BLOCKS} blocks"},
     }
 

@@ -13,20 +13,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from app.evaluation.baselines import baselines as measure_baselines
 from app.evaluation.intervals import Interval
+from app.evaluation.metrics.perplexity import exp
 from app.evaluation.quality import (
     Divergence,
     Progress,
     Quality,
+    check_same,
     device_of,
     evaluate_qualities,
     evaluate_quality,
-    exp,
-    paired,
 )
 from app.evaluation.size import size_figures
 from app.evaluation.speed import STANDARD, SpeedProtocol, change_of_speed, measure_speeds
+from app.tasks import CausalLM, Task
 from models.folder import hash_weights
 from models.transformer import Transformer
 
@@ -71,6 +71,7 @@ def evaluate_pair(
     after: Subject,
     blocks: Sequence[dict[str, Tensor]],
     *,
+    task: Task | None = None,
     training_blocks: Iterable[dict[str, Tensor]] | None = None,
     baselines: dict | None = None,
     references: Sequence[Subject] = (),
@@ -83,6 +84,7 @@ def evaluate_pair(
     Args:
         before, after: of one vocabulary. `folder` gives `stored_bytes`; evaluate what was saved, loaded back.
         blocks: the whole held-out split.
+        task: what both were trained for; by default causal_lm.
         training_blocks: where the unigram baseline counts its frequencies; without it, the evaluation text itself.
         baselines: those of an earlier stage on the same data, to save measuring them again.
         references: further models to show the two against, for example the teacher of a distilled student.
@@ -92,9 +94,13 @@ def evaluate_pair(
 
     Raises UserError for an empty split or two vocabularies.
     """
-    models = [before.model, after.model]
+    task, models = task or CausalLM(), [before.model, after.model]
     (was, now), divergence = evaluate_qualities(
-        models, blocks, batch_size=batch_size, progress=phase(progress, "predicting held-out text")
+        models,
+        blocks,
+        metrics=task.metrics,
+        batch_size=batch_size,
+        progress=phase(progress, "predicting held-out text"),
     )
     timed: list[dict] = [{}, {}]
     if speed is not None:
@@ -104,7 +110,7 @@ def evaluate_pair(
     # after the models have run: by then the weights are held as their kernels want them
     blocks_of = [before.block(was) | timed[0], after.block(now) | timed[1]]
     if baselines is None:
-        baselines = measure_baselines(
+        baselines = task.baselines(
             before.model.config,
             blocks,
             training_blocks,
@@ -116,12 +122,18 @@ def evaluate_pair(
         "after": blocks_of[1],
         "change": change(blocks_of[0], blocks_of[1], change_of_quality(was, now, divergence)),
         "baselines": baselines,
-        "measurement": measurement(was, blocks),
+        "measurement": measurement(was, blocks, task),
+        "task": task.dump(),
     }
     if references:
         found["references"] = {
             subject.name: subject.block(
-                evaluate_quality(subject.model, blocks, progress=phase(progress, f"predicting with {subject.name}"))
+                evaluate_quality(
+                    subject.model,
+                    blocks,
+                    metrics=task.metrics,
+                    progress=phase(progress, f"predicting with {subject.name}"),
+                )
             )
             for subject in references
         }
@@ -132,41 +144,47 @@ def evaluate_model(
     subject: Subject,
     blocks: Sequence[dict[str, Tensor]],
     *,
+    task: Task | None = None,
     speed: SpeedProtocol | None = STANDARD,
     batch_size: int | None = None,
     progress: Report = silent,
 ) -> dict:
     """The block that `espalier evaluate` writes for one model, with `measurement` beside its figures."""
+    task = task or CausalLM()
     (quality,), _ = evaluate_qualities(
-        [subject.model], blocks, batch_size=batch_size, progress=phase(progress, "predicting held-out text")
+        [subject.model],
+        blocks,
+        metrics=task.metrics,
+        batch_size=batch_size,
+        progress=phase(progress, "predicting held-out text"),
     )
     timed: dict = {}
     if speed is not None:
         prompt = blocks[0]["tokens"].tolist()
         timed["speed"] = measure_speeds([subject.model], prompt, protocol=speed, progress=phase(progress, "timing"))[0]
-    return clean(subject.block(quality) | timed | {"measurement": measurement(quality, blocks)})
+    return clean(subject.block(quality) | timed | {"measurement": measurement(quality, blocks, task)})
 
 
 def change_of_quality(before: Quality, after: Quality, divergence: Divergence | None) -> dict:
-    """Paired differences (after - before) with their 95 % intervals, KL(before || after) and next-token agreement.
+    """Paired differences (after - before) of the metrics with their 95 % intervals, KL(before || after) and agreement.
 
-    The interval of the perplexity holds the perplexity before at its measured value.
+    `beyond_noise` is that of the first metric, which verdicts are about; `KIND_ratio` is the change of one that is told
+    as a ratio.
     """
-    difference, perplexity = paired(before, after), exp(before.loss.value)
-    scales: dict[str, Interval] = {
-        "loss": difference,
-        "perplexity": difference.map(lambda nats: perplexity * (exp(nats) - 1)),
-        "perplexity_ratio": difference.map(exp),
-    }
-    if before.bytes_per_token:
-        scales["bits_per_byte"] = difference.map(lambda nats: nats / math.log(2) / before.bytes_per_token)
+    check_same(before, after)
+    scales: dict[str, Interval | None] = {}
+    for metric in before.metrics:
+        scales[metric.kind] = metric.change(before, after)
+        if metric.relative:
+            scales[f"{metric.kind}_ratio"] = metric.difference(before, after).map(exp)
     if divergence is not None:
         scales["kl_divergence"] = divergence.kl_divergence
         scales["agreement"] = divergence.agreement
-    figures: dict = {name: interval.value for name, interval in scales.items()}
+    found = {name: interval for name, interval in scales.items() if interval is not None}
+    figures: dict = {name: interval.value for name, interval in found.items()}
     figures["tokens"] = before.tokens
-    figures["beyond_noise"] = difference.beyond_noise
-    figures["interval"] = {name: [interval.low, interval.high] for name, interval in scales.items()}
+    figures["beyond_noise"] = before.metrics[0].difference(before, after).beyond_noise
+    figures["interval"] = {name: [interval.low, interval.high] for name, interval in found.items()}
     figures["interval"]["method"] = f"paired; {before.segments.describe()}"
     return figures
 
@@ -183,7 +201,7 @@ def change(before: dict, after: dict, quality: dict) -> dict:
     return found
 
 
-def measurement(quality: Quality, blocks: Sequence[dict[str, Tensor]]) -> dict:
+def measurement(quality: Quality, blocks: Sequence[dict[str, Tensor]], task: Task) -> dict:
     """How the figures were taken: without this a perplexity means nothing."""
     return {
         "context": quality.context,
@@ -193,7 +211,7 @@ def measurement(quality: Quality, blocks: Sequence[dict[str, Tensor]]) -> dict:
         "blocks": len(blocks),
         "tokens_in_split": getattr(blocks, "tokens", None),
         "documents": "kept apart: no token sees another document" if "documents" in blocks[0] else "not kept apart",
-        "normalisation": "per token of this tokenizer; bits per byte divides by the UTF-8 bytes of the text",
+        "normalisation": task.normalisation,
         "bytes_per_token": quality.bytes_per_token,
         "intervals": quality.segments.describe(),
         "data": getattr(blocks, "fingerprint", None),

@@ -11,9 +11,8 @@ stride is the block length. Log-probabilities are taken in fp32 and summed in fp
 B rows in a batch, T tokens in a block, V vocabulary, D width, N predicted tokens of a chunk.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,14 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from app.evaluation.experts import Loads
-from app.evaluation.intervals import Interval, cluster_mean
+from app.evaluation.intervals import Interval
+from app.evaluation.metrics import BitsPerByte, Loss, Metric, Perplexity
+from app.evaluation.rows import IGNORED, Ledger, Rows, Segments
 from app.evaluation.size import device_of
 from models.errors import UserError
 from models.finite import not_finite
 
-IGNORED = -100
 LOGITS_AT_ONCE = 2**25  # fp32 values of one model's logits held at a time: 128 MiB
-FEWEST_DOCUMENTS = 20  # with fewer documents than this, blocks are the clusters
+PREDICTION = (Perplexity(), Loss(), BitsPerByte())  # the metrics of a language model
 
 Progress = Callable[[int, int], None]
 
@@ -65,41 +65,10 @@ def no_progress(done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Segments:
-    """Sums over the predicted tokens of each (block, document) pair, S of them: the smallest unit kept in memory."""
+class Quality(Rows):
+    """What one model made of a split, and the metrics that are taken from it."""
 
-    block: np.ndarray  # (S,) int64
-    document: np.ndarray  # (S,) int64; -1 where the split does not keep documents apart
-    tokens: np.ndarray  # (S,) int64
-
-    @property
-    def by_document(self) -> bool:
-        """Whether documents, rather than blocks, are the clusters of the intervals."""
-        return bool((self.document >= 0).all()) and len(np.unique(self.document)) >= FEWEST_DOCUMENTS
-
-    def clusters(self) -> np.ndarray:
-        """Cluster number of each segment, (S,)."""
-        return np.unique(self.document if self.by_document else self.block, return_inverse=True)[1]
-
-    def mean(self, sums: np.ndarray) -> Interval:
-        """Mean per token of a quantity whose sums over the segments are `sums` (S,), with its interval."""
-        cluster = self.clusters()
-        return cluster_mean(np.bincount(cluster, sums), np.bincount(cluster, self.tokens))
-
-    def describe(self) -> str:
-        """How the intervals were taken, in words."""
-        unit = "document" if self.by_document else "block"
-        count = len(np.unique(self.clusters()))
-        return f"95% t interval, linearised ratio estimator, {count} {unit}s as clusters"
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What one model made of a split. `nll` (S,) float64: summed negative log-likelihood of each segment in nats."""
-
-    segments: Segments
-    nll: np.ndarray
-    bytes_per_token: float | None  # UTF-8 bytes of text behind a predicted token
+    metrics: tuple[Metric, ...]
     context: int  # T, the longest context
     mean_context: float
     experts: dict = field(default_factory=dict)  # of each layer with experts, what app/evaluation/experts.py gathers
@@ -107,19 +76,12 @@ class Quality:
     @property
     def loss(self) -> Interval:
         """Nats per token."""
-        return self.segments.mean(self.nll)
-
-    @property
-    def tokens(self) -> int:
-        """Predicted tokens."""
-        return int(self.segments.tokens.sum())
+        return self.mean("nll")
 
     def figures(self) -> dict:
-        """The `quality` block of report.json: loss in nats per token, perplexity, bits per byte, and intervals."""
-        loss = self.loss
-        scales = {"loss": loss, "perplexity": loss.map(exp)}
-        if self.bytes_per_token:
-            scales["bits_per_byte"] = loss.map(lambda nats: nats / math.log(2) / self.bytes_per_token)
+        """The `quality` block of report.json: every metric, the predicted tokens, and the intervals."""
+        found = {metric.kind: metric.value(self) for metric in self.metrics}
+        scales = {name: interval for name, interval in found.items() if interval is not None}
         figures: dict = {name: interval.value for name, interval in scales.items()}
         figures["tokens"] = self.tokens
         figures["interval"] = {name: [interval.low, interval.high] for name, interval in scales.items()}
@@ -146,16 +108,8 @@ class Divergence:
         return self.segments.mean(self.agreements).map(lambda share: min(1.0, share))
 
 
-def exp(nats: float) -> float:
-    """`math.exp`, infinite where that would overflow."""
-    return math.exp(nats) if nats < 700 else math.inf
-
-
-def paired(before: Quality, after: Quality) -> Interval:
-    """Difference of the two losses (after - before) in nats per token, with its paired 95 % interval.
-
-    Raises UserError where the two were not measured on the same tokens.
-    """
+def check_same(before: Quality, after: Quality) -> None:
+    """Raise UserError where the two were not measured on the same tokens."""
     same = before.segments.tokens.shape == after.segments.tokens.shape and all(
         np.array_equal(getattr(before.segments, part), getattr(after.segments, part))
         for part in ("block", "document", "tokens")
@@ -165,7 +119,15 @@ def paired(before: Quality, after: Quality) -> Interval:
             f"the two models were not evaluated on the same tokens ({before.tokens} before, {after.tokens} after): "
             "a paired difference needs one data source, one tokenizer and one sequence length"
         )
-    return before.segments.mean(after.nll - before.nll)
+
+
+def paired(before: Quality, after: Quality) -> Interval:
+    """Difference of the two losses (after - before) in nats per token, with its paired 95 % interval.
+
+    Raises UserError where the two were not measured on the same tokens.
+    """
+    check_same(before, after)
+    return before.segments.mean(after.sums["nll"] - before.sums["nll"])
 
 
 def rows_at_once(vocabulary: int, length: int) -> int:
@@ -184,59 +146,12 @@ def final_hidden(model: nn.Module, tokens: Tensor, documents: Tensor | None) -> 
     return model.hidden(tokens, documents=documents).x
 
 
-class Ledger:
-    """Collects sums per (block, document) segment while the batches go by."""
-
-    def __init__(self, quantities: int) -> None:
-        self.block: list[np.ndarray] = []
-        self.document: list[np.ndarray] = []
-        self.tokens: list[np.ndarray] = []
-        self.sums: list[list[np.ndarray]] = [[] for _ in range(quantities)]
-        self.context = 0
-        self.context_sum = 0
-
-    def open(self, batch: dict[str, Tensor], first_block: int) -> tuple[Tensor, Tensor]:
-        """Number the segments of a batch. Returns (segment of each token (B, T) counted from 0, valid (B, T) bool)."""
-        tokens, targets, documents = batch["tokens"], batch["targets"], batch.get("documents")
-        rows, length = tokens.shape
-        valid = targets != IGNORED  # (B, T)
-        if documents is None:
-            documents = torch.zeros_like(tokens)
-        change = torch.ones_like(documents, dtype=torch.bool)
-        change[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        place = torch.arange(length).expand(rows, length)
-        start = torch.where(change, place, 0).cummax(1).values  # (B, T): where the token's document begins in the row
-        self.context = max(self.context, length)
-        self.context_sum += int((place - start + 1)[valid].sum())
-        document = documents if "documents" in batch else torch.full_like(tokens, -1)
-        block = first_block + torch.arange(rows)[:, None].expand(rows, length)
-        segment = change.flatten().cumsum(0).view(rows, length) - 1  # (B, T)
-        counts = torch.bincount(segment[valid], minlength=int(segment[-1, -1]) + 1)
-        self.block.append(block[change].numpy())
-        self.document.append(document[change].numpy())
-        self.tokens.append(counts.numpy())
-        for sums in self.sums:
-            sums.append(np.zeros(len(counts)))
-        return segment, valid
-
-    def add(self, quantity: int, segment: Tensor, values: Tensor) -> None:
-        """Add `values` (N,) to the segments (N,) that they belong to, in float64."""
-        sums = self.sums[quantity][-1]
-        sums += np.bincount(segment.numpy(), values.double().cpu().numpy(), minlength=len(sums))
-
-    def close(self) -> tuple[Segments, list[np.ndarray]]:
-        """The segments that hold a predicted token, and their sums."""
-        tokens = np.concatenate(self.tokens)
-        held = tokens > 0
-        segments = Segments(np.concatenate(self.block)[held], np.concatenate(self.document)[held], tokens[held])
-        return segments, [np.concatenate(sums)[held] for sums in self.sums]
-
-
 @torch.no_grad()
 def evaluate_qualities(
     models: Sequence[nn.Module],
     blocks: Sequence[dict[str, Tensor]],
     *,
+    metrics: tuple[Metric, ...] = PREDICTION,
     batch_size: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[list[Quality], Divergence | None]:
@@ -246,6 +161,7 @@ def evaluate_qualities(
         models: Transformers of one vocabulary, each in the dtype and on the device that it runs in.
         blocks: `TokenBlocks`, or any sequence of {"tokens" (T,), "targets" (T,), "documents" (T,)}; `documents` number
             the documents of the whole split and are left out where tokens see across them.
+        metrics: what each Quality gives.
         batch_size: rows at a time; chosen from the vocabulary and the block length when None.
         progress: called with (blocks done, blocks in all).
 
@@ -260,7 +176,9 @@ def evaluate_qualities(
     vocabulary = vocabularies.pop()
     size = batch_size or rows_at_once(vocabulary, len(blocks[0]["tokens"]))
     count = len(models)
-    ledger = Ledger(count + 2)
+    others = {metric.quantity: metric.units for metric in metrics if metric.quantity != "nll"}
+    names = [f"{name} {index}" for index in range(count) for name in ("nll", *others)]
+    ledger = Ledger([*names, "kl", "agreements"], models[0].config.direction == "bidirectional")
     training, loads = [model.training for model in models], [Loads(model) for model in models]
     for model in models:
         model.eval()
@@ -282,17 +200,24 @@ def evaluate_qualities(
                 nll = -log.gather(1, target[:, None].to(log.device)).squeeze(1).cpu()  # (N,)
                 if not nll.isfinite().all():
                     raise broken(models[index], batch, int(row[~nll.isfinite()][0]))
-                ledger.add(index, where, nll)
+                ledger.add(f"nll {index}", where, nll)
+                for name, units in others.items():
+                    ledger.add(f"{name} {index}", where, units(log, target.to(log.device)))
             if count == 2:
                 before, after = logs[0], logs[1].to(logs[0].device)
-                ledger.add(count, where, (before.exp() * (before - after)).sum(1))
-                ledger.add(count + 1, where, before.argmax(1) == after.argmax(1))
+                ledger.add("kl", where, (before.exp() * (before - after)).sum(1))
+                ledger.add("agreements", where, before.argmax(1) == after.argmax(1))
         done += len(valid)
         progress(done, len(blocks))
     for model, was_training in zip(models, training, strict=True):
         model.train(was_training)
-    qualities, divergence = settle(ledger, count, getattr(blocks, "bytes_per_token", None))
-    return [replace(one, experts=load.figures()) for one, load in zip(qualities, loads, strict=True)], divergence
+    segments, sums = closed(ledger)
+    own = [{name: sums[f"{name} {index}"] for name in ("nll", *others)} for index in range(count)]
+    qualities = [
+        quality(ledger, segments, found, metrics, blocks, load.figures())
+        for found, load in zip(own, loads, strict=True)
+    ]
+    return qualities, Divergence(segments, sums["kl"], sums["agreements"]) if count == 2 else None
 
 
 def broken(model: nn.Module, batch: dict[str, Tensor], row: int) -> UserError:
@@ -313,23 +238,35 @@ def log_probabilities(model: nn.Module, hidden: Tensor) -> Tensor:
     return model.project(hidden).float().log_softmax(-1)
 
 
-def settle(ledger: Ledger, count: int, bytes_per_token: float | None) -> tuple[list[Quality], Divergence | None]:
-    """Turn what the ledger holds into a Quality for each of `count` models and, for two, their Divergence."""
+def closed(ledger: Ledger) -> tuple[Segments, dict[str, np.ndarray]]:
+    """What a ledger holds. Raises UserError where nothing was predicted."""
     segments, sums = ledger.close()
-    tokens = int(segments.tokens.sum())
-    if not tokens:
+    if not segments.tokens.sum():
         raise UserError("the evaluation split holds no token to predict: every target is ignored")
-    mean_context = ledger.context_sum / tokens
-    qualities = [Quality(segments, nll, bytes_per_token, ledger.context, mean_context) for nll in sums[:count]]
-    return qualities, Divergence(segments, sums[count], sums[count + 1]) if count == 2 else None
+    return segments, sums
+
+
+def quality(
+    ledger: Ledger,
+    segments: Segments,
+    sums: dict[str, np.ndarray],
+    metrics: tuple[Metric, ...],
+    blocks: Sequence[dict[str, Tensor]],
+    experts: dict | None = None,
+) -> Quality:
+    """The Quality of one model from its sums over the segments of a ledger that was closed."""
+    mean_context = ledger.context_sum / int(segments.tokens.sum())
+    size = getattr(blocks, "bytes_per_token", None)
+    return Quality(segments, sums, size, metrics, ledger.context, mean_context, experts or {})
 
 
 def evaluate_quality(
     model: nn.Module,
     blocks: Sequence[dict[str, Tensor]],
     *,
+    metrics: tuple[Metric, ...] = PREDICTION,
     batch_size: int | None = None,
     progress: Progress = no_progress,
 ) -> Quality:
     """`evaluate_qualities` for one model."""
-    return evaluate_qualities([model], blocks, batch_size=batch_size, progress=progress)[0][0]
+    return evaluate_qualities([model], blocks, metrics=metrics, batch_size=batch_size, progress=progress)[0][0]

@@ -1,7 +1,8 @@
 """How fast models run, measured so that a difference can be believed.
 
 All models of a comparison are in one process and take turns, round after round (A B, B A, A B, ...), so that a machine
-that warms up, throttles or is shared takes them all along. A round generates greedily from one prompt at batch 1.
+that warms up, throttles or is shared takes them all along. A round generates greedily from one prompt at batch 1, or is
+one forward of a model that does not generate.
 A figure is the median over the rounds; a change is the median of the ratios of the rounds with a 95 % interval, and is
 beyond the noise only where that interval leaves out 1.
 """
@@ -11,8 +12,9 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +27,17 @@ from app.evaluation.size import device_of, dtype_of, held_bytes, holders, kernel
 from models.generation import stream
 from models.transformer import Transformer
 
-THROUGHPUTS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+
+class Throughput(NamedTuple):
+    """A rate in tokens per second: its name in report.json, and what the model does, in a word."""
+
+    name: str
+    label: str
 
 
 @dataclass(frozen=True)
 class SpeedProtocol:
-    """What a round does.
+    """What a round does: greedy generation from one prompt at batch 1.
 
     Args:
         prompt_tokens: length of the prompt; at most half the model's context is used.
@@ -44,10 +51,93 @@ class SpeedProtocol:
     rounds: int = 10
     warmup: int = 2
 
+    # the first is the one that verdicts are about
+    throughputs: ClassVar[tuple[Throughput, ...]] = (
+        Throughput("decode_tokens_per_second", "Decoding"),
+        Throughput("prefill_tokens_per_second", "Reading the prompt"),
+    )
+    latency: ClassVar[tuple[str, str]] = ("per_token_ms", "Time per token")
+
     def fitted(self, context: int) -> "SpeedProtocol":
         """The same protocol within a context of so many tokens."""
         prompt = max(1, min(self.prompt_tokens, context // 2))
-        return SpeedProtocol(prompt, max(2, min(self.new_tokens, context - prompt)), self.rounds, self.warmup)
+        return replace(self, prompt_tokens=prompt, new_tokens=max(2, min(self.new_tokens, context - prompt)))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a model has seen at the end of a round."""
+        return self.prompt_tokens + self.new_tokens
+
+    def run(self, model: Transformer, prompt: list[int]) -> "Round":
+        """One timed round; the token's value is read back each step, which waits for the device."""
+        times = [time.perf_counter()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in stream(model, [prompt], max_new_tokens=self.new_tokens):
+                times.append(time.perf_counter())
+        steps = np.diff(times).tolist()
+        return Round(steps[0], tuple(steps[1:]))
+
+    def begin(self, model: Transformer, prompt: list[int]) -> None:
+        """As much of a round as has its peak of memory: the cache has its whole size from the first step."""
+        for _ in islice(stream(model, [prompt], max_new_tokens=self.new_tokens), 2):
+            pass
+
+    def series(self, prompt: list[int], rounds: "Sequence[Round]") -> dict[str, list[float]]:
+        """Each throughput, round by round."""
+        return {
+            "prefill_tokens_per_second": [len(prompt) / one.first for one in rounds],
+            "decode_tokens_per_second": [len(one.further) / sum(one.further) for one in rounds],
+        }
+
+    def times(self, rounds: "Sequence[Round]") -> dict:
+        """Latencies."""
+        further = np.array([step for one in rounds for step in one.further]) * 1000  # milliseconds
+        return {
+            "first_token_ms": 1000 * statistics.median(one.first for one in rounds),
+            "per_token_ms": {"p50": float(np.percentile(further, 50)), "p95": float(np.percentile(further, 95))},
+        }
+
+    def describe(self) -> dict:
+        """What the figures were measured with."""
+        return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "batch_size": 1}
+
+
+@dataclass(frozen=True)
+class ForwardProtocol(SpeedProtocol):
+    """One forward of a sequence at batch 1: nothing is generated."""
+
+    prompt_tokens: int = 256
+    new_tokens: int = 0
+
+    throughputs: ClassVar[tuple[Throughput, ...]] = (Throughput("forward_tokens_per_second", "A forward"),)
+    latency: ClassVar[tuple[str, str]] = ("forward_ms", "Time per sequence")
+
+    def fitted(self, context: int) -> "SpeedProtocol":
+        return replace(self, prompt_tokens=max(1, min(self.prompt_tokens, context)))
+
+    def run(self, model: Transformer, prompt: list[int]) -> "Round":
+        start = time.perf_counter()
+        self.begin(model, prompt)
+        return Round(time.perf_counter() - start, ())
+
+    def begin(self, model: Transformer, prompt: list[int]) -> None:
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt], device=device_of(model))).logits  # (1, T, V)
+            logits[0, -1].argmax().item()  # waits for the device
+
+    def series(self, prompt: list[int], rounds: "Sequence[Round]") -> dict[str, list[float]]:
+        return {"forward_tokens_per_second": [len(prompt) / one.first for one in rounds]}
+
+    def times(self, rounds: "Sequence[Round]") -> dict:
+        whole = np.array([one.first for one in rounds]) * 1000  # milliseconds
+        return {
+            "sequences_per_second": 1000 / float(np.median(whole)),
+            "forward_ms": {"p50": float(np.percentile(whole, 50)), "p95": float(np.percentile(whole, 95))},
+        }
+
+    def describe(self) -> dict:
+        return {"sequence_tokens": self.prompt_tokens, "batch_size": 1}
 
 
 STANDARD = SpeedProtocol()
@@ -55,46 +145,29 @@ STANDARD = SpeedProtocol()
 
 @dataclass(frozen=True)
 class Round:
-    """One greedy generation: seconds to the first token (the prompt is read), then seconds for each further one."""
+    """One round: seconds to the first token or of the whole forward, then seconds for each further token."""
 
     first: float
     further: tuple[float, ...]
 
 
-def run_round(model: Transformer, prompt: list[int], new_tokens: int) -> Round:
-    """Generate and time; the token's value is read back each step, which waits for the device."""
-    times = [time.perf_counter()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in stream(model, [prompt], max_new_tokens=new_tokens):
-            times.append(time.perf_counter())
-    steps = np.diff(times).tolist()
-    return Round(steps[0], tuple(steps[1:]))
-
-
-def peak_rise(model: Transformer, prompt: list[int], new_tokens: int) -> int:
+def peak_rise(model: Transformer, prompt: list[int], protocol: SpeedProtocol) -> int:
     """The most bytes that torch's allocator holds beyond what it held before, while a round begins.
 
-    The cache has its whole size from the first step, so two steps see the peak. CUDA: the allocator's own record; CPU:
+    CUDA: the allocator's own record; CPU:
     the allocations and releases that the profiler saw, added up in their order.
     """
     device = device_of(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         level = torch.cuda.memory_allocated(device)
-        begin(model, prompt, new_tokens)
+        protocol.begin(model, prompt)
         return torch.cuda.max_memory_allocated(device) - level
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on stderr that it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        begin(model, prompt, new_tokens)
+        protocol.begin(model, prompt)
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     return max(0, *accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-
-
-def begin(model: Transformer, prompt: list[int], new_tokens: int) -> None:
-    """The first two steps of a round."""
-    for _ in islice(stream(model, [prompt], max_new_tokens=new_tokens), 2):
-        pass
 
 
 def measure_speeds(
@@ -122,7 +195,7 @@ def measure_speeds(
     for number in range(protocol.warmup + protocol.rounds):
         order = range(len(models)) if number % 2 == 0 else reversed(range(len(models)))
         for index in order:
-            timed = run_round(models[index], prompt, protocol.new_tokens)
+            timed = protocol.run(models[index], prompt)
             if number >= protocol.warmup:
                 rounds[index].append(timed)
             done += 1
@@ -132,27 +205,20 @@ def measure_speeds(
 
 def summary(model: Transformer, prompt: list[int], protocol: SpeedProtocol, rounds: list[Round]) -> dict:
     """One model's figures from its rounds."""
-    further = np.array([step for one in rounds for step in one.further]) * 1000  # milliseconds
-    series = {
-        "prefill_tokens_per_second": [len(prompt) / one.first for one in rounds],
-        "decode_tokens_per_second": [len(one.further) / sum(one.further) for one in rounds],
-    }
-    rise = peak_rise(model, prompt, protocol.new_tokens)
+    series = protocol.series(prompt, rounds)
+    rise = peak_rise(model, prompt, protocol)
     weights = sum(held_bytes(module) for _, module in holders(model))
     device = device_of(model)
     return {
         **{name: statistics.median(values) for name, values in series.items()},
-        "first_token_ms": 1000 * statistics.median(one.first for one in rounds),
-        "per_token_ms": {"p50": float(np.percentile(further, 50)), "p95": float(np.percentile(further, 95))},
+        **protocol.times(rounds),
         "peak_memory_bytes": weights + rise,
-        "flops_per_token": model.flops_per_token(protocol.prompt_tokens + protocol.new_tokens),
+        "flops_per_token": model.flops_per_token(protocol.tokens),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype_of(model)).removeprefix("torch."),
         "kernels": kernels(model),
-        "prompt_tokens": protocol.prompt_tokens,
-        "new_tokens": protocol.new_tokens,
-        "batch_size": 1,
+        **protocol.describe(),
         "rounds": series,
     }
 
@@ -160,7 +226,7 @@ def summary(model: Transformer, prompt: list[int], protocol: SpeedProtocol, roun
 def change_of_speed(before: dict, after: dict) -> dict:
     """Ratios after/before: of throughputs round by round with their interval, of the other figures plainly."""
     change: dict = {}
-    for name in THROUGHPUTS:
+    for name in before["rounds"]:
         ratio = ratio_of_rounds(before["rounds"][name], after["rounds"][name])
         change[name] = {
             "ratio": ratio.value,
@@ -170,8 +236,9 @@ def change_of_speed(before: dict, after: dict) -> dict:
     for name in ("first_token_ms", "peak_memory_bytes", "flops_per_token"):
         if before.get(name) and after.get(name):
             change[name] = {"ratio": after[name] / before[name]}
-    change["per_token_ms"] = {
-        quantile: {"ratio": after["per_token_ms"][quantile] / before["per_token_ms"][quantile]}
-        for quantile in ("p50", "p95")
-    }
+    for name in ("per_token_ms", "forward_ms"):
+        if name in before:
+            change[name] = {
+                quantile: {"ratio": after[name][quantile] / before[name][quantile]} for quantile in ("p50", "p95")
+            }
     return change

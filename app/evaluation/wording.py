@@ -102,6 +102,12 @@ def rate(value) -> str:
     return MISSING if not known(value) else f"{number(float(value), 4)} tok/s"
 
 
+def plus(value) -> str:
+    """A difference with its sign."""
+    text = number(value, 3)
+    return text if text in (MISSING, "0") or value < 0 else f"+{text}"
+
+
 def percent(fraction, digits: int = 1) -> str:
     """A share: 96.2 %."""
     return MISSING if not known(fraction) else signed(f"{100 * fraction:.{digits}f}%")

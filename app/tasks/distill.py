@@ -16,9 +16,10 @@ from app.optim import Optimization, Schedule
 from app.strategies import FSDP2
 from app.strategies.checkpoint_io import METADATA
 from app.tasks.architecture import read_architecture, resolve_architecture
+from app.tasks.base import Task
 from app.tasks.compile import Compile
-from app.tasks.language import LanguageModel
 from app.tasks.precision import ComputeDtype, call_in
+from app.tasks.training import Training
 from compress.distillation.initialization import INITIALIZATIONS
 from compress.distillation.losses import Combine, parse_losses
 from compress.distillation.objective import Objective, require_same_vocabulary
@@ -41,8 +42,8 @@ class _Pair(nn.Module):
         return self.objective(self.student, teacher, batch)
 
 
-class Distillation(LanguageModel):
-    """Trains a student on next-token prediction and on what a teacher says about the same tokens.
+class Distillation(Training):
+    """Trains a student for a task and on what a teacher says about the same tokens.
 
     A student whose layers are packed integers is trained as it will be stored (compress/quantization/qat.py).
 
@@ -63,6 +64,7 @@ class Distillation(LanguageModel):
         schedule: by default Cosine without warm-up.
         compute_dtype: of activations, of both models' weights as they are used; trained weights stay fp32.
         compile: what torch.compile is applied to in the student; nothing by default.
+        task: what the teacher was trained for.
     """
 
     def __init__(
@@ -77,8 +79,9 @@ class Distillation(LanguageModel):
         schedule: Schedule | None = None,
         compute_dtype: ComputeDtype = "float32",
         compile: Compile | None = None,
+        task: str | dict | Task = "causal_lm",
     ) -> None:
-        super().__init__(student, optimizer, schedule, compute_dtype=compute_dtype, compile=compile)
+        super().__init__(student, optimizer, schedule, compute_dtype=compute_dtype, compile=compile, task=task)
         self.teacher_path = teacher
         self.losses = parse_losses(["logit"] if losses is None else losses)
         self.combine = combine or Combine()
@@ -95,7 +98,6 @@ class Distillation(LanguageModel):
         self._student: tuple[Loaded, ...] = ()
         self._pair: tuple[_Pair, ...] = ()
         self._held: HeldMasks | None = None
-        self._compared: list[Tensor] = []  # (3,) targets, summed agreement, summed T^2 KL of each evaluated batch
 
     @property
     def teacher(self) -> Transformer:
@@ -148,11 +150,7 @@ class Distillation(LanguageModel):
                 self.config = self._student[0].model.config
             else:
                 self.config = resolve_architecture(self.architecture, None, context)
-            if self.config.direction != "causal":
-                raise UserError(
-                    "the student is bidirectional, and the next token is no riddle to a model that sees it; give its "
-                    "architecture direction: causal"
-                )
+            self.task.check(self.config)
             if self.config.exits is not None:
                 raise UserError(
                     "distillation trains what the last layer says, and the student has early exits; leave "
@@ -212,7 +210,7 @@ class Distillation(LanguageModel):
         count = (targets != IGNORED).sum()
         if not self._window:
             self._unit = targets.numel()
-        self._window.append((terms["cross_entropy"].float() * count, count))
+        self._window.append(({"nll": terms["cross_entropy"].float() * count}, count))
         total = terms.pop("total")
         self.log_dict({f"train/{name}": value for name, value in terms.items()}, on_step=True, on_epoch=False)
         return total * (count / self._unit)
@@ -222,16 +220,15 @@ class Distillation(LanguageModel):
         with eager:
             terms = self.terms(batch)
         count = (batch["targets"] != IGNORED).sum().double()
-        self._evaluated.append(torch.stack([terms["cross_entropy"] * count, count]))
-        self._compared.append(torch.stack([count, terms["agreement"] * count, terms["logit"] * count]))
+        means = {"nll": terms["cross_entropy"], "agreement": terms["agreement"], "logit": terms["logit"]}
+        self._evaluated.append({**{name: mean * count for name, mean in means.items()}, "count": count})
 
-    def _report(self, split: str) -> None:
+    def _report(self, split: str) -> dict[str, float]:
         """Beside the student's loss: how often both agree on the next token, and the T^2 KL from teacher to student."""
-        super()._report(split)
-        count, agreement, divergence = self._sum_over_ranks(torch.stack(self._compared).sum(0))  # (3,)
-        self._compared = []
-        self.log(f"{split}/agreement", agreement / count.clamp(min=1), sync_dist=True)
-        self.log(f"{split}/logit", divergence / count.clamp(min=1), sync_dist=True)
+        means = super()._report(split)
+        for name in ("agreement", "logit"):
+            self.log(f"{split}/{name}", means[name])
+        return means
 
 
 def is_model(student: str | Mapping[str, Any]) -> bool:

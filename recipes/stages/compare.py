@@ -28,8 +28,9 @@ def main(chosen: options.Compare) -> None:
         figures = evaluate_pair(
             *(Subject(loaded.model, loaded.source.path.name, loaded.source.folder) for loaded in (before, after)),
             text.held_out,
+            task=text.task,
             training_blocks=text.training,
-            speed=speed_protocol(chosen),
+            speed=speed_protocol(chosen, text.task),
             batch_size=chosen.batch_size,
             progress=bars,
         )
@@ -52,7 +53,14 @@ def main(chosen: options.Compare) -> None:
 
 
 def require_same_tokens(before: Loaded, after: Loaded) -> None:
-    """Raise UserError unless both models read the same text as the same tokens."""
+    """Raise UserError unless both models were trained for one task, and read the same text as the same tokens."""
+    if before.task != after.task:
+        kinds = [loaded.task.kind for loaded in (before, after)]
+        what = " and ".join(kinds) if kinds[0] != kinds[1] else f"{kinds[0]} with other options"
+        raise UserError(
+            f"{before.source.path} and {after.source.path} were trained for different tasks ({what}): their figures "
+            "cannot be compared"
+        )
     if before.text_tokenizer().sha256 != after.text_tokenizer().sha256:
         raise UserError(
             f"{before.source.path} and {after.source.path} have different tokenizers: their perplexities per token "

@@ -23,11 +23,11 @@ from app.callbacks import (
     RunProgress,
     newest_checkpoint,
 )
-from app.data.module import TextData
 from app.loading import Loaded, Source, load_model
 from app.memory import ANY_SIZE
 from app.optim import AdamW, Cosine
 from app.strategies import WholeCheckpoints
+from app.tasks import Task
 from app.tasks.architecture import read_architecture
 from app.tasks.compile import CompileBlocks
 from app.tasks.distill import Distillation, is_model
@@ -98,6 +98,11 @@ class Distill(Stage[options.Distill]):
         if self.options.student is None or not is_model(self.options.student):
             return {"model": teacher}
         student = load_model(self.options.student, self.device, self.dtype)
+        if student.task.kind != teacher.task.kind:
+            raise UserError(
+                f"the teacher was trained for {teacher.task.kind} and the student for {student.task.kind}; a student "
+                "learns the task of its teacher"
+            )
         check_trainable(student.model)
         self.packed = bool(described(student.model))
         return {"model": student, "teacher": teacher}
@@ -119,8 +124,8 @@ class Distill(Stage[options.Distill]):
         seed_everything(chosen.seed, verbose=False)
         text.check_training()
         text.tokenizer.save(state)
-        module = self.task(config, stored)
-        data = TextData(
+        module = self.module(config, stored, text.task)
+        data = text.task.data(
             source=chosen.data,
             column=chosen.column,
             sequence_length=text.length,
@@ -133,7 +138,7 @@ class Distill(Stage[options.Distill]):
         records = pack_again(module.model)
         return module.model.to(stored).eval().requires_grad_(False), records
 
-    def task(self, teacher: ModelConfig, stored: torch.dtype) -> Distillation:
+    def module(self, teacher: ModelConfig, stored: torch.dtype, task: Task) -> Distillation:
         """The LightningModule; `teacher` is cut down where the student is named by its number of layers."""
         chosen = self.options
         student: Any = chosen.student
@@ -158,6 +163,7 @@ class Distill(Stage[options.Distill]):
             schedule=Cosine(warmup_steps=min(chosen.warmup_steps, chosen.max_steps)),
             compute_dtype=auto if chosen.compute_dtype == "auto" else chosen.compute_dtype,
             compile=CompileBlocks() if chosen.compile == "blocks" else None,
+            task=task,
         )
 
     def trainer(self, state: Path) -> Trainer:

@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 
 from app.evaluation import wording
-from app.evaluation.baselines import baselines
 from app.evaluation.figures import Subject, clean, evaluate_model
 from app.loading import load_model, resolve_device, resolve_dtype
 from models.errors import UserError
@@ -43,10 +42,15 @@ def measure(chosen: options.Evaluate) -> dict[str, Any]:
         subject = Subject(loaded.model, loaded.source.path.name, loaded.source.folder)
         with Bars() as bars:
             found["models"][path] = evaluate_model(
-                subject, blocks, speed=speed_protocol(chosen), batch_size=chosen.batch_size, progress=bars
+                subject,
+                blocks,
+                task=text.task,
+                speed=speed_protocol(chosen, text.task),
+                batch_size=chosen.batch_size,
+                progress=bars,
             )
             if "baselines" not in found:
-                found["baselines"] = baselines(loaded.model.config, blocks, text.training, device=device)
+                found["baselines"] = text.task.baselines(loaded.model.config, blocks, text.training, device=device)
     return found
 
 

@@ -17,6 +17,11 @@ def main(chosen: options.Generate) -> None:
     options.check_seed(chosen.seed)
     sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
     loaded = load_model(chosen.model, resolve_device(chosen.device), resolve_dtype(chosen.dtype))
+    if not loaded.task.generates:
+        raise UserError(
+            f"{loaded.source.path} was trained for {loaded.task.kind}, and such a model does not continue a text; "
+            "generate takes a model trained for causal_lm"
+        )
     tokenizer = loaded.text_tokenizer()
     prompt = encoded(tokenizer, chosen.prompt, chosen.special_tokens)
     if chosen.page_size is None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from app.history import history_entry, write_card, write_history
 from app.loading import resolve_dtype
+from app.tasks import CausalLM
 from models import families, folder
 from models.files import writing
 from models.sidecars import read_sidecars, write_sidecars
@@ -18,7 +19,7 @@ def main(chosen: options.Import) -> None:
     partial.check_output(out, chosen.overwrite)
     model = families.import_folder(source, dtype=resolve_dtype(chosen.dtype))
     with writing(out, overwrite=chosen.overwrite) as target:
-        folder.save_model(model, target)
+        folder.save_model(model, target, task=CausalLM().dump())
         write_sidecars(read_sidecars(source), target)
         entry = history_entry(
             "import",
@@ -30,5 +31,5 @@ def main(chosen: options.Import) -> None:
             weights=folder.hash_weights(target),
         )
         write_history(target, [entry])
-        write_card(target, model, [entry])
+        write_card(target, model, [entry], CausalLM())
     say(f"written to {out}")

@@ -168,7 +168,7 @@ class Stage(ABC, Generic[Options]):
     ) -> dict[str, Any]:
         """Save, load back, evaluate, report; everything appears at once under the output's name."""
         with writing(self.out, overwrite=self.options.overwrite) as target:
-            folder.save_model(model, target)
+            folder.save_model(model, target, task=text.task.dump())
             text.tokenizer.save(target)
             entry = history_entry(
                 self.verb,
@@ -196,7 +196,7 @@ class Stage(ABC, Generic[Options]):
             )
             report = write_report(target, figures, records, about)
             self.keep(state, target)
-            write_card(target, model, entries, figures["after"])
+            write_card(target, model, entries, text.task, figures["after"])
         print_summary(report)
         say(f"written to {self.out}")
         return report
@@ -209,10 +209,11 @@ class Stage(ABC, Generic[Options]):
                 self._subject(source),
                 Subject(folder.load(target, self.device, self.dtype), self.out.name, target),
                 text.held_out,
+                task=text.task,
                 training_blocks=None if self.baselines else text.training,
                 baselines=self.baselines,
                 references=[self._subject(sources[role]) for role in self.references(sources)],
-                speed=speed_protocol(self.options),
+                speed=speed_protocol(self.options, text.task),
                 batch_size=self.options.batch_size,
                 progress=bars,
             )

@@ -1,6 +1,7 @@
 """The text of a stage: what it calibrates or trains on, and what it is measured on."""
 
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -9,6 +10,7 @@ from app.data.corpus import Corpus
 from app.data.sources import open_source
 from app.evaluation.speed import SpeedProtocol
 from app.loading import Loaded
+from app.tasks.base import Task
 from models.errors import UserError
 from models.memory import check_bytes
 from recipes.stages.options import Measure
@@ -18,15 +20,15 @@ LONGEST = 1024  # tokens of a block where neither the person nor a shorter conte
 CALIBRATION_TOKENS = 4096  # of one calibration batch
 
 
-def speed_protocol(chosen: Measure) -> SpeedProtocol | None:
-    """Return how speed is measured, or None where it is not."""
+def speed_protocol(chosen: Measure, task: Task) -> SpeedProtocol | None:
+    """Return how the speed of a model of the task is measured, or None where it is not."""
     if chosen.speed_rounds < 0:
         raise UserError(f"speed_rounds {chosen.speed_rounds} is impossible; 0 leaves speed out")
-    return SpeedProtocol(rounds=chosen.speed_rounds) if chosen.speed_rounds else None
+    return task.speed(chosen.speed_rounds) if chosen.speed_rounds else None
 
 
 class Text:
-    """What `--data` and its neighbours name, as blocks of tokens for one model.
+    """What `--data` and its neighbours name, as blocks of tokens for one model: examples of what it was trained for.
 
     Raises:
         UserError: a sequence length that is too short, or longer than learned positions reach.
@@ -35,6 +37,7 @@ class Text:
     def __init__(self, chosen: Measure, loaded: Loaded) -> None:
         config = loaded.model.config
         self.chosen = chosen
+        self.task = loaded.task
         self.tokenizer = loaded.text_tokenizer()
         self.used: dict[str, int] = {}  # what of the text went into the stage, for the report
         self.notes: list[str] = []  # what of the text did not, in sentences for the report
@@ -65,7 +68,7 @@ class Text:
             say(sentence)
 
     @cached_property
-    def held_out(self) -> TokenBlocks:
+    def held_out(self) -> Any:
         """What models are measured on: the test split of `--data`, or the whole of `--evaluation_data`.
 
         With `--evaluation_blocks N` these are the first N blocks.
@@ -77,17 +80,21 @@ class Text:
             blocks = self._blocks(corpus, "all")
         count = self.chosen.evaluation_blocks
         if count is None:
-            return blocks
+            return self._examples(blocks, training=False)
         if count < 1:
             raise UserError(f"evaluation_blocks {count} is too small; it must be at least 1")
         if count > len(blocks):
             self._note(f"measured on {len(blocks)} blocks where {count} were asked for: the text holds no more")
-        return TokenBlocks(blocks.folder, self.length, chosen=range(min(count, len(blocks))))
+        kept = TokenBlocks(blocks.folder, self.length, chosen=range(min(count, len(blocks))))
+        return self._examples(kept, training=False)
 
     @cached_property
-    def training(self) -> TokenBlocks:
+    def training(self) -> Any:
         """The whole training split."""
-        return self._blocks(self.corpus, "train")
+        return self._examples(self._blocks(self.corpus, "train"), training=True)
+
+    def _examples(self, blocks: TokenBlocks, training: bool) -> Any:
+        return self.task.examples(blocks, self.tokenizer, training=training, seed=self.chosen.seed)
 
     def check_training(self) -> None:
         """Raise UserError where the training split holds a token that the model has no embedding for."""
@@ -113,6 +120,7 @@ class Text:
                 f"the {split} split of '{self.corpus.name}' holds no more"
             )
         rows = max(1, CALIBRATION_TOKENS // self.length)
+        blocks = self._examples(blocks, training=split == "train")
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in blocks.batches(rows)]
 
     def describe(self) -> dict[str, str]:

@@ -210,7 +210,7 @@ def test_accumulation_over_micro_batches_is_one_large_batch(place, tmp_path):
         ({**ARCHITECTURE, "depth": 2, "vocab_size": 512}, "the teacher's vocabulary has"),
         ("nowhere.yaml", "no architecture file"),
         ({**ARCHITECTURE, "depth": 2, "widht": 3}, "did you mean 'width'"),
-        ({**ARCHITECTURE, "depth": 2, "direction": "bidirectional"}, "the student is bidirectional"),
+        ({**ARCHITECTURE, "depth": 2, "direction": "bidirectional"}, "the architecture is bidirectional"),
     ],
 )
 def test_students_that_cannot_be_are_refused(place, tmp_path, student, words):

@@ -12,6 +12,7 @@ from torchmetrics.text import Perplexity
 from app.evaluation import quality as quality_module
 from app.evaluation.baselines import baselines, count_tokens, unigram, untrained
 from app.evaluation.figures import change_of_quality
+from app.evaluation.metrics import Loss
 from app.evaluation.quality import Part, Quality, Segments, evaluate_qualities, evaluate_quality, paired
 from models.errors import UserError
 
@@ -61,7 +62,7 @@ def test_clusters_are_the_documents_and_sums_are_theirs():
     for document, nll in loop(model, text):
         expected[document] += nll
     quality = evaluate_quality(model, text)
-    found = np.bincount(quality.segments.document, quality.nll)
+    found = np.bincount(quality.segments.document, quality.sums["nll"])
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert "24 documents" in quality.figures()["interval"]["method"]
 
@@ -87,7 +88,7 @@ def test_documents_within_one_block_are_scored_as_if_alone():
     model = tiny(context=4096)
     whole = evaluate_quality(model, Text(4096))
     text = Text(4096)
-    losses = np.bincount(whole.segments.document, whole.nll)
+    losses = np.bincount(whole.segments.document, whole.sums["nll"])
     for number in range(24):
         place = np.flatnonzero(text.owner == number)
         tokens, targets = torch.from_numpy(text.stream[place]), torch.from_numpy(text.stream[place + 1])
@@ -102,7 +103,7 @@ def test_batch_size_and_chunks_do_not_change_the_sums(batch_size, monkeypatch):
     plain = evaluate_quality(model, text)
     monkeypatch.setattr(quality_module, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     other = evaluate_quality(model, text, batch_size=batch_size)
-    np.testing.assert_allclose(other.nll, plain.nll, rtol=1e-5)
+    np.testing.assert_allclose(other.sums["nll"], plain.sums["nll"], rtol=1e-5)
     np.testing.assert_array_equal(other.segments.tokens, plain.segments.tokens)
 
 
@@ -232,11 +233,11 @@ def test_documents_are_the_clusters_from_20_on(documents, unit):
 def test_paired_refuses_segments_that_differ_in_any_part(part):
     numbers = np.arange(3)
     segments = Segments(numbers, numbers, np.full(3, 5))
-    quality = Quality(segments, np.ones(3), None, 5, 3.0)
+    quality = Quality(segments, {"nll": np.ones(3)}, None, (Loss(),), 5, 3.0)
     other = replace(quality, segments=replace(segments, **{part: getattr(segments, part)[[0, 2, 1]] + [0, 0, 1]}))
     with pytest.raises(UserError, match="same tokens"):
         paired(quality, other)
-    assert paired(quality, replace(quality, nll=np.full(3, 2.0))).value == pytest.approx(1 / 5)
+    assert paired(quality, replace(quality, sums={"nll": np.full(3, 2.0)})).value == pytest.approx(1 / 5)
 
 
 def test_changes_are_those_of_the_figures():

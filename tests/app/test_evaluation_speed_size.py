@@ -7,7 +7,7 @@ from torch import nn
 
 from app.evaluation import speed as speed_module
 from app.evaluation.size import layer_sizes, size_figures
-from app.evaluation.speed import STANDARD, Round, change_of_speed, measure_speeds
+from app.evaluation.speed import STANDARD, Round, SpeedProtocol, change_of_speed, measure_speeds
 from compress.quantization.grid import IntFormat
 from compress.quantization.plan import quantize_model
 from compress.quantization.rtn import Rtn
@@ -105,11 +105,11 @@ def test_models_take_turns_and_swap_the_order(monkeypatch):
     models = [tiny(), shifted(tiny(), 0.1)]
     order = []
 
-    def record(model, prompt, new_tokens):
+    def record(protocol, model, prompt):
         order.append(models.index(model))
-        return Round(0.01, (0.001,) * (new_tokens - 1))
+        return Round(0.01, (0.001,) * (protocol.new_tokens - 1))
 
-    monkeypatch.setattr(speed_module, "run_round", record)
+    monkeypatch.setattr(speed_module.SpeedProtocol, "run", record)
     measure_speeds(models, [1, 2, 3], protocol=QUICK)
     timed = order[2 : 2 + 2 * QUICK.rounds]
     assert timed == [1, 0, 0, 1] * (QUICK.rounds // 2)
@@ -118,7 +118,7 @@ def test_models_take_turns_and_swap_the_order(monkeypatch):
 
 def test_figures_come_from_the_rounds(monkeypatch):
     rounds = iter([Round(9.9, (9.9,) * 3)] + [Round(0.06, (0.001, 0.002, 0.003 + i / 1000)) for i in range(6)])
-    monkeypatch.setattr(speed_module, "run_round", lambda *_: next(rounds))
+    monkeypatch.setattr(speed_module.SpeedProtocol, "run", lambda *_: next(rounds))
     monkeypatch.setattr(speed_module, "peak_rise", lambda *_: 1000)
     model = tiny()
     (figures,) = measure_speeds([model], list(range(1, 20)), protocol=QUICK)
@@ -185,7 +185,7 @@ def test_peak_memory_holds_the_cache_and_the_activations_of_the_prompt():
     """A lower bound that is known exactly: keys and values of every layer at full capacity; and no wild excess."""
     model = tiny(context=4096)
     cache = 2 * 2 * 8 * (1000 + 24) * 4  # layers, keys and values, width of one kv head, tokens, bytes
-    rise = speed_module.peak_rise(model, [1] * 1000, 24)
+    rise = speed_module.peak_rise(model, [1] * 1000, SpeedProtocol(new_tokens=24))
     logits, scores = 4 * VOCABULARY, 4 * 2 * 1000 * 1024
     assert cache < rise < cache + 4 * scores + logits + 1000 * 16 * 4 * 50
-    assert speed_module.peak_rise(model, [1] * 1000, 24) == rise  # counted, not sampled
+    assert speed_module.peak_rise(model, [1] * 1000, SpeedProtocol(new_tokens=24)) == rise  # counted, not sampled

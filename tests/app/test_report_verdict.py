@@ -7,8 +7,10 @@ import pytest
 
 from app.evaluation import wording
 from app.evaluation.figures import clean
-from app.evaluation.speed import THROUGHPUTS, change_of_speed
+from app.evaluation.speed import STANDARD, change_of_speed
 from app.evaluation.verdict import judge
+
+THROUGHPUTS = [one.name for one in STANDARD.throughputs]
 
 
 def figures(size=0.25, decode=(1.5, 1.4, 1.6), perplexity=(1.02, 1.015, 1.025), zeros=0.0, memory=0.25):

@@ -49,8 +49,8 @@ def test_overlap_is_context_that_helps_to_predict():
     sliding = evaluate_quality(model, Sliding(parts[:2]))
     assert sliding.tokens == 8
     # the second half is predicted behind the first, as in one block; the first half stands alone, as in the other
-    assert sliding.nll.sum() == pytest.approx(together.nll.sum(), rel=1e-5)
-    assert sliding.nll[0] == pytest.approx(first.nll[0], rel=1e-5)
+    assert sliding.sums["nll"].sum() == pytest.approx(together.sums["nll"].sum(), rel=1e-5)
+    assert sliding.sums["nll"][0] == pytest.approx(first.sums["nll"][0], rel=1e-5)
 
 
 def test_the_interval_is_students():

@@ -14,7 +14,8 @@ from app.callbacks import NonFiniteLoss, RunProgress, Samples, StopEarly
 from app.callbacks.checkpoints import Checkpoints, checkpoints_in, newest_checkpoint
 from app.callbacks.peaks import DENSE_BF16, device_peak, measured_peak, peak_flops
 from app.callbacks.progress import duration
-from app.tasks.language import LanguageModel
+from app.tasks import CausalLM
+from app.tasks.training import Training
 from models.errors import UserError
 
 
@@ -23,15 +24,15 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-class Breaks(LanguageModel):
+class Breaks(Training):
     """Its loss is no number from a step on."""
 
     def training_step(self, batch, batch_index):
         loss = super().training_step(batch, batch_index)
         if self.trainer.global_step < 6:
             return loss
-        nll, count = self._window.pop()
-        self._window.append((nll * float("nan"), count))
+        sums, count = self._window.pop()
+        self._window.append(({"nll": sums["nll"] * float("nan")}, count))
         return loss * float("nan")
 
 
@@ -55,7 +56,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, cache):
 
 
 def test_an_infinite_gradient_stops_it_too_and_no_checkpoint_is_spoilt(tmp_path, cache):
-    class Overflows(LanguageModel):
+    class Overflows(Training):
         def configure_gradient_clipping(self, optimizer, **limits):
             if self.trainer.global_step == 3:
                 next(self.parameters()).grad[0, 0] = float("inf")
@@ -70,7 +71,7 @@ def test_an_infinite_gradient_stops_it_too_and_no_checkpoint_is_spoilt(tmp_path,
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_weights_that_are_not_finite_are_not_evaluated_in_silence(tmp_path, cache, verb):
-    class Broken(LanguageModel):
+    class Broken(Training):
         def configure_model(self):
             super().configure_model()
             torch.nn.init.constant_(self.model.norm.weight, float("nan"))
@@ -130,12 +131,12 @@ def test_tensorboard_holds_everything_that_is_promised(tmp_path, cache):
 
 def test_samples_begin_with_the_token_that_documents_begin_with(monkeypatch):
     seen = []
-    monkeypatch.setattr("app.callbacks.samples.generate", lambda model, prompts, **_: seen.extend(prompts) or [[]])
+    monkeypatch.setattr("app.tasks.causal_lm.generate", lambda model, prompts, **_: seen.extend(prompts) or [[]])
     tokenizer = SimpleNamespace(
         stops={0}, prompt=lambda text: [1, len(text)], continuation=lambda prompt, new: ""
     )  # what a Tokenizer gives
     model = SimpleNamespace(config=SimpleNamespace(position=SimpleNamespace(bounded=False), context=32))
-    Samples(["the "])._continue(SimpleNamespace(compiling=None, model=model), tokenizer)
+    Samples(["the "])._written(SimpleNamespace(compiling=None, model=model, task=CausalLM()), tokenizer)
     assert seen == [[1, 4]]
 
 
@@ -277,4 +278,5 @@ def test_a_sample_prompt_leaves_room_for_one_token(characters, fits):
     config = SimpleNamespace(position=SimpleNamespace(bounded=True, kind="learned"), context=32)
     trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=SimpleNamespace(prompt=lambda text: [1, *text])))
     with nullcontext() if fits else pytest.raises(UserError, match="is 32 tokens long"):
-        Samples(["x" * characters]).on_fit_start(trainer, SimpleNamespace(model=SimpleNamespace(config=config)))
+        module = SimpleNamespace(model=SimpleNamespace(config=config), task=CausalLM())
+        Samples(["x" * characters]).on_fit_start(trainer, module)

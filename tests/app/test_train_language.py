@@ -14,8 +14,8 @@ from app.optim import AdamW, Constant
 from app.strategies import WholeCheckpoints
 from app.tasks.architecture import resolve_architecture
 from app.tasks.compile import CompileBlocks
-from app.tasks.language import LanguageModel
 from app.tasks.precision import call_in
+from app.tasks.training import Training
 from models.config import ModelConfig
 from models.errors import UserError
 from models.folder import load
@@ -82,7 +82,7 @@ class Ragged(torch.utils.data.Dataset):
         return {"tokens": tokens[:-1], "targets": targets, "ids": torch.tensor([index, index])}
 
 
-def accumulated(tmp_path, batch_size: int, accumulation: int, **options) -> LanguageModel:
+def accumulated(tmp_path, batch_size: int, accumulation: int, **options) -> Training:
     model = language_model(
         architecture=COMPLETE, optimizer=AdamW(lr=1e-2, weight_decay=0.0), schedule=Constant(), **options
     )
@@ -115,7 +115,7 @@ def test_a_short_last_window_is_divided_by_its_own_targets(tmp_path):
     reference(tokens, targets=targets).loss.backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in reference.parameters()])
     assert float(model.figures.grad_norm) == pytest.approx(float(norm), rel=1e-4)
-    assert int(model.figures.tokens) == int((targets != -100).sum())
+    assert int(model.figures.count) == int((targets != -100).sum())
 
 
 class Norms(Callback):
@@ -157,7 +157,7 @@ def test_a_checkpoint_loads_without_data_and_the_folder_holds_the_same_model(tmp
     trainer = make_trainer(tmp_path / "run")
     fit(trainer, model, text_data(cache))
     path = tmp_path / "run.run" / "checkpoints" / "step-00000010.ckpt"
-    loaded = LanguageModel.load_from_checkpoint(path, weights_only=True)
+    loaded = Training.load_from_checkpoint(path, weights_only=True)
     assert state_hash(loaded) == state_hash(model)
     batch = next(iter(text_data(cache).val_dataloader()))
     expected = model.eval().model(batch["tokens"]).logits
@@ -241,19 +241,22 @@ def test_another_architecture_than_the_checkpoints_is_refused(tmp_path, cache):
 
 
 def test_clipping_by_value_is_refused():
-    module = LanguageModel({}, AdamW(), Constant())
+    module = Training({}, AdamW(), Constant())
     with pytest.raises(UserError, match="gradient_clip_algorithm value is not supported; norm is"):
         module.configure_gradient_clipping(None, 1.0, "value")
 
 
 def test_a_step_is_divided_by_the_targets_of_all_ranks():
     """Two ranks, of which this one has 10 targets and the other 20, in units of 16; DDP then takes the mean."""
-    module = LanguageModel(COMPLETE)
+    module = Training(COMPLETE)
     module.weight = torch.nn.Parameter(torch.zeros(3))
     module.weight.grad = torch.ones(3)
-    module._unit, module._window = 16, [(torch.tensor(4.0), torch.tensor(7)), (torch.tensor(5.0), torch.tensor(3))]
+    module._unit, module._window = (
+        16,
+        [({"nll": torch.tensor(4.0)}, torch.tensor(7)), ({"nll": torch.tensor(5.0)}, torch.tensor(3))],
+    )
     strategy = SimpleNamespace(reduce=lambda value, reduce_op: value + 20)
     module._trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=2, strategy=strategy)
     module.configure_gradient_clipping(torch.optim.SGD([module.weight], lr=0.1))
     torch.testing.assert_close(module.weight.grad, torch.full((3,), 16 * 2 * 2 / 30))
-    assert (module.figures.nll, module.figures.tokens) == (9, 10)  # of this rank, over the step
+    assert (module.figures.loss, module.figures.count) == (9, 10)  # of this rank, over the step

@@ -11,7 +11,7 @@ from app.callbacks import Checkpoints, FiniteGuard, Metrics, ModelFolder, Random
 from app.data.module import TextData
 from app.optim import AdamW, Cosine
 from app.strategies import WholeCheckpoints
-from app.tasks.language import LanguageModel
+from app.tasks.training import Training
 
 ARCHITECTURE = {
     "width": 32,
@@ -29,9 +29,9 @@ def text_data(cache: Path, **options) -> TextData:
     )
 
 
-def language_model(**options) -> LanguageModel:
+def language_model(**options) -> Training:
     defaults = {"architecture": ARCHITECTURE, "optimizer": AdamW(lr=3e-3), "schedule": Cosine(warmup_steps=3)}
-    return LanguageModel(**{**defaults, **options})
+    return Training(**{**defaults, **options})
 
 
 class StopAfter(Callback):
@@ -84,7 +84,7 @@ def make_trainer(folder: Path, *callbacks: Callback, every: int = 4, **options) 
     )
 
 
-def fit(trainer: Trainer, model: LanguageModel, data: TextData, resume: Path | None = None, seed: int = 1) -> None:
+def fit(trainer: Trainer, model: Training, data: TextData, resume: Path | None = None, seed: int = 1) -> None:
     seed_everything(seed, verbose=False)
     trainer.fit(model, data, ckpt_path=None if resume is None else str(resume), weights_only=True)
 

@@ -20,8 +20,8 @@ from app.callbacks import FiniteGuard, Metrics, RandomState, RunProgress
 from app.optim import AdamW, Constant
 from app.tasks.compile import CompileBlocks
 from app.tasks.gradients import scale_and_clip
-from app.tasks.language import LanguageModel
 from app.tasks.precision import call_in
+from app.tasks.training import Training
 from models.transformer import Transformer
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.timing import Row, rate_row, take_turns
@@ -98,7 +98,7 @@ def bare(model: Transformer, loader: DataLoader) -> float:
 
 def fit(settings: Overhead, model: Transformer, loader: DataLoader, folder: str | None) -> float:
     """Seconds of the timed steps of the Trainer; with the callbacks of `espalier fit` when there is a log folder."""
-    module = LanguageModel(model.config.to_dict(), AdamW(), Constant(), compute_dtype="bfloat16")
+    module = Training(model.config.to_dict(), AdamW(), Constant(), compute_dtype="bfloat16")
     module.config, module.model = model.config, model
     timer = Timer()
     added = [] if folder is None else [RandomState(), FiniteGuard(), Metrics(), RunProgress()]

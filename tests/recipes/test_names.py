@@ -12,6 +12,7 @@ from app.evaluation.charts import Step, perplexities
 from app.evaluation.many import write_overview
 from app.evaluation.report import About, write_report
 from app.history import write_card
+from app.tasks import CausalLM
 from models.config import ModelConfig
 from models.errors import UserError, printable
 from models.transformer import Transformer
@@ -70,7 +71,7 @@ def test_a_model_card(tmp_path):
     values = {"width": 32, "depth": 1, "vocab_size": 64, "feedforward": {"kind": "swiglu", "width": 64}}
     model = Transformer(ModelConfig.from_dict(values | {"attention": {"kind": "full", "heads": 4}}))
     entries = [{"stage": NAME, "title": f"{NAME}\n# no heading", "data": {"source": NAME}, "weights": NAME}]
-    write_card(tmp_path, model, entries)
+    write_card(tmp_path, model, entries, CausalLM())
     card = (tmp_path / "README.md").read_text()
     assert "\n# no heading" not in card
     outside = re.sub(r"(?<!\\)(`+)(?!`).*?(?<!`)\1(?!`)", "", card)  # code spans, where nothing means anything

@@ -1,4 +1,4 @@
-"""Language modelling as a LightningModule: an architecture, an optimizer and a schedule are injected.
+"""Training of any task as a LightningModule: a task, an architecture, an optimizer and a schedule are injected.
 
 B sequences in a batch, T tokens in a sequence.
 """
@@ -17,6 +17,7 @@ from app.optim import AdamW, Cosine, Optimization, Schedule
 from app.parallelize import parallelize
 from app.strategies import FSDP2
 from app.tasks.architecture import resolve_architecture
+from app.tasks.base import TASKS, Task
 from app.tasks.compile import Compile
 from app.tasks.gradients import scale_and_clip
 from app.tasks.precision import ComputeDtype, call_in
@@ -30,20 +31,25 @@ class StepFigures(NamedTuple):
     """One optimizer step on this rank.
 
     Attributes:
-        nll: () summed negative log-likelihood, nats, over the step's micro-batches.
-        tokens: () number of targets in them.
+        sums: quantity -> () sum over the targets of the step's micro-batches; the first is the task's loss.
+        count: () number of these targets.
         grad_norm: () norm of the whole gradient before clipping.
         learning_rate: of the first parameter group in this step.
     """
 
-    nll: Tensor
-    tokens: Tensor
+    sums: dict[str, Tensor]
+    count: Tensor
     grad_norm: Tensor
     learning_rate: float
 
+    @property
+    def loss(self) -> Tensor:
+        """() sum of the task's loss."""
+        return next(iter(self.sums.values()))
 
-class LanguageModel(LightningModule):
-    """Pretrains a Transformer on next-token prediction.
+
+class Training(LightningModule):
+    """Trains a Transformer for a task.
 
     The loss is normalised by the number of targets of the whole optimizer step: over all accumulated micro-batches and
     all ranks, each target counts the same. Clipping is done here too, because Lightning's refuses fused optimizers.
@@ -57,6 +63,7 @@ class LanguageModel(LightningModule):
         compute_dtype: of activations and of the weights as they are used; the weights that are trained stay fp32.
         compile: what torch.compile is applied to; nothing by default.
         activation_checkpointing: which activations the backward computes again; by default all are kept.
+        task: what is trained: `causal_lm`, or `masked_lm` for an encoder; `{kind: NAME, ...}` with its own options.
     """
 
     def __init__(
@@ -68,8 +75,10 @@ class LanguageModel(LightningModule):
         compute_dtype: ComputeDtype = "float32",
         compile: Compile | None = None,
         activation_checkpointing: ActivationCheckpointing | None = None,
+        task: str | dict = "causal_lm",
     ) -> None:
         super().__init__()
+        self.task: Task = TASKS.parse(task, "model.task")
         self.architecture = architecture
         self.optimizer = optimizer or AdamW()
         self.schedule = schedule or Cosine()
@@ -82,9 +91,9 @@ class LanguageModel(LightningModule):
         self._expected: tuple[Mapping[str, Any], Path] | None = None
         self.figures: StepFigures | None = None  # of the latest optimizer step
         self.stepped = False  # whether the latest batch ended an optimizer step
-        self._window: list[tuple[Tensor, Tensor]] = []  # (summed NLL, targets) of each micro-batch of this step
+        self._window: list[tuple[dict[str, Tensor], Tensor]] = []  # sums and count of each micro-batch of this step
         self._unit = 1  # targets that a micro-batch's loss is divided by before the real number is known
-        self._evaluated: list[Tensor] = []  # (2,) summed NLL and targets of each batch of a validation or a test
+        self._evaluated: list[dict[str, Tensor]] = []  # sums and `count` of each batch of a validation or a test
 
     def expect(self, architecture: Mapping[str, Any] | None, checkpoint: Path) -> None:
         """Remember what a checkpoint holds that is going to be loaded, so that `setup` can refuse another shape."""
@@ -98,14 +107,10 @@ class LanguageModel(LightningModule):
     def _settle(self, vocab_size: int | None = None, context: int | None = None) -> None:
         if self.config is None:
             self.config = resolve_architecture(self.architecture, vocab_size, context)
-            if self.config.direction != "causal":
-                raise UserError(
-                    "model.architecture.direction is bidirectional, and the next token is no riddle to a model that "
-                    "sees it; train with direction: causal"
-                )
+            self.task.check(self.config)
             self._check_expected()
         # plain values only, so that a checkpoint describes itself and loads with weights_only=True
-        self._set_hparams({"architecture": self.config.to_dict()})
+        self._set_hparams({"architecture": self.config.to_dict(), "task": self.task.dump()})
 
     def _check_expected(self) -> None:
         if self._expected is None:
@@ -152,15 +157,11 @@ class LanguageModel(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         self.stepped = False
-        targets = batch["targets"]  # (B, T)
-        output = self(batch["tokens"], targets=targets, documents=batch.get("documents"), z_loss=self.z_loss > 0)
-        count = (targets != IGNORED).sum()
+        losses = self.task.losses(self, batch, z_loss=self.z_loss)
         if not self._window:
-            self._unit = targets.numel()
-        self._window.append((output.loss.detach().float() * count, count))
-        loss = output.loss if output.z_loss is None else output.loss + self.z_loss * output.z_loss
-        loss = loss + sum(output.losses.values())
-        return loss * (count / self._unit)
+            self._unit = losses.places
+        self._window.append((losses.sums, losses.count))
+        return losses.total * (losses.count / self._unit)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -172,12 +173,13 @@ class LanguageModel(LightningModule):
         """
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(f"gradient_clip_algorithm {gradient_clip_algorithm!s} is not supported; norm is")
-        nll, tokens = (torch.stack(parts).sum() for parts in zip(*self._window, strict=True))
+        sums = {name: torch.stack([found[name] for found, _ in self._window]).sum() for name in self._window[0][0]}
+        count = torch.stack([counted for _, counted in self._window]).sum()
         ranks = self.trainer.world_size
-        everywhere = self._sum_over_ranks(tokens)
+        everywhere = self._sum_over_ranks(count)
         scale = self._unit * self.trainer.accumulate_grad_batches * ranks / everywhere.clamp(min=1)
         norm = scale_and_clip(self.parameters(), scale, gradient_clip_val)
-        self.figures = StepFigures(nll, tokens, norm, optimizer.param_groups[0]["lr"])
+        self.figures = StepFigures(sums, count, norm, optimizer.param_groups[0]["lr"])
         self._window, self.stepped = [], True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -216,9 +218,8 @@ class LanguageModel(LightningModule):
             return self(tokens, **options)
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
-        output = self._without_compiling(batch["tokens"], targets=batch["targets"], documents=batch.get("documents"))
-        count = (batch["targets"] != IGNORED).sum()
-        self._evaluated.append(torch.stack([output.loss.double() * count, count.double()]))
+        losses = self.task.measured(self._without_compiling, batch)
+        self._evaluated.append({**losses.sums, "count": losses.count})
 
     def on_validation_epoch_end(self) -> None:
         self._report("validation")
@@ -226,13 +227,21 @@ class LanguageModel(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._report("test")
 
-    def _report(self, split: str) -> None:
-        """Log loss, perplexity and bits per byte over the whole split, each target once."""
-        nll, tokens = self._sum_over_ranks(torch.stack(self._evaluated).sum(0))  # (2,)
+    def _report(self, split: str) -> dict[str, float]:
+        """Log the loss and every metric of the task over the whole split, each target once; returns all means."""
+        names = list(self._evaluated[0])
+        sums = torch.stack([torch.stack([one[name].double() for name in names]) for one in self._evaluated]).sum(0)
+        sums = dict(zip(names, self._sum_over_ranks(sums).tolist(), strict=True))
         self._evaluated = []
-        loss = nll / tokens.clamp(min=1)
-        self.log(f"{split}/loss", loss, rank_zero_only=False)
-        self.log(f"{split}/perplexity", loss.exp())
-        bytes_per_token = getattr(self.trainer.datamodule, "bytes_per_token", None)
-        if bytes_per_token:
-            self.log(f"{split}/bits_per_byte", loss / torch.log(loss.new_tensor(2.0)) / bytes_per_token)
+        means = {name: value / max(1.0, sums["count"]) for name, value in sums.items()}
+        self.log(f"{split}/loss", means[names[0]], rank_zero_only=False)
+        for name, value in self.metrics_of(means).items():
+            if name != "loss":
+                self.log(f"{split}/{name}", value)
+        return means
+
+    def metrics_of(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of the task that these means of quantities give, by name."""
+        size = getattr(self.trainer.datamodule, "bytes_per_token", None)
+        found = {one.kind: one.of(means[one.quantity], size) for one in self.task.metrics if one.quantity in means}
+        return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,26 @@
+"""Accuracy: the share of predicted tokens whose likeliest prediction is the target."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from app.evaluation import wording
+from app.evaluation.metrics.base import METRICS, Metric
+
+
+@METRICS.register("accuracy")
+@dataclass(frozen=True)
+class Accuracy(Metric):
+    """Top-1 accuracy."""
+
+    label, better, quantity = "accuracy", "higher", "correct"
+
+    def units(self, log: Tensor, targets: Tensor) -> Tensor:
+        return log.argmax(1) == targets
+
+    def show(self, value: float | None) -> str:
+        return wording.percent(value)
+
+    def show_change(self, value: float | None) -> str:
+        text = wording.plus(100 * value) if wording.known(value) else wording.MISSING
+        return text if text == wording.MISSING else f"{text} points"

@@ -1,0 +1,114 @@
+"""What a model is trained for: a task gives the data, the losses, the metrics and all else that depends on it.
+
+A task is an object that one LightningModule trains (app/tasks/training.py), one distils (app/tasks/distill.py), and
+that the model folder names (`config.json: task`), so that every stage and report takes it from there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from app.evaluation.metrics import Metric
+from app.evaluation.speed import SpeedProtocol
+from models.config import ModelConfig
+from models.registry import Registry
+from models.transformer import Output, Transformer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule  # takes seconds to import
+
+    from app.data.tokenizer import Tokenizer
+
+TASKS = Registry("task", example="causal_lm")
+
+Batch = Mapping[str, Tensor]
+Forward = Callable[..., Output]  # as `Transformer.forward`, in whatever dtype and on whatever devices
+
+
+class Losses(NamedTuple):
+    """The loss of one batch, so that micro-batches and ranks add up.
+
+    Attributes:
+        total: () mean over what counts, plus what the mechanisms add; carries the gradient.
+        sums: quantity of the metrics -> () detached sum over what counts; the first is the task's loss.
+        count: () how many targets count.
+        places: the most that could count in a batch of this shape.
+    """
+
+    total: Tensor
+    sums: dict[str, Tensor]
+    count: Tensor
+    places: int
+
+
+class Task:
+    """Base class of the registered tasks, each a frozen dataclass of its options.
+
+    Attributes:
+        kind: its name in a recipe and in config.json.
+        metrics: what a model is measured by; the first is the one that verdicts are about.
+        needs_mask: whether its tokenizer needs a mask token.
+        generates: whether a model of it continues a text.
+        describes: a model of it in a word.
+        protocol: how a model of it is timed.
+        normalisation: what a figure counts, for the protocol of a report.
+    """
+
+    kind: ClassVar[str]
+    metrics: tuple[Metric, ...]
+    needs_mask: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
+    describes: ClassVar[str] = "model"
+    protocol: ClassVar[type[SpeedProtocol]] = SpeedProtocol
+    normalisation: ClassVar[str] = ""
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise UserError for an architecture that the task cannot train."""
+
+    def data(self, **options: Any) -> "LightningDataModule":
+        """The data module with these options."""
+        raise NotImplementedError
+
+    def examples(self, blocks: Any, tokenizer: "Tokenizer", *, training: bool, seed: int = 0) -> Any:
+        """Blocks of text as inputs and targets: the `blocks` themselves, or a data set over them.
+
+        Args:
+            blocks: `TokenBlocks`.
+            tokenizer: of the blocks.
+            training: whether they are to be trained on, or to be measured on.
+            seed: of what is drawn for the training; what is measured is the same for every model.
+        """
+        return blocks
+
+    def losses(self, model: Forward, batch: Batch, *, z_loss: float = 0.0) -> Losses:
+        """The losses of a batch of `examples`; z_loss: weight of the z-loss."""
+        raise NotImplementedError
+
+    def measured(self, model: Forward, batch: Batch) -> Losses:
+        """The sums of a batch of a validation or a test: every quantity of the metrics."""
+        return self.losses(model, batch)
+
+    def predictions(self, model: Forward, batch: Batch) -> Tensor:
+        """What the model says where it counts: log-probabilities (N, V) of the N targets of a batch, in their order."""
+        raise NotImplementedError
+
+    def baselines(self, config: ModelConfig, blocks: Sequence[Batch], training: Any = None, **options: Any) -> dict:
+        """What costs nothing, by name: the `baselines` block of report.json; none by default."""
+        return {}
+
+    def speed(self, rounds: int) -> SpeedProtocol:
+        """How a model of it is timed, in so many rounds."""
+        return self.protocol(rounds=rounds)
+
+    def samples(self, model: Transformer, tokenizer: "Tokenizer", prompts: Sequence[str], **options: Any) -> list[str]:
+        """What the model makes of the prompts, as texts; nothing by default.
+
+        Args:
+            options: `max_new_tokens`, `temperature` and `seed`, of which a task uses what it can.
+        """
+        return []
+
+    def dump(self) -> dict[str, Any]:
+        """The task as config.json names it."""
+        return TASKS.dump(self)
