@@ -16,12 +16,16 @@ from models import families, folder
 from models.config import ModelConfig
 from models.errors import UserError
 from models.finite import check_finite
-from models.shapes import VALUES, check_shape
+from models.shapes import EACH, VALUES, Leaf, check_shape
 from models.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARDED = "meta.pt"  # a file of every sharded checkpoint
-CHECKPOINT = {"espalier?": {"recipe?": VALUES}, "hyper_parameters?": VALUES}  # what is read of one beside its tensors
+CHECKPOINT = {  # what a checkpoint holds, where it holds it
+    "espalier?": {"recipe?": VALUES},
+    "hyper_parameters?": VALUES,
+    "state_dict?": {EACH: Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))},
+}
 Kind = Literal["folder", "checkpoint", "hugging face"]
 
 

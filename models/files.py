@@ -265,12 +265,19 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(inside(folder, INDEX)).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{folder / INDEX} has no weight_map from tensor to file")
-        return [inside(folder, name) for name in sorted(set(weight_map.values()))]
+        return [_regular(inside(folder, name)) for name in sorted(set(weight_map.values()))]
     if (folder / WEIGHTS).exists():
-        return [inside(folder, WEIGHTS)]
+        return [_regular(inside(folder, WEIGHTS))]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise UserError(f"{folder} holds pickled weights only, which are never unpickled; save it as safetensors")
     raise UserError(f"{folder} has no {WEIGHTS}")
+
+
+def _regular(path: Path) -> Path:
+    """The path, unless it is a pipe or a device, which would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file")
+    return path
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):

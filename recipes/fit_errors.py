@@ -89,7 +89,8 @@ def _value(key: str, message: str, kind: str, value: str) -> str:
     words = []
     for choices, name, plain in re.findall(r"Literal\[(.*?)\]|<class '(?:[\w.]+\.)?(\w+)'>|\b(list|dict)\[", kind):
         words.append(f"one of {choices}" if choices else KINDS.get(name or plain, name))
-    return f"{key} must be {' or '.join(dict.fromkeys(words)) or kind}, not {'null' if value == 'None' else value}"
+    given = "null" if value == "None" else value or "blanks"
+    return f"{key} must be {' or '.join(dict.fromkeys(words)) or kind}, not {given}"
 
 
 def _mapping(key: str, message: str, value: str) -> str:
@@ -140,6 +141,6 @@ _EXPLANATIONS = (
     (r"Not a valid subclass of \w+", _specification),
     (r"^Parser key \"[\w.]+\": Unable to load config '(.*?)'", _mapping),
     (r"^Parser key \"[\w.]+\": Does not validate .*? Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", _value),
-    (r"^Parser key \"[\w.]+\": Expected an? (.+?)\. Got value: (.*)$", _value),
+    (r"^Parser key \"[\w.]+\": Expected an? (.+?)\. Got value: ?(.*)$", _value),
     (r"the following arguments are required: (.*)$", _required),
 )

@@ -32,6 +32,8 @@ MENDED = {
     ("checkpoint/48", 0): "a fraction in a generator's state",
     ("option/1", 1): "control characters in the sentence",
     ("option/4", 0): "a sentence of ten thousand characters",
+    ("option/12", 1): "blanks where a number belongs",
+    ("tensors/11", 1): "a pipe in the place of the weights",
     ("option/48", 1): "a pipeline from a model that is not there left its folder",
 }
 # Cases that are known to fail: name and seed -> the reason; strict: one that is mended has to leave the list.
