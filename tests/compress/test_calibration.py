@@ -12,6 +12,7 @@ from compress.statistics import Hessian, InputNorm, Moments
 from compress.store import FolderStore
 from models.config import ModelConfig
 from models.errors import UserError
+from models.feedforward import FeedForward
 from models.transformer import Transformer
 
 
@@ -318,7 +319,7 @@ def test_a_forward_stops_where_the_last_statistic_is_taken():
     assert looked.count("block 1") == 1 + 5  # the head asks for data too
 
 
-class Routed(nn.Module):
+class Routed(FeedForward):
     """Tokens above a bound go to one of two maps; a third is used twice by every token."""
 
     def __init__(self):
