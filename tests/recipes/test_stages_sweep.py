@@ -11,6 +11,7 @@ import yaml
 
 from models.errors import UserError
 from recipes.cli import main
+from recipes.stages import sweep
 from recipes.stages.sweep import read_sweep
 
 ROOT = Path(__file__).parents[2] / "recipes"
@@ -156,3 +157,10 @@ def test_a_base_without_the_length_of_its_blocks_is_refused(recipe, data):
 @pytest.mark.parametrize("path", sorted((ROOT / "sweep").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_sweeps_that_come_with_espalier_can_be_read(path):
     assert len(read_sweep(path).variants) >= {"architectures.yaml": 30, "experts.yaml": 4}[path.name]
+
+
+def test_a_seed_settles_the_weights_and_the_order_of_the_text(tmp_path):
+    base = {"model": {"architecture": {}}, "data": {"source": "synthetic"}}
+    plan = sweep.Sweep(base, "base", [3, 5], [8], 1, [], {("axis", "one"): {"width": 8}})
+    recipes = [one.recipe for one in sweep.prepare(plan, tmp_path, False)]
+    assert [(one["seed_everything"], one["data"]["seed"]) for one in recipes] == [(3, 3), (5, 5)] * 2
