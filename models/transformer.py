@@ -17,8 +17,8 @@ from models.config import ModelConfig
 from models.early_exit import ExitNorms
 from models.errors import UserError
 from models.linear import Linear, itemsize
-from models.losses import IGNORED, SoftmaxError, linear_cross_entropy
 from models.memory import check_memory
+from models.projection import IGNORED, SoftmaxError, linear_cross_entropy
 
 
 class Output(NamedTuple):

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from compress.distillation.losses import LOSSES, DistillationLoss
 from models.errors import UserError
-from models.losses import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, IGNORED
+from models.projection import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, IGNORED
 
 
 @LOSSES.register("logit")

@@ -1,10 +1,17 @@
-"""The fused projection and loss against the plain one."""
+"""The output projection in chunks against whole logits: the fused loss, and what figures are read from."""
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from models.losses import IGNORED, linear_cross_entropy, reference_linear_cross_entropy
+from models import projection
+from models.projection import (
+    IGNORED,
+    kl_divergence,
+    linear_cross_entropy,
+    log_probabilities,
+    reference_linear_cross_entropy,
+)
 
 TOKENS, WIDTH, VOCABULARY = 37, 12, 29
 SMALL_CHUNKS = 4 * VOCABULARY * 5  # bytes: about five tokens of fp32 logits, so that the last chunk is ragged
@@ -197,3 +204,18 @@ def test_non_contiguous_hidden_states():
     turned = hidden.detach().t().contiguous().t().requires_grad_()
     expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0], hidden)
     torch.testing.assert_close(torch.autograd.grad(linear_cross_entropy(turned, weight, targets)[0], turned), expected)
+
+
+def test_log_probabilities_of_two_models_come_in_chunks_and_give_nll_and_kl(monkeypatch):
+    monkeypatch.setattr(projection, "LOGITS_AT_ONCE", 5 * VOCABULARY)
+    hidden, weight, targets = (x.detach() for x in inputs(torch.float32, ignored=0))
+    other = torch.randn(VOCABULARY, 7, generator=torch.Generator().manual_seed(1))
+    projections = [lambda h: h @ weight.T, lambda h: (h @ other.T).double()]
+    found = list(log_probabilities(projections, [hidden, hidden[:, :7]], VOCABULARY))
+    assert [part.start for part, _ in found] == list(range(0, TOKENS, 5))
+    assert all(log.dtype == torch.float32 and len(log) <= 5 for _, logs in found for log in logs)
+    p, q = (torch.cat([logs[i] for _, logs in found]) for i in (0, 1))
+    nll = -p.gather(1, targets[:, None]).mean()
+    torch.testing.assert_close(nll, reference_linear_cross_entropy(hidden, weight, targets)[0])
+    expected = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(1)
+    torch.testing.assert_close(kl_divergence(p, q), expected)

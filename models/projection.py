@@ -1,9 +1,11 @@
-"""Cross-entropy of the output projection: hidden states and the vocabulary matrix in, mean loss out.
+"""The output projection in chunks of tokens: losses and figures of next-token predictions, without all the logits.
 
 N tokens, C tokens of one chunk, D model width, V vocabulary.
 
-`linear_cross_entropy` never holds all logits. It walks over chunks of tokens and computes the gradient in the forward,
-while a chunk's logits are at hand, as Liger-Kernel does (arXiv 2410.10989, section 3.2). With P = softmax(H W^T), Y the
+`log_probabilities` is for figures: NLL, KL divergence and the most likely tokens are read from a chunk at a time.
+
+`linear_cross_entropy` walks over chunks of tokens and computes the gradient in the forward, while a chunk's logits are
+at hand, as Liger-Kernel does (arXiv 2410.10989, section 3.2). With P = softmax(H W^T), Y the
 one-hot targets and l = logsumexp of the logits, per token and before the mean:
 
     nll = l - logit[target]      dH = (P - Y) W                            dW = (P - Y)^T H
@@ -13,7 +15,7 @@ so the loss costs three matrix products, and the z-term a fourth. The gradients 
 backward, where the caller's weights of the two are known.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +30,29 @@ IGNORED = -100
 CPU_CHUNK_BYTES = 8 * 2**20
 CPU_COMPILED_CHUNK_BYTES = 32 * 2**20  # of fp32, which torch.compile keeps in registers
 GPU_CHUNK_BYTES = 512 * 2**20
+LOGITS_AT_ONCE = 2**25  # fp32 logits of one model that figures are read from at a time: 128 MiB
 SoftmaxError = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def log_probabilities(
+    projections: Sequence[Callable[[Tensor], Tensor]], hidden: Sequence[Tensor], vocabulary: int
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Log-probabilities (C, V) in fp32 of several models on the same tokens, chunk by chunk: (slice of N, one each).
+
+    Args:
+        projections: of each model, (C, D) -> logits (C, V).
+        hidden: of each model, (N, D) after the final norm; D may differ.
+        vocabulary: V, from which the size of a chunk follows.
+    """
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    for begin in range(0, len(hidden[0]), rows):
+        part = slice(begin, begin + rows)
+        yield part, [project(h[part]).float().log_softmax(-1) for project, h in zip(projections, hidden, strict=True)]
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats (C,), from log-probabilities (C, V)."""
+    return (p.exp() * (p - q)).sum(1)
 
 
 def reference_linear_cross_entropy(
