@@ -2,11 +2,13 @@
 
 N tokens, C tokens of one chunk, D model width, V vocabulary.
 
-`log_probabilities` is for figures: NLL, KL divergence and the most likely tokens are read from a chunk at a time.
+Figures: `log_probabilities` gives one chunk after the other; NLL, `kl_divergence` and the most likely tokens are read
+from it.
 
-`linear_cross_entropy` walks over chunks of tokens and computes the gradient in the forward, while a chunk's logits are
-at hand, as Liger-Kernel does (arXiv 2410.10989, section 3.2). With P = softmax(H W^T), Y the
-one-hot targets and l = logsumexp of the logits, per token and before the mean:
+Losses: `sums_over_chunks` adds up what a function finds in each chunk's logits, and computes the gradient in the
+forward, while they are at hand, as Liger-Kernel does (arXiv 2410.10989, section 3.2). `linear_cross_entropy` has such a
+function, compress/distillation/logit.py another. With P = softmax(H W^T), Y the one-hot targets and l = logsumexp of
+the logits, per token and before the mean:
 
     nll = l - logit[target]      dH = (P - Y) W                            dW = (P - Y)^T H
     z   = l^2                    dH = 2 l P W = 2 l ((P - Y) W + Y W)      dW = (P - Y)^T (2 l H) + Y^T (2 l H)
@@ -16,12 +18,13 @@ backward, where the caller's weights of the two are known.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from models.products import product
 
@@ -30,29 +33,158 @@ IGNORED = -100
 CPU_CHUNK_BYTES = 8 * 2**20
 CPU_COMPILED_CHUNK_BYTES = 32 * 2**20  # of fp32, which torch.compile keeps in registers
 GPU_CHUNK_BYTES = 512 * 2**20
-LOGITS_AT_ONCE = 2**25  # fp32 logits of one model that figures are read from at a time: 128 MiB
+LOGITS_AT_ONCE = 2**25  # fp32 logits of one model held at a time where figures are read from them: 128 MiB
 SoftmaxError = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def log_probabilities(
-    projections: Sequence[Callable[[Tensor], Tensor]], hidden: Sequence[Tensor], vocabulary: int
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Log-probabilities (C, V) in fp32 of several models on the same tokens, chunk by chunk: (slice of N, one each).
+class Chunk(NamedTuple):
+    """A chunk of tokens before its logits.
+
+    Attributes:
+        part: which of the N tokens.
+        hidden: (C, D).
+        weight: (V, D), in the same dtype.
+        buffers: (C, V) each, at least fp32, used again by every chunk: memory that is new to the process costs a page
+            fault for every 4 KiB.
+    """
+
+    part: slice
+    hidden: Tensor
+    weight: Tensor
+    buffers: tuple[Tensor, ...]
+
+    def logits(self) -> Tensor:
+        """(C, V) in at least fp32, in the first buffer."""
+        return product(self.hidden, self.weight.t(), out=self.buffers[0])
+
+
+class Term(NamedTuple):
+    """The gradient of one sum with respect to a chunk's logits: scale * (error + one-hot of the label).
+
+    Attributes:
+        scale: (C, 1), or a number.
+        label: (C,) int64, or None where no one-hot is added.
+    """
+
+    scale: Tensor | float = 1.0
+    label: Tensor | None = None
+
+
+class Found(NamedTuple):
+    """What a loss finds in a chunk.
+
+    Attributes:
+        sums: scalars, each summed over the chunk's tokens.
+        error: (C, V), what the gradients of the sums have in common.
+        terms: of the first sums; the sums behind them have no gradient.
+    """
+
+    sums: tuple[Tensor, ...]
+    error: Tensor
+    terms: tuple[Term, ...]
+
+
+Loss = Callable[[Chunk], Found]
+
+
+def sums_over_chunks(
+    hidden: Tensor, weight: Tensor, loss: Loss, *, buffers: int = 1, chunk_bytes: int | None = None
+) -> tuple[Tensor, ...]:
+    """Sums over all tokens of what `loss` finds in the logits hidden (N, D) @ weight (V, D)^T, never held at once.
+
+    Matrix products run in the autocast dtype where autocast is on and in the dtype of `hidden` otherwise. The gradient
+    is computed in the forward; the first sums are differentiable once, with any weights of them.
 
     Args:
-        projections: of each model, (C, D) -> logits (C, V).
-        hidden: of each model, (N, D) after the final norm; D may differ.
-        vocabulary: V, from which the size of a chunk follows.
+        hidden: (N, D).
+        weight: (V, D), also of another floating dtype.
+        loss: chunk -> its sums and their gradients.
+        buffers: how many (C, V) a chunk is given.
+        chunk_bytes: size of one chunk's logits; by default what suits the device.
     """
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    for begin in range(0, len(hidden[0]), rows):
-        part = slice(begin, begin + rows)
-        yield part, [project(h[part]).float().log_softmax(-1) for project, h in zip(projections, hidden, strict=True)]
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    chunk_bytes = chunk_bytes or (CPU_CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES)
+    given = hidden, weight, loss, buffers, chunk_bytes
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _SumsOverChunks.apply(*given)
+    return _walk(*given, (False, False))[0]
 
 
-def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats (C,), from log-probabilities (C, V)."""
-    return (p.exp() * (p - q)).sum(1)
+class _Gradients(NamedTuple):
+    """Gradients of one sum over all tokens; None where nothing asked for it."""
+
+    hidden: Tensor | None  # (N, D)
+    weight: Tensor | None  # (V, D), at least fp32
+
+
+class _SumsOverChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, *how: Any) -> tuple[Tensor, ...]:
+        sums, gradients = _walk(hidden, weight, *how, ctx.needs_input_grad[:2])
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.save_for_backward(*(tensor for gradient in gradients for tensor in gradient))
+        ctx.mark_non_differentiable(*sums[len(gradients) :])
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = [_Gradients(*saved[i : i + 2]) for i in range(0, len(saved), 2)]
+        result = []
+        for field, dtype in zip(_Gradients._fields, ctx.dtypes, strict=True):
+            parts = [getattr(gradient, field) for gradient in gradients]
+            scaled = [part * scale for part, scale in zip(parts, upstream, strict=False) if part is not None]
+            result.append(sum(scaled[1:], scaled[0]).to(dtype) if scaled else None)
+        return *result, None, None, None
+
+
+@torch.no_grad()
+def _walk(
+    hidden: Tensor, weight: Tensor, loss: Loss, buffers: int, chunk_bytes: int, wanted: tuple[bool, ...]
+) -> tuple[tuple[Tensor, ...], list[_Gradients]]:
+    """The sums, and of each that has one the gradients that are `wanted` (of hidden, of weight)."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    chunks = max(1, -(-tokens * vocabulary * exact.itemsize // chunk_bytes))
+    rows = max(1, -(-tokens // chunks))
+    held = [hidden.new_empty(rows, vocabulary, dtype=exact) for _ in range(buffers)]
+    sums, gradients = [], []
+    for begin in range(0, max(1, tokens), rows):
+        part = slice(begin, min(begin + rows, tokens))
+        chunk = Chunk(part, hidden[part], weight, tuple(buffer[: part.stop - begin] for buffer in held))
+        found = loss(chunk)
+        if not begin:
+            sums = [torch.zeros_like(value) for value in found.sums]
+            gradients = [
+                _Gradients(
+                    torch.empty_like(hidden) if wanted[0] else None,
+                    torch.zeros_like(weight, dtype=exact) if wanted[1] else None,
+                )
+                for _ in (found.terms if any(wanted) else ())
+            ]
+        for total, value in zip(sums, found.sums, strict=True):
+            total += value
+        if gradients:
+            _add_gradients(gradients, chunk, found)
+    return tuple(sums), gradients
+
+
+def _add_gradients(gradients: list[_Gradients], chunk: Chunk, found: Found) -> None:
+    """Add one chunk's gradients to those of each sum."""
+    weight, error = chunk.weight, found.error.to(chunk.weight.dtype)
+    back = product(error, weight) if gradients[0].hidden is not None else None  # (C, D)
+    for gradient, (scale, label) in zip(gradients, found.terms, strict=True):
+        if gradient.hidden is not None:
+            whole = back if label is None else back + weight[label]
+            torch.mul(whole, scale, out=gradient.hidden[chunk.part])
+        if gradient.weight is not None:
+            scaled = chunk.hidden * scale  # (C, D)
+            product(error.t(), scaled, out=gradient.weight, accumulate=True)
+            if label is not None:
+                gradient.weight.index_add_(0, label, scaled.to(gradient.weight.dtype))
 
 
 def reference_linear_cross_entropy(
@@ -62,15 +194,34 @@ def reference_linear_cross_entropy(
 
     Means are over the targets that are not -100; both are 0 where there are none.
     """
-    logits = F.linear(hidden, weight)  # (N, V)
+    count = (targets != IGNORED).sum().clamp(min=1)
+    nll, squared = _sums(F.linear(hidden, weight), targets, z_loss)
+    return nll / count, squared / count if z_loss else None
+
+
+def _sums(logits: Tensor, targets: Tensor, z_loss: bool) -> tuple[Tensor, Tensor]:
+    """Sums of the NLL and, with the z-loss, of the squared logsumexp of logits (C, V) over targets (C,) but -100."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    kept = targets != IGNORED
-    count = kept.sum().clamp(min=1)
-    nll = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / count
-    if not z_loss:
-        return nll, None
-    squared = logits.logsumexp(-1).square()  # (N,)
-    return nll, torch.where(kept, squared, 0.0).sum() / count
+    nll = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return nll, torch.where(targets != IGNORED, logits.logsumexp(-1).square(), 0.0).sum() if z_loss else nll.detach()
+
+
+def projected_cross_entropy(
+    project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int, *, z_loss: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The same two means where the output projection (C, D) -> (C, V) is no plain matrix, such as a packed one.
+
+    The backward makes the logits of a chunk again.
+    """
+    nll, squared = hidden.new_zeros(2, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for part in _parts(len(hidden), vocabulary):
+        chunk = hidden[part], targets[part]
+        found = checkpoint(
+            lambda h, t: _sums(project(h), t, z_loss), *chunk, use_reentrant=False, preserve_rng_state=False
+        )
+        nll, squared = nll + found[0], squared + found[1]
+    count = (targets != IGNORED).sum().clamp(min=1)
+    return nll / count, squared / count if z_loss else None
 
 
 def linear_cross_entropy(
@@ -82,10 +233,9 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     compiled: SoftmaxError | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same two means as `reference_linear_cross_entropy`, without the logits.
+    """The same two means as `reference_linear_cross_entropy`, by `sums_over_chunks`.
 
-    Matrix products run in the autocast dtype where autocast is on and in the dtype of `hidden` otherwise; softmax, sums
-    and both results are fp32 (fp64 for fp64 inputs). Differentiable once, with any weights of the two results.
+    Softmax, sums and both results are fp32 (fp64 for fp64 inputs).
 
     Args:
         hidden: (N, D).
@@ -98,101 +248,20 @@ def linear_cross_entropy(
     Raises:
         IndexError or RuntimeError: a target is neither -100 nor in [0, V).
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if chunk_bytes is None:
-        on_cpu = CPU_COMPILED_CHUNK_BYTES if compiled else CPU_CHUNK_BYTES
-        chunk_bytes = on_cpu if device == "cpu" else GPU_CHUNK_BYTES
-    how = _How(z_loss, chunk_bytes, compiled)
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        nll, squared = _LinearCrossEntropy.apply(hidden, weight, targets, how)
-    else:
-        nll, squared, _ = _walk(hidden, weight, targets, how, (False, False))
-    return nll, squared if z_loss else None
 
+    def loss(chunk: Chunk) -> Found:
+        kept = targets[chunk.part] != IGNORED  # (C,)
+        target = targets[chunk.part].masked_fill(~kept, 0)
+        log, nll, error = (compiled or softmax_error)(chunk.hidden, chunk.weight, target, *chunk.buffers)
+        sums = torch.where(kept, nll, 0.0).sum(), torch.where(kept, log.square(), 0.0).sum()
+        scale, z_scale = (x[:, None].to(chunk.hidden.dtype) for x in (kept, torch.where(kept, 2 * log, 0.0)))  # (C, 1)
+        return Found(sums, error, (Term(scale), Term(z_scale, target))[: 1 + z_loss])
 
-class _How(NamedTuple):
-    """Arguments of `linear_cross_entropy`."""
-
-    z_loss: bool
-    chunk_bytes: int
-    compiled: SoftmaxError | None
-
-
-class _Gradients(NamedTuple):
-    """Gradients of one term's *sum* over tokens; None where nothing asked for it."""
-
-    hidden: Tensor | None  # (N, D)
-    weight: Tensor | None  # (V, D), at least fp32
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, how: _How) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[:2]
-        nll, squared, gradients = _walk(hidden, weight, targets, how, wanted)
-        ctx.count = (targets != IGNORED).sum().clamp(min=1)
-        ctx.dtypes = (hidden.dtype, weight.dtype)
-        ctx.save_for_backward(*(tensor for term in gradients for tensor in term))
-        if not how.z_loss:
-            ctx.mark_non_differentiable(squared)
-        return nll, squared
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        terms = [_Gradients(*saved[i : i + 2]) for i in range(0, len(saved), 2)]
-        scales = [gradient / ctx.count for gradient in upstream]
-        result = []
-        for field, dtype in zip(_Gradients._fields, ctx.dtypes, strict=True):
-            parts = [getattr(term, field) for term in terms]
-            scaled = [part * scale for part, scale in zip(parts, scales, strict=False) if part is not None]
-            result.append(sum(scaled[1:], scaled[0]).to(dtype) if scaled else None)
-        return *result, None, None
-
-
-class _Chunk(NamedTuple):
-    """One chunk of tokens after its softmax."""
-
-    part: slice  # of the N tokens
-    hidden: Tensor  # (C, D)
-    target: Tensor  # (C,), 0 where there is none
-    error: Tensor  # (C, V) P - Y
-    scales: tuple[Tensor, Tensor]  # (C,) what multiplies a token's gradient, for each term; 0 where there is no target
-
-
-def _walk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, how: _How, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor, list[_Gradients]]:
-    """Both means, and for each term asked for the gradients of its sum that are `wanted` (of hidden, of weight)."""
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    exact = torch.promote_types(hidden.dtype, torch.float32)
-    chunks = max(1, -(-tokens * vocabulary * exact.itemsize // how.chunk_bytes))
-    rows = max(1, -(-tokens // chunks))
-    terms = [
-        _Gradients(
-            torch.empty_like(hidden) if wanted[0] else None,
-            torch.zeros_like(weight, dtype=exact) if wanted[1] else None,
-        )
-        for _ in range(1 + how.z_loss if any(wanted) else 0)
-    ]
-    nll, squared = hidden.new_zeros((), dtype=exact), hidden.new_zeros((), dtype=exact)
-    buffers = () if how.compiled else [hidden.new_empty(rows, vocabulary, dtype=exact) for _ in range(2)]  # (C, V) each
-    for begin in range(0, tokens, rows):
-        part = slice(begin, min(begin + rows, tokens))
-        count = part.stop - begin
-        kept = targets[part] != IGNORED  # (C,)
-        target = targets[part].masked_fill(~kept, 0)
-        chunk = hidden[part], weight, target, *(buffer[:count] for buffer in buffers)
-        log, chunk_nll, error = (how.compiled or softmax_error)(*chunk)
-        nll += torch.where(kept, chunk_nll, 0.0).sum()
-        squared += torch.where(kept, log.square(), 0.0).sum()
-        scales = (kept.to(hidden.dtype), torch.where(kept, 2 * log, 0.0).to(hidden.dtype))
-        _add_gradients(terms, _Chunk(part, hidden[part], target, error, scales), weight)
+    if chunk_bytes is None and compiled and hidden.device.type == "cpu":
+        chunk_bytes = CPU_COMPILED_CHUNK_BYTES
+    nll, squared = sums_over_chunks(hidden, weight, loss, buffers=0 if compiled else 2, chunk_bytes=chunk_bytes)
     count = (targets != IGNORED).sum().clamp(min=1)
-    return nll / count, squared / count, terms
+    return nll / count, squared / count if z_loss else None
 
 
 def softmax_error(
@@ -200,8 +269,7 @@ def softmax_error(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logsumexp (C,), NLL (C,) and P - Y (C, V) in the dtype of `weight` of one chunk.
 
-    The last two arguments are buffers (C, V) of at least fp32 that are used again by every chunk: memory that is new
-    to the process costs a page fault for every 4 KiB. Under torch.compile nearly all of it stays in registers.
+    The last two arguments are buffers (C, V) of at least fp32. Under torch.compile nearly all of it stays in registers.
     """
     logits = product(hidden, weight.t(), out=logits)
     column = target[:, None]  # (C, 1)
@@ -213,15 +281,25 @@ def softmax_error(
     return log, nll, probabilities.to(weight.dtype).scatter_(1, column, sure)
 
 
-def _add_gradients(terms: list[_Gradients], chunk: _Chunk, weight: Tensor) -> None:
-    """Add one chunk's gradients to those of the NLL (first term) and of the squared logsumexp (second)."""
-    back = product(chunk.error, weight) if terms and terms[0].hidden is not None else None  # (C, D)
-    for index, (term, scale) in enumerate(zip(terms, chunk.scales, strict=False)):
-        if term.hidden is not None:
-            whole = back + weight[chunk.target] if index else back
-            torch.mul(whole, scale[:, None], out=term.hidden[chunk.part])
-        if term.weight is not None:
-            scaled = chunk.hidden * scale[:, None]  # (C, D)
-            product(chunk.error.t(), scaled, out=term.weight, accumulate=True)
-            if index:
-                term.weight.index_add_(0, chunk.target, scaled.to(term.weight.dtype))
+def log_probabilities(
+    projections: Sequence[Callable[[Tensor], Tensor]], hidden: Sequence[Tensor], vocabulary: int
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Log-probabilities (C, V) in fp32 of several models on the same tokens, chunk by chunk: (slice of N, one each).
+
+    Args:
+        projections: of each model, (C, D) -> logits (C, V).
+        hidden: of each model, (N, D) after the final norm; D may differ.
+        vocabulary: V, from which the size of a chunk follows.
+    """
+    for part in _parts(len(hidden[0]), vocabulary):
+        yield part, [project(h[part]).float().log_softmax(-1) for project, h in zip(projections, hidden, strict=True)]
+
+
+def _parts(tokens: int, vocabulary: int) -> Iterator[slice]:
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    return (slice(begin, begin + rows) for begin in range(0, tokens, rows))
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats (C,), from log-probabilities (C, V)."""
+    return (p.exp() * (p - q)).sum(1)

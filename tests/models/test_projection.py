@@ -10,6 +10,7 @@ from models.projection import (
     kl_divergence,
     linear_cross_entropy,
     log_probabilities,
+    projected_cross_entropy,
     reference_linear_cross_entropy,
 )
 
@@ -204,6 +205,28 @@ def test_non_contiguous_hidden_states():
     turned = hidden.detach().t().contiguous().t().requires_grad_()
     expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0], hidden)
     torch.testing.assert_close(torch.autograd.grad(linear_cross_entropy(turned, weight, targets)[0], turned), expected)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.7])
+def test_a_projection_without_a_matrix_is_called_chunk_by_chunk(coefficient, monkeypatch):
+    monkeypatch.setattr(projection, "LOGITS_AT_ONCE", 5 * VOCABULARY)
+    sizes = []
+
+    def projected(hidden, weight, targets, *, z_loss):
+        def project(chunk):
+            sizes.append(len(chunk))
+            return chunk @ weight.T
+
+        return projected_cross_entropy(project, hidden, targets, VOCABULARY, z_loss=z_loss)
+
+    given = inputs()
+    mine = values_and_gradients(projected, *given, coefficient)
+    theirs = values_and_gradients(reference_linear_cross_entropy, *given, coefficient)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert max(sizes) == 5
+    with torch.no_grad():
+        assert projected(given[0], given[1], torch.full((TOKENS,), IGNORED), z_loss=False) == (0, None)
 
 
 def test_log_probabilities_of_two_models_come_in_chunks_and_give_nll_and_kl(monkeypatch):
