@@ -65,7 +65,7 @@ def batch_path(axes: Axes) -> None:
     box(axes, left, "app", "1  text to batch\ntokens (B, T)", "app/data/module.py", BATCH)
     box(axes, left, "models", "2  embed\n(B, T, D)", "models/backbone.py", BATCH)
     box(axes, middle, "models", "3  Backbone.run\nover the blocks", "models/block.py", BATCH)
-    box(axes, right, "models", "4  head\nlogits in chunks", "models/losses.py", BATCH)
+    box(axes, right, "models", "4  head\nlogits in chunks", "models/projection.py", BATCH)
     box(axes, right, "app", "5  losses\nof the task", "app/tasks/training.py", BATCH)
     box(axes, middle, "app", "6  gradients,\noptimizer step", "app/optim/muon.py", BATCH)
     arrow(axes, [(left, recipes - 0.6), (left, app + 0.6)], BATCH)

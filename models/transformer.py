@@ -8,7 +8,6 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Backbone
@@ -17,8 +16,8 @@ from models.config import ModelConfig
 from models.early_exit import ExitNorms
 from models.errors import UserError
 from models.linear import Linear, itemsize
-from models.losses import IGNORED, SoftmaxError, linear_cross_entropy
 from models.memory import check_memory
+from models.projection import SoftmaxError, linear_cross_entropy, projected_cross_entropy
 
 
 class Output(NamedTuple):
@@ -95,14 +94,12 @@ class Transformer(Backbone):
     def loss(self, hidden: Tensor, targets: Tensor, *, z_loss: bool = False) -> tuple[Tensor, Tensor | None]:
         """Mean NLL in nats of targets (B, T) given hidden (B, T, D), and the mean z-term when asked for."""
         output = self.embedding if self.head is None else self.head
+        flat, wanted = hidden.flatten(0, 1), targets.flatten()
         if isinstance(output, nn.Linear | nn.Embedding):
-            flat = hidden.flatten(0, 1), output.weight, targets.flatten()
-            return linear_cross_entropy(*flat, z_loss=z_loss, compiled=self.compiled_softmax_error)
-        logits = self.project(hidden).flatten(0, 1).float()  # (B * T, V)
-        nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
-        if not z_loss:
-            return nll, None
-        return nll, logits[targets.flatten() != IGNORED].logsumexp(-1).square().mean()
+            return linear_cross_entropy(
+                flat, output.weight, wanted, z_loss=z_loss, compiled=self.compiled_softmax_error
+            )
+        return projected_cross_entropy(self.project, flat, wanted, self.config.vocab_size, z_loss=z_loss)
 
     def count_parameters(self) -> dict[str, int]:
         """Weights of the dense architecture: `total`, those `active` for one token, and those of the `embedding`.

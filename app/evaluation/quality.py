@@ -26,8 +26,8 @@ from app.evaluation.rows import IGNORED, Ledger, Rows, Segments
 from app.evaluation.size import device_of
 from models.errors import UserError
 from models.finite import not_finite
+from models.projection import LOGITS_AT_ONCE, kl_divergence, log_probabilities
 
-LOGITS_AT_ONCE = 2**25  # fp32 values of one model's logits held at a time: 128 MiB
 PREDICTION = (Perplexity(), Loss(), BitsPerByte())  # the metrics of a language model
 
 Progress = Callable[[int, int], None]
@@ -191,11 +191,10 @@ def evaluate_qualities(
         ]  # each (B, T, D)
         for load in loads:
             load.add(valid.numel())
-        rows, columns = valid.nonzero(as_tuple=True)  # (N of the batch,)
-        for part in torch.arange(len(rows)).split(max(1, LOGITS_AT_ONCE // vocabulary)):
-            row, column = rows[part], columns[part]
-            logs = [log_probabilities(model, h[row, column]) for model, h in zip(models, hidden, strict=True)]  # (N, V)
-            where, target = segment[row, column], batch["targets"][row, column]
+        hidden = [h[valid.to(h.device)] for h in hidden]  # each (N of the batch, D)
+        rows, segments, targets = valid.nonzero()[:, 0], segment[valid], batch["targets"][valid]  # (N of the batch,)
+        for part, logs in log_probabilities([model.project for model in models], hidden, vocabulary):
+            row, where, target = rows[part], segments[part], targets[part]
             for index, log in enumerate(logs):
                 nll = -log.gather(1, target[:, None].to(log.device)).squeeze(1).cpu()  # (N,)
                 if not nll.isfinite().all():
@@ -205,7 +204,7 @@ def evaluate_qualities(
                     ledger.add(f"{name} {index}", where, units(log, target.to(log.device)))
             if count == 2:
                 before, after = logs[0], logs[1].to(logs[0].device)
-                ledger.add("kl", where, (before.exp() * (before - after)).sum(1))
+                ledger.add("kl", where, kl_divergence(before, after))
                 ledger.add("agreements", where, before.argmax(1) == after.argmax(1))
         done += len(valid)
         progress(done, len(blocks))
@@ -231,11 +230,6 @@ def broken(model: nn.Module, batch: dict[str, Tensor], row: int) -> UserError:
 def on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     """The tensor on that device, or None."""
     return None if tensor is None else tensor.to(device)
-
-
-def log_probabilities(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Log-probabilities (N, V) in fp32 from hidden states (N, D)."""
-    return model.project(hidden).float().log_softmax(-1)
 
 
 def closed(ledger: Ledger) -> tuple[Segments, dict[str, np.ndarray]]:

@@ -27,7 +27,7 @@ from compress.pruning.masks import HeldMasks, masks_of
 from compress.quantization.qat import ORIGINAL, check_trainable, unpack
 from models.errors import UserError
 from models.forms import described
-from models.losses import IGNORED
+from models.projection import IGNORED
 from models.transformer import Transformer
 
 

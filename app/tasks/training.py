@@ -23,7 +23,7 @@ from app.tasks.gradients import scale_and_clip
 from app.tasks.precision import ComputeDtype, call_in
 from models.config import ModelConfig
 from models.errors import UserError
-from models.losses import IGNORED
+from models.projection import IGNORED
 from models.transformer import Output, Transformer
 
 

@@ -6,9 +6,9 @@
 1 - alpha.) Both terms are means over the tokens that have a target. T^2 keeps the size of the gradient when T changes.
 
 `logit_terms_reference` is the definition over whole logits. `logit_terms` gives the same from hidden states and head
-weights; at no time does it hold more than a few megabytes of logits, so a vocabulary of 128k does not explode.
+weights, chunk by chunk (models/projection.py).
 
-Shapes: N tokens, V vocabulary, D the student's width, E the teacher's width.
+Shapes: N tokens, C tokens of a chunk, V vocabulary, D the student's width, E the teacher's width.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from compress.distillation.losses import LOSSES, DistillationLoss
 from models.errors import UserError
-from models.losses import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, IGNORED
+from models.projection import IGNORED, Chunk, Found, Term, sums_over_chunks
 
 
 @LOSSES.register("logit")
@@ -84,65 +83,31 @@ def logit_terms(
     """
     counted = targets != IGNORED
     rows, teacher_rows, labels = hidden[counted], teacher_hidden[counted], targets[counted]
-    return LogitTerms(
-        *_ChunkedTerms.apply(rows, weight, teacher_rows, teacher_project, labels, temperature, alpha, beta)
-    )
+    count = max(len(labels), 1)
+
+    def loss(chunk: Chunk) -> Found:
+        logits = chunk.logits()  # (C, V)
+        teacher_logits = teacher_project(teacher_rows[chunk.part]).to(logits.dtype)  # (C, V)
+        return _found(logits, teacher_logits, labels[chunk.part], temperature, alpha / count, beta / count)
+
+    total, *sums = sums_over_chunks(rows, weight, loss)
+    return LogitTerms(total, *(value / count for value in sums))
 
 
-class _ChunkedTerms(torch.autograd.Function):
-    """Computes the gradient during the forward, chunk by chunk, so that no logits have to be kept or made twice."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_project, labels, temperature, alpha, beta):
-        count, learns = max(len(labels), 1), any(ctx.needs_input_grad[:2])
-        rows = max(1, chunk_bytes(hidden.device) // (4 * weight.shape[0]))
-        sums = torch.zeros(3, device=hidden.device, dtype=_accumulator(weight.dtype))  # CE, KL, agreements
-        grad_hidden = torch.empty_like(hidden) if learns else None
-        grad_weight = torch.zeros_like(weight, dtype=sums.dtype) if learns else None
-        for start in range(0, len(labels), rows):
-            part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight).to(sums.dtype)  # (n, V)
-            teacher_logits = teacher_project(teacher_hidden[part]).to(sums.dtype)  # (n, V)
-            slopes, terms = _chunk(logits, teacher_logits, labels[part], temperature, alpha / count, beta / count)
-            sums += terms
-            if learns:
-                slopes = slopes.to(hidden.dtype)
-                grad_hidden[part] = slopes @ weight.to(hidden.dtype)  # (n, D)
-                grad_weight += slopes.T @ hidden[part]  # (V, D)
-        if learns:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        cross_entropy, divergence, agreement = (sums / count).unbind()
-        total = alpha * cross_entropy + beta * divergence
-        ctx.mark_non_differentiable(cross_entropy, divergence, agreement)
-        return total, cross_entropy, divergence, agreement
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_total, *_):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None, None, None
-
-
-def _chunk(logits, teacher_logits, labels, temperature, alpha, beta):
-    """Slopes d total / d logits (n, V) and the sums of the three terms over the rows; alpha and beta are per token."""
-    labels = labels[:, None]  # (n, 1)
-    best, teacher_best = logits.amax(dim=-1, keepdim=True), teacher_logits.amax(dim=-1, keepdim=True)  # (n, 1)
-    agreements = ((logits == best) & (teacher_logits == teacher_best)).any(dim=-1).sum()
-    slopes = F.log_softmax(logits, dim=-1)  # (n, V)
+def _found(
+    logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float, beta: float
+) -> Found:
+    """The total with its gradient, and the sums of the three terms over the chunk; alpha and beta are per token."""
+    labels = labels[:, None]  # (C, 1)
+    best, teacher_best = logits.amax(dim=-1, keepdim=True), teacher_logits.amax(dim=-1, keepdim=True)  # (C, 1)
+    agreements = ((logits == best) & (teacher_logits == teacher_best)).any(dim=-1).sum().to(logits.dtype)
+    slopes = F.log_softmax(logits, dim=-1)  # (C, V)
     cross_entropy = -slopes.gather(1, labels).sum()
     slopes.exp_().scatter_add_(1, labels, slopes.new_full(labels.shape, -1.0)).mul_(alpha)  # softmax - one-hot
-    student_log = F.log_softmax(logits / temperature, dim=-1)  # (n, V)
-    teacher_log = F.log_softmax(teacher_logits / temperature, dim=-1)  # (n, V)
-    teacher = teacher_log.exp()  # (n, V)
+    student_log = F.log_softmax(logits / temperature, dim=-1)  # (C, V)
+    teacher_log = F.log_softmax(teacher_logits / temperature, dim=-1)  # (C, V)
+    teacher = teacher_log.exp()  # (C, V)
     divergence = torch.linalg.vecdot(teacher, teacher_log.sub_(student_log)).sum() * temperature**2
     slopes.add_(student_log.exp_().sub_(teacher), alpha=beta * temperature)  # d (T^2 KL) / d logits = T (p_s - p_t)
-    return slopes, torch.stack([cross_entropy, divergence, agreements.to(slopes.dtype)])
-
-
-def chunk_bytes(device: torch.device) -> int:
-    """Bytes of the fp32 logits held at once, of each model: on CPU small enough for the cache."""
-    return CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    total = alpha * cross_entropy + beta * divergence
+    return Found((total, cross_entropy, divergence, agreements), slopes, (Term(),))

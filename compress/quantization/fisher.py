@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.calibration import Batch
 from models.errors import UserError
-from models.losses import IGNORED
+from models.projection import IGNORED
 
 
 def fisher(

@@ -28,8 +28,8 @@ from compress.quantization.methods import Quantizer
 from compress.quantization.rtn import checked_weight
 from compress.store import Store
 from models.errors import UserError
+from models.projection import kl_divergence, log_probabilities
 
-LOGITS_AT_ONCE = 2**24  # fp32 values of one model's logits held at a time
 _EXPERT = re.compile(r"(\.experts\.)\d+\.")
 
 
@@ -165,10 +165,8 @@ def _finished(model: nn.Module, first: int, x: Tensor, context: Any) -> Tensor:
 def divergence(model: nn.Module, whole: Tensor, hidden: Tensor) -> float:
     """KL of the next-token distribution in nats, summed over the tokens; hidden states (N, D) of both."""
     total = 0.0
-    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    for before, after in zip(whole.split(rows), hidden.split(rows), strict=True):
-        p, q = (model.project(h).float().log_softmax(-1) for h in (before, after))  # (n, V)
-        total += float((p.exp() * (p - q)).sum(1).double().sum())
+    for _, (p, q) in log_probabilities((model.project, model.project), (whole, hidden), model.config.vocab_size):
+        total += float(kl_divergence(p, q).double().sum())
     return max(0.0, total)  # rounding can leave an equal pair a little below
 
 

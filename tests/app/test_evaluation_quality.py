@@ -9,11 +9,11 @@ import torch
 from evaluation_cases import VOCABULARY, Text, shifted, tiny
 from torchmetrics.text import Perplexity
 
-from app.evaluation import quality as quality_module
 from app.evaluation.baselines import baselines, count_tokens, unigram, untrained
 from app.evaluation.figures import change_of_quality
 from app.evaluation.metrics import Loss
 from app.evaluation.quality import Part, Quality, Segments, evaluate_qualities, evaluate_quality, paired
+from models import projection
 from models.errors import UserError
 
 
@@ -101,7 +101,7 @@ def test_documents_within_one_block_are_scored_as_if_alone():
 def test_batch_size_and_chunks_do_not_change_the_sums(batch_size, monkeypatch):
     model, text = tiny(), Text(16)
     plain = evaluate_quality(model, text)
-    monkeypatch.setattr(quality_module, "LOGITS_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(projection, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     other = evaluate_quality(model, text, batch_size=batch_size)
     np.testing.assert_allclose(other.sums["nll"], plain.sums["nll"], rtol=1e-5)
     np.testing.assert_array_equal(other.segments.tokens, plain.segments.tokens)

@@ -1,6 +1,6 @@
 """`make bench`: every benchmark in one process each after the other, one table, and `results.json` beside this file.
 
-python -m tests.benchmarks [--only training,lightning,decode,experts,gptq,attention,peers] [--threads N] [--out FILE]
+python -m tests.benchmarks [--only NAME,NAME] [--threads N] [--out FILE]
 """
 
 import argparse
@@ -23,6 +23,7 @@ from tests.benchmarks import (
     bench_experts,
     bench_gptq,
     bench_lightning,
+    bench_projection,
     bench_training,
 )
 from tests.benchmarks.timing import say, table
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "gptq": bench_gptq.run,
     "attention": bench_attention.run,
     "peers": bench_attention_peers.run,
+    "projection": bench_projection.run,
 }
 RESULTS = Path(__file__).parent / "results.json"
 

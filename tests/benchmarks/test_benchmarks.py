@@ -14,6 +14,7 @@ from tests.benchmarks import (
     bench_experts,
     bench_gptq,
     bench_lightning,
+    bench_projection,
     bench_training,
 )
 from tests.benchmarks.shapes import Shape
@@ -107,6 +108,12 @@ def test_each_mechanism_meets_its_peer():
     rows = bench_attention_peers.run(settings)
     assert len(rows) == len(bench_attention_peers.PAIRS)
     assert all(row.value > 0 and row.ratio for row in rows)
+
+
+def test_the_loss_meets_that_of_torch():
+    rows = bench_projection.run(bench_projection.Projections(((24, 8, 40),), rounds=1))
+    distances = {row.case: row.value for row in rows if row.unit == "relative distance"}
+    assert all(value < (1e-5 if "fp32" in case else 0.03) for case, value in distances.items())
 
 
 def test_the_exponent_is_the_slope_of_the_logarithms():

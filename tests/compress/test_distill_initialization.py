@@ -8,8 +8,10 @@ from compress.distillation.initialization import INITIALIZATIONS, Layers
 from compress.distillation.layer_map import Explicit
 from compress.distillation.losses import Combine, parse_losses
 from compress.distillation.objective import Objective, output_weight, require_same_vocabulary
+from models import backbone
 from models.config import ModelConfig
 from models.errors import UserError
+from models.reversible import run_reversible
 from models.transformer import Transformer
 
 
@@ -125,6 +127,26 @@ def test_the_objective_is_the_weighted_sum_of_its_terms():
     for name in ("cross_entropy", "divergence", "agreement"):
         ours = terms["logit" if name == "divergence" else name]
         assert float(ours) == pytest.approx(float(getattr(reference, name)), rel=1e-4)
+
+
+def test_a_reversible_student_trains_with_reversible_memory_where_no_loss_looks_inside(monkeypatch):
+    runs = []
+
+    def watched(*arguments):
+        runs.append(arguments)
+        return run_reversible(*arguments)
+
+    monkeypatch.setattr(backbone, "run_reversible", watched)
+    student, teacher, data = tiny(3, seed=1, residual="reversible"), tiny(4, width=32), batch(padded=True)
+    objective(student, teacher, ["logit"], alpha=0.25)(student, teacher, data)["total"].backward()
+    assert len(runs) == 1
+    found = [parameter.grad.clone() for parameter in student.parameters()]
+    student.zero_grad()
+    kept = objective(student, teacher, alpha=0.25, weights={"feature": 0.0})  # features are read inside: all is kept
+    kept(student, teacher, data)["total"].backward()
+    assert len(runs) == 1
+    for mine, parameter in zip(found, student.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_padding_changes_neither_terms_nor_gradients():

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress.distillation import logit
 from compress.distillation.feature import Cosine, Feature, FeatureLoss, MeanSquared
 from compress.distillation.layer_map import Explicit, Last, Uniform
 from compress.distillation.logit import logit_terms, logit_terms_reference
 from compress.distillation.losses import Combine, parse_losses
+from models import projection
 from models.errors import UserError
 
 
@@ -31,7 +31,7 @@ def chunked(hidden, weight, teacher_hidden, teacher_weight, targets, temperature
 @pytest.mark.parametrize("rows", [1, 4, 1000])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_chunked_terms_and_gradients_equal_the_reference(monkeypatch, rows, temperature):
-    monkeypatch.setattr(logit, "CPU_CHUNK_BYTES", 4 * 31 * rows)
+    monkeypatch.setattr(projection, "CPU_CHUNK_BYTES", 8 * 31 * rows)
     hidden, weight, teacher_hidden, teacher_weight, targets = problem(torch.float64)
     results = []
     for chunks in (True, False):

@@ -1,10 +1,18 @@
-"""The fused projection and loss against the plain one."""
+"""The output projection in chunks against whole logits: the fused loss, and what figures are read from."""
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from models.losses import IGNORED, linear_cross_entropy, reference_linear_cross_entropy
+from models import projection
+from models.projection import (
+    IGNORED,
+    kl_divergence,
+    linear_cross_entropy,
+    log_probabilities,
+    projected_cross_entropy,
+    reference_linear_cross_entropy,
+)
 
 TOKENS, WIDTH, VOCABULARY = 37, 12, 29
 SMALL_CHUNKS = 4 * VOCABULARY * 5  # bytes: about five tokens of fp32 logits, so that the last chunk is ragged
@@ -197,3 +205,40 @@ def test_non_contiguous_hidden_states():
     turned = hidden.detach().t().contiguous().t().requires_grad_()
     expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0], hidden)
     torch.testing.assert_close(torch.autograd.grad(linear_cross_entropy(turned, weight, targets)[0], turned), expected)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.7])
+def test_a_projection_without_a_matrix_is_called_chunk_by_chunk(coefficient, monkeypatch):
+    monkeypatch.setattr(projection, "LOGITS_AT_ONCE", 5 * VOCABULARY)
+    sizes = []
+
+    def projected(hidden, weight, targets, *, z_loss):
+        def project(chunk):
+            sizes.append(len(chunk))
+            return chunk @ weight.T
+
+        return projected_cross_entropy(project, hidden, targets, VOCABULARY, z_loss=z_loss)
+
+    given = inputs()
+    mine = values_and_gradients(projected, *given, coefficient)
+    theirs = values_and_gradients(reference_linear_cross_entropy, *given, coefficient)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert max(sizes) == 5
+    with torch.no_grad():
+        assert projected(given[0], given[1], torch.full((TOKENS,), IGNORED), z_loss=False) == (0, None)
+
+
+def test_log_probabilities_of_two_models_come_in_chunks_and_give_nll_and_kl(monkeypatch):
+    monkeypatch.setattr(projection, "LOGITS_AT_ONCE", 5 * VOCABULARY)
+    hidden, weight, targets = (x.detach() for x in inputs(torch.float32, ignored=0))
+    other = torch.randn(VOCABULARY, 7, generator=torch.Generator().manual_seed(1))
+    projections = [lambda h: h @ weight.T, lambda h: (h @ other.T).double()]
+    found = list(log_probabilities(projections, [hidden, hidden[:, :7]], VOCABULARY))
+    assert [part.start for part, _ in found] == list(range(0, TOKENS, 5))
+    assert all(log.dtype == torch.float32 and len(log) <= 5 for _, logs in found for log in logs)
+    p, q = (torch.cat([logs[i] for _, logs in found]) for i in (0, 1))
+    nll = -p.gather(1, targets[:, None]).mean()
+    torch.testing.assert_close(nll, reference_linear_cross_entropy(hidden, weight, targets)[0])
+    expected = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(1)
+    torch.testing.assert_close(kl_divergence(p, q), expected)
