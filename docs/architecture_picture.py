@@ -66,7 +66,7 @@ def batch_path(axes: Axes) -> None:
     box(axes, left, "models", "2  embed\n(B, T, D)", "models/backbone.py", BATCH)
     box(axes, middle, "models", "3  Backbone.run\nover the blocks", "models/block.py", BATCH)
     box(axes, right, "models", "4  head\nlogits in chunks", "models/projection.py", BATCH)
-    box(axes, right, "app", "5  losses\nof the task", "app/tasks/training.py", BATCH)
+    box(axes, right, "app", "5  losses\nof the task", "app/tasks/base.py", BATCH)
     box(axes, middle, "app", "6  gradients,\noptimizer step", "app/optim/muon.py", BATCH)
     arrow(axes, [(left, recipes - 0.6), (left, app + 0.6)], BATCH)
     arrow(axes, [(left, app - 0.6), (left, models + 0.6)], BATCH)
