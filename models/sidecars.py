@@ -4,6 +4,7 @@ Every stage writes them as it found them: they are read as bytes, by a list of n
 leads out of their folder.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -69,6 +70,12 @@ def write_sidecars(files: Mapping[str, bytes], directory: Path) -> None:
     for name, content in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
+
+
+def hash_sidecars(files: Mapping[str, bytes]) -> str:
+    """SHA-256 (hex) of what `read_sidecars` gave: of every name, and of every content."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def special_tokens(source: str | Path) -> dict[str, Any]:

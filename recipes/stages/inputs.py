@@ -12,6 +12,7 @@ from typing import Any
 from app.data.sources import open_source
 from app.loading import SHARDED
 from models.folder import hash_weights
+from models.sidecars import hash_sidecars, read_sidecars
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,14 @@ class FileInput:
         return f"{'the model' if self.path.is_dir() else 'the file'} {self.path}"
 
     def content(self) -> str:
-        """SHA-256 (hex) of a model folder's weights, or of the file. Raises UserError for a folder without weights."""
+        """SHA-256 (hex) of a model folder's weights and the files beside them, or of the file.
+
+        Raises:
+            UserError: a folder without weights.
+        """
         if self.path.is_dir() and not (self.path / SHARDED).exists():
-            return hash_weights(self.path)
+            both = hash_weights(self.path) + hash_sidecars(read_sidecars(self.path))
+            return hashlib.sha256(both.encode()).hexdigest()
         digest = hashlib.sha256()
         for file in sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]:
             with file.open("rb") as stream:

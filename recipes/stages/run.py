@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from app.evaluation.many import write_overview
+from app.evaluation.many import read_report, write_overview
 from models.errors import UserError
 from models.files import inside, read_json, write_json
 from recipes.stages import compare, options
@@ -121,6 +121,9 @@ def prepare(steps: list[Step], out: Path, overwrite: bool) -> int:
     finished = 0
     while finished < same and steps[finished].out.is_dir():
         finished += 1
+    for step in steps[:finished]:
+        if step.verb != PRETRAIN:
+            read_report(step.out)  # the pages over all stages need it, after all the work
     return finished
 
 

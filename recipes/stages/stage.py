@@ -28,6 +28,7 @@ from compress.records import LayerRecord
 from models import folder
 from models.errors import UserError
 from models.files import read_json, writing
+from models.sidecars import hash_sidecars
 from models.transformer import Transformer
 from recipes.stages import partial
 from recipes.stages.options import StageOptions, check_least, check_seed
@@ -128,6 +129,7 @@ class Stage(ABC, Generic[Options]):
                 "recipe": {key: value for key, value in self.recipe().items() if key not in _BESIDE_THE_POINT},
                 "inputs": self.inputs(),
                 "parents": {role: loaded.source.weights_sha256 for role, loaded in parents.items()},
+                "beside": hash_sidecars(text.tokenizer.files),
                 "data": text.describe(),
                 "device": self.device.type,
                 "versions": {name: version(name) for name in ("espalier-lm", "torch")},

@@ -14,7 +14,7 @@ from app.data.tokenizer import load_tokenizer
 from models.errors import UserError
 from models.transformer import Transformer
 from recipes.stages import options, run
-from recipes.stages.inputs import stage_inputs
+from recipes.stages.inputs import FileInput, stage_inputs
 from recipes.stages.pipeline import read_pipeline
 
 COMMON = {"data": "synthetic", "sequence_length": 64, "speed_rounds": 0, "samples": 8}
@@ -164,6 +164,29 @@ def test_an_input_that_changed_under_its_name(teacher, espalier, refused, tmp_pa
     assert espalier(*argv, "--overwrite")[0] == 0
     history = json.loads((out / "01-sparse" / "history.json").read_text())["stages"]
     assert history[0]["parents"]["model"] == models.folder.hash_weights(model)
+
+
+def test_the_files_beside_the_weights_are_part_of_a_model(teacher, tmp_path):
+    model = shutil.copytree(teacher, tmp_path / "model")
+    found = []
+    for template in (None, "{{ messages }}", "{{ messages }}\n"):
+        if template is not None:
+            (model / "chat_template.jinja").write_text(template)
+        found.append(FileInput(model).content())
+    assert len(set(found)) == 3
+
+
+def test_a_finished_stage_without_a_whole_report_is_refused_before_any_work(tmp_path):
+    """The pages over all stages would be missing it once every other stage is done."""
+    read = steps(write(tmp_path / "p.yaml", STAGES[1:]), tmp_path)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "model.safetensors").touch()
+    out = tmp_path / "out"
+    assert run.prepare(read, out, False) == 0
+    read[0].out.mkdir()
+    (read[0].out / "report.json").write_text("{}")
+    with pytest.raises(UserError, match=r"01-prune/report\.json"):
+        run.prepare(read, out, False)
 
 
 def test_an_architecture_file_is_an_input(tmp_path):
