@@ -24,9 +24,8 @@ def main(chosen: options.Generate) -> None:
         )
     tokenizer = loaded.text_tokenizer()
     prompt = encoded(tokenizer, chosen.prompt, chosen.special_tokens)
-    if chosen.page_size is None:
-        tokens = len(prompt) + chosen.max_new_tokens
-        check_bytes(loaded.model.cache_bytes(tokens), f"the cache of {tokens} tokens")
+    tokens = chosen.page_size or len(prompt) + chosen.max_new_tokens  # one page at least
+    check_bytes(loaded.model.cache_bytes(tokens), f"the cache of {tokens} tokens")
     new: list[int] = []
     used: list[int] = []
     shown = ""

@@ -24,12 +24,23 @@ MODEL = "model folder, Lightning checkpoint, or Hugging Face folder"
 LARGEST = 2**53  # of a whole number
 
 
-def option(help: str, default: Any = MISSING, *, factory: Any = MISSING, least: float | None = None) -> Any:
+ROWS = 2**16  # blocks of text at once
+STEPS = 10**8  # of a training
+
+
+def option(
+    help: str,
+    default: Any = MISSING,
+    *,
+    factory: Any = MISSING,
+    least: float | None = None,
+    most: float = LARGEST,
+) -> Any:
     """Return a dataclass field with the sentence that `--help` shows; without a default the option must be given.
 
-    A number below `least` is refused before any work.
+    A number below `least` or above `most` is refused before any work.
     """
-    return field(default=default, default_factory=factory, metadata={"help": help, "least": least})
+    return field(default=default, default_factory=factory, metadata={"help": help, "least": least, "most": most})
 
 
 def positional(help: str, metavar: str, *, many: bool = False) -> Any:
@@ -63,11 +74,12 @@ def settle(chosen: Options, key: str, own: Mapping[str, Mapping[str, Any]]) -> O
 
 
 def check_numbers(chosen: Any) -> None:
-    """Raise UserError for a whole number that is too large, or a number below the least that its option takes."""
+    """Raise UserError for a number outside of the range of its option."""
     for one in fields(chosen):
         value, least = getattr(chosen, one.name), one.metadata.get("least")
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise UserError(f"{one.name} is {value}; a whole number here is at most 2^53")
+        most = one.metadata.get("most", LARGEST)
+        if isinstance(value, int) and abs(value) > most:
+            raise UserError(f"{one.name} is {value}; it must be at most {most:,}")
         if least is not None:
             check_least(chosen, **{one.name: least})
 
@@ -109,10 +121,10 @@ class Measure(Compute):
     )
     seed: int = option("seed of everything that is drawn at random", 0)
     batch_size: int | None = option(
-        "blocks of text that run at once; default: chosen from the vocabulary", None, least=1
+        "blocks of text that run at once; default: chosen from the vocabulary", None, least=1, most=ROWS
     )
     evaluation_data: str | None = option("held-out text; default: the test split of --data", None)
-    speed_rounds: int = option("timed rounds of generation for each model; 0 leaves speed out", 7, least=0)
+    speed_rounds: int = option("timed rounds of generation for each model; 0 leaves speed out", 7, least=0, most=10_000)
     evaluation_blocks: int | None = option(
         "measure on the first N held-out blocks only; default: all of them", None, least=1
     )
@@ -266,8 +278,8 @@ class Distill(StageOptions):
     )
     alpha: float = option("share of the loss on the text itself; the logit loss has the rest", 0.5)
     weights: dict[str, float] = option("factors of further losses by name: {feature: 0.1}", factory=dict)
-    max_steps: int = option("optimizer steps", 1000, least=1)
-    train_batch_size: int = option("blocks of text in one optimizer step", 16, least=1)
+    max_steps: int = option("optimizer steps", 1000, least=1, most=STEPS)
+    train_batch_size: int = option("blocks of text in one optimizer step", 16, least=1, most=ROWS)
     learning_rate: float = option("the highest learning rate of AdamW", 1e-3)
     warmup_steps: int = option("steps in which the learning rate rises from 0", 50, least=0)
     weight_decay: float = option("AdamW's weight decay of the matrices", 0.1, least=0)
@@ -310,7 +322,7 @@ class Generate(Compute):
         "--special_tokens says otherwise"
     )
     special_tokens: bool = option("read names of special tokens in the prompt as these tokens", False)
-    max_new_tokens: int = option("the most tokens to add", 100, least=1)
+    max_new_tokens: int = option("the most tokens to add", 100, least=1, most=10**8)
     temperature: float = option("0 takes the likeliest token, 1 samples from the model's distribution", 0.8, least=0)
     top_k: int | None = option("sample from the K likeliest tokens only", None, least=1)
     top_p: float | None = option("sample from the fewest tokens that hold this much probability", None)
@@ -382,4 +394,4 @@ class Sweep(Written):
     """Train one small recipe with one choice changed at a time, each with several seeds; the same command goes on."""
 
     recipe: str = positional("a sweep file: recipes/sweep/NAME.yaml", "RECIPE")
-    parallel: int = option("runs at a time; each gets its share of the cores", 1, least=1)
+    parallel: int = option("runs at a time; each gets its share of the cores", 1, least=1, most=1024)

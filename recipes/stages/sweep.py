@@ -237,6 +237,7 @@ def _kept(one: Training) -> dict[str, Any] | None:
 
 def train(plan: Sweep, missing: list[Training], parallel: int) -> dict[str, str]:
     """Train and measure what is missing, `parallel` runs at a time; returns the names of those that failed, and why."""
+    parallel = max(1, min(parallel, len(missing)))  # a pool starts all its processes at once
     threads = max(1, (os.cpu_count() or 1) // parallel)
     failed: dict[str, str] = {}
     with Bars() as bars:

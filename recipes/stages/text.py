@@ -45,7 +45,8 @@ class Text:
         self.length = chosen.sequence_length or min(config.context, LONGEST)
         if self.length < 2:
             raise UserError(f"sequence_length {self.length} is too short: a prediction needs a token before it")
-        check_bytes(4 * self.length * config.width, f"one block of {self.length} tokens")
+        self.block_bytes = 4 * self.length * config.width  # of the hidden states that run between two layers
+        check_bytes(self.block_bytes, f"one block of {self.length} tokens")
         if config.position.acts == "input" and self.length > config.context:
             raise UserError(
                 f"sequence_length {self.length} is more than the model's context of {config.context} tokens"
@@ -78,6 +79,8 @@ class Text:
         else:
             corpus = self._opened(self.chosen.evaluation_data)
             blocks = self._blocks(corpus, "all")
+        at_once = min(self.chosen.batch_size or 1, len(blocks))
+        check_bytes(at_once * self.block_bytes, f"a batch of {at_once} blocks of {self.length} tokens (batch_size)")
         count = self.chosen.evaluation_blocks
         if count is None:
             return self._examples(blocks, training=False)
@@ -119,6 +122,7 @@ class Text:
                 f"{len(blocks)} blocks of {self.length} tokens were used where {samples} were asked for: "
                 f"the {split} split of '{self.corpus.name}' holds no more"
             )
+        check_bytes(len(blocks) * self.block_bytes, f"calibration on {len(blocks)} blocks of {self.length} tokens")
         rows = max(1, CALIBRATION_TOKENS // self.length)
         blocks = self._examples(blocks, training=split == "train")
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in blocks.batches(rows)]

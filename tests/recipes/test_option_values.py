@@ -51,6 +51,22 @@ def test_any_value_is_taken_or_refused(verb, field, tmp_path):
             assert value >= least
 
 
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [
+        ("quantize", "speed_rounds"),
+        ("evaluate", "batch_size"),
+        ("distill", "train_batch_size"),
+        ("distill", "max_steps"),
+        ("sweep", "parallel"),
+        ("generate", "max_new_tokens"),
+    ],
+)
+def test_what_would_never_end_or_fit_is_refused(verb, name):
+    with pytest.raises(UserError, match=f"{name} is 1000000000; it must be at most"):
+        read(verb, name, 10**9)
+
+
 @pytest.mark.parametrize("verb", ["quantize", "prune", "distill"])
 def test_null_in_a_recipe_is_refused(verb, tmp_path):
     recipe = tmp_path / "recipe.yaml"

@@ -68,7 +68,8 @@ def test_a_cache_in_pages_gives_the_same_text(untrained, espalier, refused):
     (status, plain), (paged_status, paged) = espalier(*common), espalier(*common, "--page_size", 4)
     assert status == paged_status == 0
     assert paged.out == plain.out
-    refused(*common, "--page_size", 0, words=["a page holds at least 1 token"])
+    refused(*common, "--page_size", 0, words=["page_size is 0; it must be at least 1"])
+    refused(*common, "--page_size", 10**12, words=["the cache of 1000000000000 tokens takes", "bytes"])
 
 
 def test_a_text_past_the_context_is_warned_of_in_one_sentence(untrained, espalier):

@@ -14,6 +14,7 @@ import torch
 
 import models.folder
 from compress.quantization import METHODS
+from models.errors import UserError
 from recipes.stages import options, partial
 from recipes.stages.distill import Distill
 from recipes.stages.prune import Prune
@@ -153,9 +154,11 @@ class Words:
         return self.described
 
 
-def fingerprint(stage, weights="a", **described):
+def fingerprint(stage, weights="a", files=None, **described):
     parents = {"model": SimpleNamespace(source=SimpleNamespace(weights_sha256=weights))}
-    return stage.fingerprint(parents, Words(**described))
+    words = Words(**described)
+    words.tokenizer = SimpleNamespace(files=files or {"tokenizer.json": b"{}"})
+    return stage.fingerprint(parents, words)
 
 
 STAGES = {
@@ -180,9 +183,11 @@ def test_a_fingerprint_changes_with_each_option_that_decides_about_the_result_an
 
 @pytest.mark.parametrize("verb", STAGES)
 def test_a_fingerprint_changes_with_all_that_is_no_option(verb, monkeypatch):
-    """The weights that go in, the text by its content, files that options name, the device, the versions."""
+    """The weights that go in, the files beside them, the text, files that options name, the device, the versions."""
     stage = STAGES[verb]()
     found = [fingerprint(stage), fingerprint(stage, weights="b"), fingerprint(stage, fingerprint="c")]
+    for beside in ({"chat_template.jinja": b"{}"}, {"chat_template.jinja": b"{}\n"}):
+        found.append(fingerprint(stage, files={"tokenizer.json": b"{}"} | beside))
     with monkeypatch.context() as patch:
         patch.setattr(stage, "inputs", lambda: {"student": "another"})
         found.append(fingerprint(stage))
@@ -227,6 +232,13 @@ def test_only_finished_work_is_kept_for_the_next_run(name, stays, tmp_path):
     assert any("going on" in sentence for sentence in said) == stays
 
 
+def words_of(config):
+    """What a text asks of a loaded model: its config, a tokenizer, and a task that takes blocks as they are."""
+    task = SimpleNamespace(examples=lambda blocks, tokenizer, **told: blocks)
+    tokenizer = SimpleNamespace(vocab_size=9)
+    return SimpleNamespace(model=SimpleNamespace(config=config), text_tokenizer=lambda: tokenizer, task=task)
+
+
 def test_what_is_known_of_the_text_says_both_sources(monkeypatch):
     """What is calibrated on counts as much as what is measured on, and is drawn with the seed."""
     drawn = []
@@ -248,7 +260,7 @@ def test_what_is_known_of_the_text_says_both_sources(monkeypatch):
     monkeypatch.setattr("recipes.stages.text.token_blocks", blocks)
     monkeypatch.setattr("recipes.stages.text.fingerprint_of", lambda corpus, tokenizer: f"{corpus}-whole")
     config = SimpleNamespace(context=64, width=8, vocab_size=9, position=SimpleNamespace(acts="rotation"))
-    loaded = SimpleNamespace(model=SimpleNamespace(config=config), text_tokenizer=lambda: SimpleNamespace(vocab_size=9))
+    loaded = words_of(config)
     text = Text(options.Measure(data="mine", seed=7), loaded)
     assert text.describe() == {"source": "mine", "held_out": "its test split", "fingerprint": "mine-test"}
     text.calibration(5, torch.device("cpu"), "validation")
@@ -256,3 +268,27 @@ def test_what_is_known_of_the_text_says_both_sources(monkeypatch):
     text = Text(options.Measure(data="mine", evaluation_data="theirs"), loaded)
     described = {"source": "mine", "held_out": "theirs", "fingerprint": "theirs-all"}
     assert text.describe() == described | {"training_fingerprint": "mine-whole"}
+
+
+@pytest.mark.parametrize("batch_size", [None, 2**16])
+def test_blocks_that_do_not_fit_into_memory_are_refused(batch_size, monkeypatch):
+    """Calibration holds all of its blocks, an evaluation those of a batch."""
+
+    class Many:
+        def __len__(self):
+            return 10**9
+
+    monkeypatch.setattr(
+        "recipes.stages.text.open_source", lambda source, column: SimpleNamespace(left_out=(), name="x")
+    )
+    monkeypatch.setattr("recipes.stages.text.token_blocks", lambda *arguments, **options: Many())
+    config = SimpleNamespace(context=64, width=2**20, vocab_size=9, position=SimpleNamespace(acts="rotation"))
+    loaded = words_of(config)
+    text = Text(options.Measure(batch_size=batch_size), loaded)
+    if batch_size is None:
+        assert len(text.held_out) == 10**9
+        with pytest.raises(UserError, match=r"calibration on 1000000000 blocks of 64 tokens takes [\d,]+ bytes"):
+            text.calibration(10**9, torch.device("cpu"))
+    else:
+        with pytest.raises(UserError, match=r"a batch of 65536 blocks of 64 tokens \(batch_size\) takes"):
+            _ = text.held_out
