@@ -60,7 +60,7 @@ from recipes.fit_state import (
     run_folder,
 )
 from recipes.trust import check_recipe, local_files_only, place_below, restrict_imports
-from recipes.values import check_finite, check_nulls, check_numbers
+from recipes.values import check_finite, check_nulls, check_numbers, check_times
 
 DEFAULTS = {  # of the trainer, where a recipe says nothing
     "use_distributed_sampler": False,  # the data module shards by itself, in an order that can be resumed
@@ -158,6 +158,7 @@ class FitCLI(LightningCLI):
         check_finite(self.recipe)
         check_nulls(self.recipe)
         check_numbers(flatten(self.recipe))
+        check_times(self.recipe["trainer"])
         check_device(config.trainer.accelerator)
         check_strategy(config.trainer.strategy)
         check_max_norm(config.trainer.gradient_clip_val)

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from models.errors import UserError, did_you_mean
-from recipes.trust import refusal
+from recipes.trust import HARMLESS, refusal
 
 KINDS = {
     "int": "a whole number",
@@ -21,6 +21,7 @@ KINDS = {
     "bool": "true or false",
     "dict": "keys and values",
     "list": "a list",
+    "tuple": "a list",
     "NoneType": "null",
     "timedelta": "a time (DD:HH:MM:SS)",
 }
@@ -98,15 +99,17 @@ def _mapping(key: str, message: str, value: str) -> str:
 
 
 def _class(key: str, message: str, name: str) -> str:
-    return f"{key}: there is no '{name}'{did_you_mean(name, _choices(message))}"
+    return f"{key}: there is no '{name}'{did_you_mean(name, _choices(key, message))}"
 
 
 def _specification(key: str, message: str) -> str:
-    return f"{key} must be {{class_path: NAME, init_args: {{...}}}} with one of: {', '.join(_choices(message))}"
+    return f"{key} must be {{class_path: NAME, init_args: {{...}}}} with one of: {', '.join(_choices(key, message))}"
 
 
-def _choices(message: str) -> list[str]:
-    """The names of the classes that the argument takes, from the types in the message."""
+def _choices(key: str, message: str) -> list[str]:
+    """The names of the classes that the argument takes: those of the list, or else from the types in the message."""
+    if key in HARMLESS:
+        return [kind.rpartition(".")[2] for kind in HARMLESS[key]]
     names = set()
     for path in re.findall(r"<class '([\w.]+\.[\w.]+)'>|list\[([\w.]+)\]", message):
         module, _, name = (path[0] or path[1]).rpartition(".")

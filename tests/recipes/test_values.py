@@ -8,7 +8,8 @@ from models.errors import UserError
 from recipes.fit_errors import sentence
 from recipes.stages.options import Distill
 from recipes.stages.parser import parse_arguments, parse_values
-from recipes.values import LEAST, check_finite, check_nulls, check_numbers
+from recipes.trust import HARMLESS
+from recipes.values import LEAST, MOST, check_finite, check_nulls, check_numbers, check_times
 
 
 @pytest.mark.parametrize("key", LEAST)
@@ -20,6 +21,31 @@ def test_numbers_that_are_too_small(key):
         check_numbers({key: below})
     for value in (*others, least, None):
         check_numbers({key: value})
+
+
+@pytest.mark.parametrize("key", MOST)
+def test_numbers_that_are_too_large(key):
+    check_numbers({key: MOST[key]})
+    with pytest.raises(UserError, match=rf"{re.escape(key)} is {10**10}; it must be at most {MOST[key]:,}"):
+        check_numbers({key: 10**10})
+
+
+@pytest.mark.parametrize("key", ["val_check_interval", "max_time"])
+def test_times_that_are_none(key):
+    for value in (None, 3, "00:00:01:00", {"hours": 1}):
+        check_times({key: value})
+    for value in ({}, {"x": 1}, {"hours": -1}, {"hours": "x"}, {"days": 10**30}):
+        with pytest.raises(UserError, match=rf"trainer\.{key} is .* must be above 0, such as"):
+            check_times({key: value})
+
+
+def test_a_class_that_is_none_is_answered_with_those_of_the_list():
+    for key, kinds in HARMLESS.items():
+        said = sentence(
+            f"Parser key \"{key}\":\n Expected a dot import path string: Foo <class 'collections.abc.Sized'>"
+        )
+        names = said.partition("one of: ")[2].rstrip(")").split(", ")
+        assert names == sorted(kind.rpartition(".")[2] for kind in kinds), said
 
 
 @pytest.mark.parametrize("key", ["data.seed", "samples.seed"])
@@ -57,6 +83,11 @@ def test_nulls_in_the_options_of_a_class():
 @pytest.mark.parametrize(
     ("message", "said"),
     [
+        (
+            'Parser key "model.optimizer": Problem with given class_path \'app.optim.AdamW\': Parser key "betas": '
+            "Expected a <class 'tuple'>. Got value: 3",
+            "model.optimizer: betas of AdamW must be a list, not 3",
+        ),
         (
             'Parser key "trainer.max_epochs":\n  Does not validate against any of the Union subtypes\n  Subtypes: '
             "[<class 'int'>, <class 'NoneType'>]\n  Errors:\n    - Expected a <class 'int'>\n    - Expected a <class "
