@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -166,6 +167,31 @@ def test_two_processes_are_terminated_together(tmp_path):
     said = process.communicate(timeout=60)[1]  # until nobody holds stderr any more
     assert process.returncode == 143, said
     assert said.strip().splitlines()[-1].startswith("espalier: error: terminated; the same command with --ckpt_path")
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before its first step", "on its way"])
+def test_a_lost_process_ends_the_run_with_a_sentence(begun, tmp_path):
+    recipe = write(
+        tmp_path / "recipe.yaml", trainer__max_steps=10**6, trainer__limit_val_batches=0, samples__prompts=[]
+    )
+    arguments = ("--checkpoint.monitor", "null", "--model.optimizer", "AdamW", *DDP)
+    process = subprocess.Popen(
+        command(recipe, tmp_path / "model", *arguments), env=environment(), stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    end = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < end:
+        if (pids := children.read_text().split()) and (not begun or has_checkpoint(tmp_path / "model.run")):
+            break
+        time.sleep(0.05)
+    os.kill(int(pids[0]), signal.SIGKILL)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("espalier: error: a process of this run was killed by SIGKILL")
+    assert "--ckpt_path last" in last
+    assert "Traceback" not in said
 
 
 def test_what_wraps_the_signal_does_not_hide_it(monkeypatch, capsys):
