@@ -11,10 +11,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from app.data.cache import build_once
 from models.errors import UserError
@@ -22,6 +23,8 @@ from models.files import inside, read_json
 from models.sidecars import TOKENIZER, TOKENIZER_CONFIG, named_tokens, read_sidecars, stop_tokens, write_sidecars
 
 END_OF_TEXT = "<|endoftext|>"
+LARGEST_GROWTH = 64  # times that the replacements of a tokenizer may lengthen a text
+_PROBE = "".join(map(chr, range(32, 127)))
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 MASK = "<mask>"
 _KNOWN_MASKS = (MASK, "[MASK]")
@@ -243,6 +246,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
     with _library(f"tokenizer '{file}' cannot be read by the tokenizers library"):
         tokenizer = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
+        _check_parts(json.loads(files[TOKENIZER]), file)
         first = _first_token(tokenizer)
     named = named_tokens(folder)
     end = named.get("eos_token") or next(
@@ -259,11 +263,50 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(tokenizer, files, end, begin, stop_tokens(folder), mask)
 
 
+def _check_parts(content: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError for a tokenizer that never ends, whose text grows without bound, or whose ids are random."""
+    random = next((key for key in ("dropout", "alpha") if content["model"].get(key)), None)  # BPE, Unigram
+    if random is not None:
+        raise UserError(
+            f"tokenizer '{file}' cuts text at random ({random} {content['model'][random]}), so that a text "
+            f"has other tokens each time; set {random} of its model to null"
+        )
+    for part in _parts(content.get("pre_tokenizer")):
+        if part.get("type") == "FixedLength" and not part.get("length"):
+            raise UserError(f"tokenizer '{file}' cuts text into pieces of length 0 (FixedLength), which never ends")
+    for role in ("normalizer", "decoder"):
+        chain = [part for part in _parts(content.get(role)) if part.get("type") == "Replace"]
+        text = _PROBE + "".join(pattern for part in chain for pattern in part["pattern"].values())
+        most = LARGEST_GROWTH * len(text)
+        for part in chain:
+            (kind, pattern), *_ = part["pattern"].items()
+            replace = normalizers.Replace(tokenizers.Regex(pattern) if kind == "Regex" else pattern, part["content"])
+            text = replace.normalize_str(text) if len(part["content"]) <= most else part["content"]
+            if len(text) > most:
+                raise UserError(
+                    f"tokenizer '{file}' makes a text more than {LARGEST_GROWTH} times as long by the replacements of "
+                    f"its {role}"
+                )
+
+
+def _parts(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Every part of a normalizer, pre-tokenizer or decoder, in the order in which they are applied."""
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from _parts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _parts(inner)
+
+
 @contextlib.contextmanager
 def _library(wrong: str) -> Iterator[None]:
     """Raise `UserError` for what the library raises: bare Exception, and Rust's panics, which are no Exception."""
     try:
         yield
+    except UserError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise

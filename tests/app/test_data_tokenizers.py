@@ -20,7 +20,22 @@ def template(single, special_tokens=None):
 
 
 TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+def replacements(*pairs):
+    """Replacements one after the other, as a normalizer and as a decoder."""
+    return [{"type": "Replace", "pattern": {"String": before}, "content": after} for before, after in pairs]
+
+
+DOUBLING = replacements(*[("a", "aa")] * 40)
 HOSTILE = {
+    "pieces of length 0": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "pieces of length 0 inside": {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "FixedLength", "length": 0}]}
+    },
+    "a text that doubles": {"normalizer": {"type": "Sequence", "normalizers": DOUBLING}},
+    "a text that doubles when it is decoded": {"decoder": {"type": "Sequence", "decoders": DOUBLING}},
+    "a text that grows at once": {"normalizer": replacements(("a", "b" * 10**6))[0]},
     "a template with an unknown token": {
         "post_processor": template([{"SpecialToken": {"id": "<nowhere>", "type_id": 0}}, TEXT])
     },
@@ -64,3 +79,24 @@ def test_an_end_token_that_is_none_is_refused(token, plain, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
     with pytest.raises(UserError):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_cuts_at_random_is_refused(plain, tmp_path):
+    content = json.loads(plain)
+    content["model"]["dropout"] = 0.5
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"at random \(dropout 0\.5\).* set dropout of its model to null"):
+        load_tokenizer(path)
+    content["model"]["dropout"] = 0.0
+    path.write_text(json.dumps(content))
+    load_tokenizer(path)
+
+
+def test_replacements_that_lengthen_a_text_a_little_are_no_harm(plain, tmp_path):
+    """As SentencePiece and its likes write them, however many there are."""
+    chain = replacements(*((chr(0x2150 + number), "1/2") for number in range(40)), (" ", "\u2581"), ("``", '"'))
+    content = json.loads(plain) | {"normalizer": {"type": "Sequence", "normalizers": chain}}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    load_tokenizer(path)
