@@ -42,7 +42,7 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text (RFC 8259: NaN and infinity are none). Raises Malformed."""
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_int=_whole, parse_float=_fraction, parse_constant=_constant
+            text, object_pairs_hook=unique_keys, parse_int=_whole, parse_float=_fraction, parse_constant=_constant
         )
     except RecursionError:
         raise Malformed(f"lists and objects are nested more than {DEEPEST} deep") from None
@@ -53,7 +53,8 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as `json.loads` gives its pairs to `object_pairs_hook`. Raises Malformed for a key given twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]

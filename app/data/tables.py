@@ -4,7 +4,8 @@ JSON: an object a line, or a file that is one list of objects or of strings. CSV
 may hold commas and line ends. TSV: a line is a row and a tab ends a field; a field that stands in quotes as a whole,
 with quotes inside doubled, is taken out of them as spreadsheets write it, and any other quote is text. Where that does
 not give every row as many fields as there are columns, the file is read as CSV with tabs. The first row of CSV and TSV
-names the columns. No cell is a missing value: `null`, `NA` and `None` are text.
+names the columns; a CSV whose first row holds semicolons or tabs and no comma is refused. No cell is a missing value:
+`null`, `NA` and `None` are text.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import pyarrow.parquet
 
 from app.data.unpacked import check_text, open_text
 from models.errors import UserError
+from models.parsing import unique_keys
 
 ARROW_ERRORS = (pyarrow.ArrowException, OSError, UnicodeDecodeError)  # of a file that is damaged
 _LOOKED_AT = 1000  # rows that tell what a column holds
@@ -59,7 +61,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse(text: str, file: Path, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
         raise UserError(f"source '{file}' cannot be read as json: {where} is nested too deeply") from None
     except ValueError as error:
@@ -108,6 +110,14 @@ def _csv_rows(file: Path, kind: str = "csv", delimiter: str = ",") -> Iterator[t
                 "(a quote begins a field that another one ends; inside, quotes are doubled)"
             ) from None
 
+    if kind == "csv":
+        with open_text(file) as stream:
+            first = next((line for line in stream if line != "\n"), "")
+        if "," not in first and (found := next((sign for sign in ";\t" if sign in first), None)):
+            raise UserError(
+                f"source '{file}': its first row has no comma but {'semicolons' if found == ';' else 'tabs'}, and the "
+                "fields of CSV are separated by commas; write it with commas, or with tabs and the ending .tsv"
+            )
     return _separated(file, rows)
 
 

@@ -42,6 +42,7 @@ def main(chosen: options.Compare) -> None:
         data=text.describe(),
         seed=chosen.seed,
         device=str(device),
+        notes=text.notes,
     )
     if out is None:
         print_summary(build_report(figures, [], about))

@@ -32,7 +32,10 @@ def main(chosen: options.Evaluate) -> None:
 
 
 def measure(chosen: options.Evaluate) -> dict[str, Any]:
-    """Return the figures of every model, one after another, and the baselines of the first one's architecture."""
+    """Return the figures of every model, one after another, and the baselines of the first one's architecture.
+
+    `notes` of a model say what of the data was left out.
+    """
     device, dtype = resolve_device(chosen.device), resolve_dtype(chosen.dtype)
     found: dict[str, Any] = {"models": {}}
     for path in chosen.models:
@@ -51,6 +54,7 @@ def measure(chosen: options.Evaluate) -> dict[str, Any]:
             )
             if "baselines" not in found:
                 found["baselines"] = text.task.baselines(loaded.model.config, blocks, text.training, device=device)
+        found["models"][path]["notes"] = text.notes
     return found
 
 

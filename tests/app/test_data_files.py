@@ -73,6 +73,24 @@ def test_a_quote_in_tsv_is_text_and_takes_no_lines_with_it(tmp_path, cache):
     assert read(tmp_path / "c.tsv", **cache) == ["a\tb\nc", "d"]
 
 
+@pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_csv_of_other_separators_is_refused(sign, name, tmp_path, cache):
+    """It would be read as one column."""
+    file = tmp_path / "rows.csv"
+    file.write_text(f"id{sign}text\n1{sign}hello\n")
+    with pytest.raises(UserError, match=f"no comma but {name}, .* write it with commas"):
+        _ = open_source(str(file), **cache).sha256
+    file.write_text("text\nhello; world\tagain\n")
+    assert [document.text for document in open_source(str(file), **cache).documents("all")] == ["hello; world\tagain"]
+
+
+def test_a_key_twice_in_a_line_of_json_is_refused(tmp_path, cache):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "one"}\n{"text": "two", "text": "three"}\n')
+    with pytest.raises(UserError, match="line 2: the key 'text' stands there twice"):
+        _ = open_source(str(file), **cache).sha256
+
+
 def test_rows_of_csv_that_do_not_fit_are_refused(tmp_path, cache):
     (tmp_path / "a.csv").write_text('id,text\n1,"two\nlines, one text"\n2,say "x"\n')
     assert read(tmp_path / "a.csv", **cache) == ["two\nlines, one text", 'say "x"']

@@ -52,3 +52,9 @@ def test_what_of_the_text_was_left_out_stands_in_the_report(teacher, tmp_path, e
     sentence = f"measured on {report['measurement']['blocks']} blocks where 5000 were asked for"
     assert sentence in " ".join(output.err.split())
     assert any(sentence in line["text"] for line in report["verdict"])
+    file = tmp_path / "figures.json"
+    status, output = espalier("evaluate", teacher, "--out", file, *quick)
+    assert status == 0, output.err
+    (figures,) = json.loads(file.read_text())["models"].values()
+    for wanted in ("not read: 1 README.md", "2 of 402 documents are empty and left out", sentence):
+        assert any(wanted in note for note in figures["notes"])
