@@ -29,6 +29,7 @@ _SPEED = {
     **{"decode_tokens_per_second": maybe(POSITIVE), "device": TEXT, "threads": COUNT, "dtype": TEXT},
     **{"batch_size": COUNT, "prompt_tokens": COUNT, "new_tokens": COUNT},
     "rounds": {"decode_tokens_per_second": [NUMBER]},
+    "kernels?": [{"kernel": TEXT, "modules": COUNT, "largest_batch?": maybe(COUNT)}],
 }
 _BLOCK = {
     "name": TEXT,
@@ -37,7 +38,8 @@ _BLOCK = {
     "size": {"parameters": COUNT, "active_parameters?": COUNT, "stored_bytes": maybe(COUNT), "memory_bytes": COUNT},
     "speed?": _SPEED,
 }
-_CHANGE = {"speed?": {"decode_tokens_per_second?": {"ratio": maybe(NUMBER)}}}
+_RATIO = {"ratio": maybe(NUMBER), "interval?": [maybe(NUMBER), maybe(NUMBER)]}
+_CHANGE = {"speed?": {"decode_tokens_per_second?": _RATIO}}
 _MEASUREMENT = {
     **{"tokens": COUNT, "tokens_in_split": maybe(COUNT), "blocks": COUNT, "context": COUNT, "mean_context": NUMBER},
     **{"documents": TEXT, "stride": COUNT, "normalisation": TEXT, "intervals": TEXT, "data?": maybe(TEXT)},
@@ -73,6 +75,8 @@ def read_report(folder: Path) -> dict:
     if report.get("format") != REPORT:
         raise UserError(f"{folder / 'report.json'} is not a report of a stage or a comparison; name such a folder")
     check_shape(report, SHAPE, str(folder / "report.json"))
+    if ("speed" in report["before"]) != ("speed" in report["after"]):
+        raise UserError(f"{folder / 'report.json'} has the speed of one of its two models only")
     return report
 
 

@@ -248,6 +248,43 @@ def test_folders_without_a_report_are_refused(tmp_path):
         collect([tmp_path])
 
 
+def places(value, path=()):
+    """The path of every value inside lists and objects."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def test_a_report_that_lacks_a_key_or_holds_another_type_is_refused_or_shown(figures, tmp_path, monkeypatch):
+    """Each key left out, and each value replaced: one sentence that names the key, or the whole page."""
+    monkeypatch.setattr("app.evaluation.many.charts.perplexities", lambda *arguments, **options: None)
+    monkeypatch.setattr("app.evaluation.many.charts.trade_offs", lambda *arguments: None)
+    monkeypatch.setattr("app.evaluation.many.draw", lambda drawings, folder: None)
+    path = folder(tmp_path, "pruned", "aaa", "bbb", figures)
+    whole = json.loads((path / "report.json").read_text())
+    paths = [one for one in places(whole) if one[0] not in ("layers", "recipe", "environment", "history")]
+    refused = 0
+    for number, place in enumerate(paths):
+        for value in (..., (None, "x", [])[number % 3], (-1, {}, 0, [1, "x"])[number % 4]):
+            report = json.loads(json.dumps(whole))
+            *above, last = place
+            parent = report
+            for key in above:
+                parent = parent[key]
+            if value is ...:
+                del parent[last]
+            else:
+                parent[last] = value
+            monkeypatch.setattr("app.evaluation.many.read_json", lambda path, report=report: report)
+            try:
+                write_overview([path], tmp_path)
+            except UserError as error:
+                assert "report.json" in str(error)  # noqa: PT017
+                refused += 1
+    assert refused > len(paths) / 2
+
+
 def test_the_pareto_front_by_brute_force():
     points = [
         (Step(str(i), ppl, (0, 0)), x) for i, (x, ppl) in enumerate([(1, 9), (2, 5), (2, 5), (3, 5), (4, 1), (5, 2)])
