@@ -204,12 +204,14 @@ def test_a_fingerprint_changes_with_all_that_is_no_option(verb, monkeypatch):
 
 
 @pytest.mark.parametrize("changed", [None, "data", "context", "blocks"])
-def test_baselines_are_inherited_only_where_they_were_measured_on_the_same_blocks(changed, tmp_path):
+def test_baselines_are_inherited_only_where_they_were_measured_on_the_same_blocks(changed, tmp_path, monkeypatch):
     class Blocks(list):
         fingerprint, sequence_length = "text", 64
 
     how = {"data": "text", "context": 64, "blocks": 3} | ({changed: 2} if changed else {})
-    (tmp_path / "report.json").write_text(json.dumps({"measurement": how, "baselines": {"unigram": {}}}))
+    report = {"format": "espalier-report", "measurement": how, "baselines": {"unigram": {}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    monkeypatch.setattr("recipes.stages.stage.read_report", lambda folder: report)
     found = inherited_baselines(tmp_path, Blocks("abc"))
     assert found == (None if changed else {"unigram": {}})
     assert inherited_baselines(tmp_path / "nowhere", Blocks("abc")) is None
