@@ -58,7 +58,7 @@ report: need-MODEL $(STAMP)  ## one page over many folders: MODEL="A B C", OUT=r
 tensorboard: $(STAMP)  ## look at the curves of every run under OUT=runs
 	$(BIN)/tensorboard --logdir $(or $(OUT),$(RUNS)) $(ARGS)
 
-test: $(STAMP)  ## run the tests that end within 15 minutes on two cores: ARGS=
+test: $(STAMP)  ## run the tests that end within 12 minutes on two cores: ARGS=
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that need more than a minute each: ARGS=

@@ -1,7 +1,6 @@
 """One small model, really trained on real text, for every test that asserts an order among methods."""
 
-import fcntl
-import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,18 +60,27 @@ class Trained(NamedTuple):
         return replace(found[0][0], segments=segments, sums={"nll": np.concatenate(means)})
 
 
-@pytest.fixture(scope="session")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """All tests of the trained model on one worker, first of all: the others would wait until it is trained.
+
+    They are told by the parameter in their names, because the process that schedules sees nothing else of a test.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "trained" if re.search(r"[\[-]trained[]-]", nodeid) else nodeid
+
+    return Scheduling(config, log)
+
+
+@pytest.fixture(scope="session", params=["trained"])
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A decoder of 0.9M parameters after 320 steps on a third of the standard library's source code."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers of one run share it: the first one trains, the others wait
-        root = root.parent
-    place = root / "trained"
-    with (root / "trained.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
-            train_decoder(place, root / "cache")
-    return load_decoder(place, root / "cache")
+    root = tmp_path_factory.mktemp("trained")
+    train_decoder(root / "model", root / "cache")
+    return load_decoder(root / "model", root / "cache")
 
 
 def load_decoder(place: Path, cache: Path, seed: int = 0) -> Trained:

@@ -1,13 +1,15 @@
 """What must hold for every decoder that the registries can build.
 
 A mechanism is covered by being registered: the cases are drawn from the registries so that every two values of two axes
-meet in some case (all-pairs covering), as far as a config accepts the pairing.
+meet in some case (all-pairs covering), as far as a config accepts the pairing. `make test` runs every property on a
+quarter of them that holds every value of every axis, `make test-slow` on the rest.
 """
 
 import dataclasses
 import functools
 import itertools
 import json
+import random
 
 import pytest
 import torch
@@ -168,8 +170,8 @@ def covering(axes, together=2):
         if not accepted(case(chosen)):
             continue
         for axis in set(range(len(sizes))) - chosen.keys():
-            fitting = [value for value in sizes[axis] if accepted(case(chosen | {axis: value}))]
-            chosen[axis] = max(fitting, key=functools.partial(news, chosen, axis))
+            best_first = sorted(sizes[axis], key=functools.partial(news, chosen, axis), reverse=True)
+            chosen[axis] = next(value for value in best_first if accepted(case(chosen | {axis: value})))
         cases.append(case(chosen))
         unmet -= set(itertools.combinations(sorted(chosen.items()), together))
     return cases
@@ -202,25 +204,63 @@ CASES = DRAWN + HYBRIDS
 ENCODERS = covering({"direction": ["bidirectional"], **AXES}, together=1)
 
 
-def few(cases):
-    """A few of the cases, for what takes seconds: every mechanism, order and norm position is in one of them."""
+def values(case):
+    """The value of every axis: of a mechanism its options too."""
+    return {(axis, label({axis: value})) for axis, value in case.items()}
+
+
+def kinds(case):
+    """The value of every axis that is a mechanism or an arrangement: of a mechanism only its kind."""
+    plain = values({axis: case[axis] for axis in ("norm", "order", "residual", "depths")})
+    return plain | {(axis, case[axis].get("kind")) for axis in ("attention", "position", "feedforward")}
+
+
+def variants(case):
+    """As `kinds`, of attention its options too."""
+    return kinds(case) | values({"attention": case["attention"]})
+
+
+def has_experts(case):
+    return case["feedforward"]["kind"] == "experts"
+
+
+def per_token(case):
+    """Whether experts, if any, are chosen for each token by itself, whatever else is in its row."""
+    return not has_experts(case) or ROUTERS[case["feedforward"].get("router", {"kind": "softmax"})["kind"]].per_token
+
+
+def few(cases, of):
+    """The first cases that hold something new of what `of` names."""
     picked, seen = [], set()
     for case in cases:
-        plain = ("attention", "norm", "order", "residual", "depths")
-        new = {(axis, label({axis: value})) for axis, value in case.items() if axis in plain}
-        new |= {(axis, case[axis]["kind"]) for axis in ("position", "feedforward")}
-        if case["feedforward"].get("activation") == "relu":
-            continue  # a finite difference may cross its kink
-        if not new <= seen:
+        if not of(case) <= seen:
             picked.append(case)
-            seen |= new
+            seen |= of(case)
     return picked
 
 
-every_case = pytest.mark.parametrize("case", CASES + ENCODERS, ids=label)
-some_cases = pytest.mark.parametrize("case", few(CASES) + few(ENCODERS), ids=label)
-every_decoder = pytest.mark.parametrize("case", CASES, ids=label)
+def quarter(cases):
+    """A quarter of the cases, drawn with a seed, and those it takes beside them to have every value of every axis."""
+    drawn = random.Random(0).sample(cases, len(cases))
+    picked = drawn[: len(cases) // 4]
+    return picked + [case for case in few(filter(per_token, drawn), values) if case not in picked]
+
+
+def marked(cases, quick):
+    """All of the cases; those that are not among the quick ones are slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+QUICK = quarter(DRAWN) + HYBRIDS
+# a finite difference may cross the kink of relu
+SMOOTH = [[case for case in cases if case["feedforward"].get("activation") != "relu"] for cases in (CASES, ENCODERS)]
+every_case = pytest.mark.parametrize("case", marked(CASES, QUICK) + ENCODERS, ids=label)
+every_decoder = pytest.mark.parametrize("case", marked(CASES, QUICK), ids=label)
 every_encoder = pytest.mark.parametrize("case", ENCODERS, ids=label)
+# for what takes long
+some_cases = pytest.mark.parametrize(
+    "case", [case for cases in SMOOTH for case in marked(few(cases, variants), few(cases, kinds))], ids=label
+)
 
 
 def build(case, dtype=torch.float32):
@@ -238,6 +278,16 @@ def build(case, dtype=torch.float32):
     return model.eval().to(dtype)
 
 
+@functools.cache
+def _shared(text, dtype):
+    return build(json.loads(text), dtype)
+
+
+def shared(case, dtype=torch.float32):
+    """As `build`, one model for all the tests of a process that do not change it."""
+    return _shared(json.dumps(case), dtype)
+
+
 def random_tokens(*shape):
     return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(1))
 
@@ -245,10 +295,6 @@ def random_tokens(*shape):
 def logits(model, tokens, **arguments):
     with torch.no_grad():
         return model(tokens, **arguments).logits
-
-
-def has_experts(case):
-    return case["feedforward"]["kind"] == "experts"
 
 
 def close(a, b):
@@ -265,6 +311,9 @@ def test_every_registered_mechanism_is_in_a_case():
         assert {case[axis]["kind"] for case in DRAWN + ENCODERS} == set(registry)
     for axis, values in AXES.items():
         assert all(any(case[axis] == value for case in DRAWN + ENCODERS) for value in values)
+        assert all(
+            any(case[axis] == value for case in QUICK) for value in values if any(case[axis] == value for case in DRAWN)
+        )
 
 
 def test_every_accepted_pair_of_values_meets():
@@ -277,7 +326,7 @@ def test_every_accepted_pair_of_values_meets():
 @every_decoder
 def test_no_token_sees_a_later_one(case):
     """To the bit; but how many tokens an expert has decides in what order a product of theirs is summed."""
-    model, tokens = build(case, torch.float64 if has_experts(case) else torch.float32), random_tokens(2, 12)
+    model, tokens = shared(case, torch.float64 if has_experts(case) else torch.float32), random_tokens(2, 12)
     rounding = 1e-11 if has_experts(case) else 0.0
     before = logits(model, tokens)
     for t in (1, 6, 11):
@@ -290,7 +339,7 @@ def test_no_token_sees_a_later_one(case):
 
 @every_decoder
 def test_the_last_token_sees_the_first(case):
-    model, tokens = build(case), random_tokens(1, 6)
+    model, tokens = shared(case), random_tokens(1, 6)
     changed = tokens.clone()
     changed[:, 0] = (changed[:, 0] + 1) % VOCAB
     assert (logits(model, changed)[:, -1] - logits(model, tokens)[:, -1]).abs().max() > 1e-4
@@ -298,7 +347,7 @@ def test_the_last_token_sees_the_first(case):
 
 @every_encoder
 def test_the_first_token_of_an_encoder_sees_the_last(case):
-    model, tokens = build(case), random_tokens(1, 6)
+    model, tokens = shared(case), random_tokens(1, 6)
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % VOCAB
     assert (logits(model, changed)[:, 0] - logits(model, tokens)[:, 0]).abs().max() > 1e-4
@@ -307,13 +356,13 @@ def test_the_first_token_of_an_encoder_sees_the_last(case):
 @every_encoder
 def test_an_encoder_does_not_generate(case):
     with pytest.raises(UserError, match="a bidirectional model cannot generate"):
-        generate(build(case), [[1, 2]], max_new_tokens=2)
+        generate(shared(case), [[1, 2]], max_new_tokens=2)
 
 
 @every_decoder
 @pytest.mark.parametrize("chunks", [[1] * 11, [5, 1, 1, 3, 1]], ids=str)
 def test_cached_decoding_equals_the_whole_forward(case, chunks):
-    model, tokens = build(case, torch.float64), random_tokens(2, 11)
+    model, tokens = shared(case, torch.float64), random_tokens(2, 11)
     cache = model.new_cache(2, 11)
     pieces = [logits(model, piece, cache=cache) for piece in tokens.split(chunks, dim=1)]
     close(torch.cat(pieces, dim=1), logits(model, tokens))
@@ -321,9 +370,9 @@ def test_cached_decoding_equals_the_whole_forward(case, chunks):
 
 @every_case
 def test_a_packed_document_is_as_it_would_be_alone(case):
-    if has_experts(case) and not ROUTERS[case["feedforward"].get("router", {"kind": "softmax"})["kind"]].per_token:
+    if not per_token(case):
         pytest.skip("experts that choose among all tokens of a row choose otherwise where it holds other documents")
-    model, tokens = build(case, torch.float64), random_tokens(2, 13)
+    model, tokens = shared(case, torch.float64), random_tokens(2, 13)
     documents = torch.tensor([[0] * 4 + [1] * 8 + [2], [7] * 1 + [8] * 6 + [9] * 6])
     packed = logits(model, tokens, documents=documents)
     for row in range(2):
@@ -334,7 +383,7 @@ def test_a_packed_document_is_as_it_would_be_alone(case):
 
 @every_case
 def test_padding_changes_nothing(case):
-    model, tokens = build(case, torch.float64), random_tokens(3, 9)
+    model, tokens = shared(case, torch.float64), random_tokens(3, 9)
     documents = torch.zeros(3, 9, dtype=torch.int64)
     documents[1, :4] = documents[2, 6:] = -1
     padded = logits(model, tokens, documents=documents)
@@ -346,15 +395,15 @@ def test_padding_changes_nothing(case):
 
 @every_decoder
 def test_a_ragged_batch_generates_what_each_prompt_does_alone(case):
-    model = build(case)
+    model = shared(case)
     prompts = [random_tokens(length).tolist() for length in (7, 1, 4)]
     together = generate(model, prompts, max_new_tokens=6)
     assert together == [generate(model, [prompt], max_new_tokens=6)[0] for prompt in prompts]
 
 
-@pytest.mark.parametrize("case", few(CASES), ids=label)
+@pytest.mark.parametrize("case", few(SMOOTH[0], variants), ids=label)
 def test_pages_change_nothing(case):
-    model = build(case)
+    model = shared(case)
     prompts = [random_tokens(length).tolist() for length in (7, 1, 7)]
     assert generate(model, prompts, max_new_tokens=6, page_size=4) == generate(model, prompts, max_new_tokens=6)
 
@@ -381,7 +430,7 @@ def test_every_parameter_matters(case):
 @some_cases
 def test_gradients_are_those_of_finite_differences(case):
     """In fp64, of all parameters at once along random directions (the fast mode of gradcheck)."""
-    model, tokens = build(case, torch.float64), random_tokens(1, 4)
+    model, tokens = shared(case, torch.float64), random_tokens(1, 4)
     names, values = zip(*model.named_parameters(), strict=True)
 
     def run(*parameters):
@@ -392,7 +441,7 @@ def test_gradients_are_those_of_finite_differences(case):
 
 @every_case
 def test_config_and_weights_survive_the_round_trip(case):
-    model, tokens = build(case), random_tokens(2, 8)
+    model, tokens = shared(case), random_tokens(2, 8)
     config = ModelConfig.from_dict(json.loads(json.dumps(model.config.to_dict())))
     assert config == model.config
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from test_fit import write
 import models
 from app.callbacks.checkpoints import newest_checkpoint
 from models.folder import hash_weights
+from recipes import cli
 
 DDP = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 FSDP2 = ("--trainer.devices", "2", "--trainer.strategy", "fsdp2")
@@ -47,6 +49,16 @@ def run(recipe, out, *arguments):
     return done.stderr
 
 
+def undisturbed(recipe, out, *arguments):
+    """As `run`, in this process and without its start, for recipes that need no `--trust`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert cli.main(command(recipe, out, *arguments)[3:]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 def kill_when(recipe, out, ready, *arguments):
     """Start a run and kill it, with every process that it started, as soon as `ready(run folder)` holds."""
     process = subprocess.Popen(
@@ -74,8 +86,8 @@ def is_writing(folder):
 def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     """kill -9 after a checkpoint and while one is being written; loader workers and dropout on."""
     recipe = write(tmp_path / "recipe.yaml", trainer__max_steps=30, trainer__val_check_interval=15)
-    options = ("--data.workers", 1, "--checkpoint.every_n_steps", 1)
-    run(recipe, tmp_path / "whole", *options)
+    options = ("--data.workers", 1, "--checkpoint.every_n_steps", 1)  # as without: neither changes a weight
+    undisturbed(recipe, tmp_path / "whole")
     kill_when(recipe, tmp_path / "killed", has_checkpoint, *options)
     kill_when(recipe, tmp_path / "killed", is_writing, *options)
     assert not (tmp_path / "killed").exists()
@@ -118,14 +130,29 @@ def batches(folder):
     return [seen[number] for number in sorted(seen)]
 
 
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    (tmp_path / "recording.py").write_text(RECORDING)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return write(
-        tmp_path / "recipe.yaml", model__architecture__dropout=0.0, model__compute_dtype="float32",
-        trainer__max_steps=12, trainer__accumulate_grad_batches=2, samples__prompts=[],
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A recipe of 12 steps, in a folder that the processes import `recording` from."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "recording.py").write_text(RECORDING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield write(
+            folder / "recipe.yaml", model__architecture__dropout=0.0, model__compute_dtype="float32",
+            trainer__max_steps=12, trainer__accumulate_grad_batches=2, samples__prompts=[],
+        )  # fmt: skip
+
+
+ADAMW = ("--model.optimizer", "AdamW", "--model.optimizer.lr", "3e-3")
+
+
+@pytest.fixture(scope="module")
+def one_process(recipe, tmp_path_factory):
+    """A folder with a run on one process, `alone`, and the same killed on its way, `moved`, with the rows of both."""
+    folder = tmp_path_factory.mktemp("one-process")
+    run(recipe, folder / "alone", *ADAMW, *recording(folder / "seen-alone"))
+    kill_when(recipe, folder / "moved", has_checkpoint, *ADAMW, *recording(folder / "seen-moved"))
+    return folder
 
 
 def assert_near(folder, other, tolerance):
@@ -136,19 +163,18 @@ def assert_near(folder, other, tolerance):
 
 
 @pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
-def test_a_run_moves_from_one_process_to_two(tmp_path, recipe, strategy):
+def test_a_run_moves_from_one_process_to_two(tmp_path, recipe, one_process, strategy):
     """Killed on one process, finished on two: the same rows in the same batches, and the same weights to 1e-5."""
-    adamw = ("--model.optimizer", "AdamW", "--model.optimizer.lr", "3e-3")
-    run(recipe, tmp_path / "alone", *adamw, *recording(tmp_path / "seen-alone"))
-    kill_when(recipe, tmp_path / "moved", has_checkpoint, *adamw, *recording(tmp_path / "seen-moved"))
-    said = run(recipe, tmp_path / "moved", *adamw, *recording(tmp_path / "seen-moved"), *strategy)
+    shutil.copytree(one_process / "moved.run", tmp_path / "moved.run")
+    shutil.copytree(one_process / "seen-moved", tmp_path / "seen-moved")
+    said = run(recipe, tmp_path / "moved", *ADAMW, *recording(tmp_path / "seen-moved"), *strategy)
     assert "continuing from" in said
     assert "trainer.devices: auto -> 2" in said
     assert len(list((tmp_path / "seen-moved").glob("*.jsonl"))) == 2
-    alone = batches(tmp_path / "seen-alone")
+    alone = batches(one_process / "seen-alone")
     assert len(alone) == 24
     assert batches(tmp_path / "seen-moved") == alone
-    assert_near(tmp_path / "alone", tmp_path / "moved", 1e-5)
+    assert_near(one_process / "alone", tmp_path / "moved", 1e-5)
 
 
 EXPERTS = {
@@ -164,10 +190,10 @@ def test_two_processes_balance_experts_by_the_load_of_both(tmp_path, recipe, str
     content = yaml.safe_load(recipe.read_text())
     content["model"]["architecture"]["feedforward"] = EXPERTS
     content["trainer"] |= {"max_steps": 3, "limit_val_batches": 0}
-    recipe.write_text(yaml.safe_dump(content))
-    adamw = ("--model.optimizer", "AdamW", "--model.optimizer.lr", "3e-3")
-    for name, options in (("alone", ()), ("both", strategy)):
-        run(recipe, tmp_path / name, *adamw, *options)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    undisturbed(path, tmp_path / "alone", *ADAMW)
+    run(path, tmp_path / "both", *ADAMW, *strategy)
     biases = [
         [value for key, value in models.load(tmp_path / name).state_dict().items() if key.endswith("router.bias")]
         for name in ("alone", "both")
@@ -184,7 +210,7 @@ def test_shards_move_to_one_process_and_back(tmp_path, recipe):
 
     Muon orthogonalises in bf16, so a sum in another order moves a weight by up to 1e-3 in these 12 steps.
     """
-    run(recipe, tmp_path / "alone")
+    undisturbed(recipe, tmp_path / "alone")
     for name, second in (("to-one", ()), ("to-two", FSDP2)):
         kill_when(recipe, tmp_path / name, has_checkpoint, *FSDP2)
         assert newest_checkpoint(tmp_path / f"{name}.run" / "checkpoints").is_dir()
