@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention.protocol import NOTHING, Context, Mixed
+from models.attention.protocol import NOTHING, Context, Mixed, mixed_of
 from models.cache import LayerCache
 from models.config import LayerConfig, ModelConfig
 from models.depth import ShortenedCache
@@ -117,8 +117,8 @@ class Block(nn.Module):
         """One sub-layer, normalised as `pre` and `sandwich` want it: (B, T, D) -> (B, T, D)."""
         module = getattr(self, name)
         x = x if self.norm_position in AFTER else getattr(self, f"{name}_norm")(x)
-        mixed = module(x, context, cache) if name == "attention" else module(x, context)
-        y, losses, state = mixed if isinstance(mixed, Mixed) else Mixed(mixed)
+        result = module(x, context, cache) if name == "attention" else module(x, context)
+        y, losses, state = mixed_of(result)
         y = getattr(self, f"{name}_out_norm")(y) if self.norm_position == "sandwich" else y
         return Mixed(self.dropout(y), losses, state)
 

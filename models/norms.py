@@ -76,6 +76,6 @@ def draw_deepnorm(module: nn.Module, names: tuple[str, ...] | None, branches: in
             part.draw_xavier(small)
     module.to_empty(device=torch.get_default_device())
     for part in module.modules():
-        if isinstance(part, Drawn | nn.Linear | nn.LayerNorm | nn.RMSNorm):
+        if isinstance(part, Drawn | nn.Linear | nn.Embedding | nn.LayerNorm | nn.RMSNorm):
             part.reset_parameters()
     return module

@@ -37,6 +37,7 @@ from compress.quantization.rtn import (
 )
 from compress.records import LayerRecord
 from compress.statistics import Hessian, Statistic, StatisticType
+from models.attention.protocol import mixed_of
 from models.errors import UserError, did_you_mean
 
 SOLVES = ("rtn", "gptq")
@@ -315,7 +316,7 @@ def search(
     started = time.perf_counter()
     activation = _activation(fold, statistics)
     weights = {name: module.weight.detach().float() for name, module in fold.consumers.items()}
-    before = [sublayer(*args, **named).double() for args, named in calls] if fold.whole else []
+    before = [mixed_of(sublayer(*args, **named)).y.double() for args, named in calls] if fold.whole else []
     steps = methods[next(iter(fold.consumers))].steps
     losses, scales = [], []
     for alpha in (step / steps for step in range(steps)):
@@ -352,7 +353,7 @@ def _branch_loss(
     try:
         for name, module in fold.consumers.items():
             module.weight.data = rounded[name].to(dense[name].dtype)
-        after = [sublayer(*args, **named).double() for args, named in calls]
+        after = [mixed_of(sublayer(*args, **named)).y.double() for args, named in calls]
     finally:
         for name, module in fold.consumers.items():
             module.weight.data = dense[name]

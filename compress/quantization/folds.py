@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from compress.experts import router_maps
 from models.attention.full import FullAttention
+from models.attention.protocol import mixed_of
 from models.feedforward import DenseFeedForward
 from models.specs import AFTER
 
@@ -222,7 +223,9 @@ class _Finder:
 
     def _outputs(self, branch: str) -> list[Tensor]:
         found: list[Tensor] = []
-        handle = getattr(self.block, branch).register_forward_hook(lambda _, args, y: found.append(y.clone()))
+        handle = getattr(self.block, branch).register_forward_hook(
+            lambda _, args, result: found.append(mixed_of(result).y.clone())
+        )
         with _removing([handle]):
             self.run()
         return found

@@ -12,7 +12,7 @@ from models.attention.kernels.flex import attend_flex
 from models.attention.kernels.sdpa import ScoreMod, ValueTerms, attend, reference_attention
 from models.attention.learned import attend_causal, learns
 from models.attention.options import QK_NORMS, SINKS, check_dropout, head_width_of
-from models.attention.protocol import Attention, Context, Mixed
+from models.attention.protocol import Attention, Context, Mixed, mixed_of
 from models.cache import ContiguousCache, Kept, KeyValueCache
 from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
@@ -151,8 +151,8 @@ class FullAttention(Attention):
         if self.normalises:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = positional.rotate(q), positional.rotate(k)
-        mixed = self.mix(q, Kept(k, v, None) if cache is None else cache.append(k, v), context)  # (B, H, T, head_width)
-        y, losses, state = mixed if isinstance(mixed, Mixed) else Mixed(mixed)
+        result = self.mix(q, Kept(k, v, None) if cache is None else cache.append(k, v), context)
+        y, losses, state = mixed_of(result)  # (B, H, T, head_width)
         y = self.o(y.transpose(1, 2).reshape(batch, new, self.heads * self.head_width))  # (B, T, D)
         return Mixed(y, losses, state) if losses or state else y
 

@@ -70,6 +70,11 @@ class Context(NamedTuple):
         return AttentionMask(self.mask, self.causal, self.bias)
 
 
+def mixed_of(result: Tensor | Mixed) -> Mixed:
+    """The result of a sub-layer, whether or not it has more than its output."""
+    return result if isinstance(result, Mixed) else Mixed(result)
+
+
 class Attention(Drawn):
     """A built mechanism: new tokens in, new tokens out."""
 

@@ -5,10 +5,12 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import jsonargparse
+import yaml
 
 from models.errors import UserError, did_you_mean
 from models.parsing import Malformed, parse_yaml, read_plain
@@ -27,6 +29,8 @@ def _value(text: str) -> Any:
 
 
 jsonargparse.set_loader("yaml", _value, (Malformed,))  # for every parser, that of `fit` too
+# jsonargparse writes defaults as YAML, and that of one of Lightning's callbacks is an Enum
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 def build_parser(verb: str, options: type, *, partial: bool = False) -> jsonargparse.ArgumentParser:

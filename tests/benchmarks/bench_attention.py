@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from models.attention.protocol import Context, Mixed
+from models.attention.protocol import Context, mixed_of
 from models.positions import Positional
 from models.specs import ATTENTIONS, Place
 from tests.benchmarks.timing import Row, rate_row, take_turns
@@ -144,8 +144,7 @@ def built(settings: Lengths, mechanism: Mechanism, length: int) -> tuple[nn.Modu
 
 def step(module: nn.Module, x: Tensor, context: Context) -> None:
     """One forward and backward."""
-    mixed = module(x, context)
-    (mixed.y if isinstance(mixed, Mixed) else mixed).sum().backward()
+    mixed_of(module(x, context)).y.sum().backward()
     x.grad = None
     for parameter in module.parameters():
         parameter.grad = None

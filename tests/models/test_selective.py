@@ -245,7 +245,7 @@ def test_sums_stay_fp32_in_bf16():
     [
         ({"budget": 1}, "budget must be at least 2"),
         ({"memory_loss": -0.1}, "memory_loss must be at least 0"),
-        ({"carry": float("nan")}, "carry must be at least 0"),
+        ({"carry": float("nan")}, "carry: expected a finite number"),
         ({"bias": 3}, "expected bool"),
     ],
 )

@@ -373,7 +373,7 @@ def test_a_run_that_is_refused_before_its_first_step_leaves_nothing(earlier, ref
     run = tmp_path / "model.run"
     if earlier:
         run.mkdir()
-        (run / "note").write_text("mine")
+        (run / "events.out.tfevents.1").write_text("mine")
     refused("fit", "-c", path, "--out", tmp_path / "model", words=["samples.prompts", "learned positions end at 32"])
     left = {str(one.relative_to(tmp_path)) for one in tmp_path.rglob("*")} - {"recipe.yaml"}
-    assert left == ({"model.run", "model.run/note"} if earlier else set())
+    assert left == ({"model.run", "model.run/events.out.tfevents.1"} if earlier else set())
