@@ -9,8 +9,6 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from models import products
-
 
 @runtime_checkable
 class Statistic(Protocol):
@@ -45,9 +43,6 @@ class Hessian:
 
     def update(self, x: Tensor) -> None:
         self.tokens += x.shape[0]
-        if products.ROUTE == "mkl" and products.takes(x.T, x):
-            products.product(x.T, x, out=self.sum, accumulate=True)
-            return
         x = x.float()  # (N, K)
         for start in range(0, x.shape[1], self.block):
             end = start + self.block

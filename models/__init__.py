@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from models.cpu import guard_onednn
+from models.cpu.features import guard_onednn
 
-guard_onednn()  # before the first bf16 product of the process: see models/cpu.py
+guard_onednn()  # before the first bf16 product of the process: see there
 
 
 def __getattr__(name: str) -> Any:

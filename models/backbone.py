@@ -16,12 +16,12 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from models.attention.kernels.banded import Band
 from models.attention.kernels.flex import block_masks
-from models.attention.kernels.sdpa import training_bias
 from models.attention.protocol import Context, Mixed, count_documents, document_mask
 from models.attention.segments import document_starts
 from models.block import Block
 from models.cache import ContiguousCache, ModelCache, PagedCache
 from models.config import SQRT_WIDTH, LayerConfig, ModelConfig
+from models.cpu.short_attention import training_bias
 from models.errors import UserError
 from models.linear import Embedding
 from models.reversible import merge, run_reversible, split

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.kernels.sdpa import training_bias
 from models.attention.protocol import Context, Mixed, document_mask
 from models.cache import LayerCache
+from models.cpu.short_attention import training_bias
 from models.errors import UserError
 from models.fp32 import ExactBuffers, exact, without_autocast
 from models.specs import DEPTHS, DepthSpec, Place

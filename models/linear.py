@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.products import linear
+from models.cpu.matmul import linear
 
 
 class Drawn(nn.Module):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from models.products import product
+from models.cpu.matmul import product
 
 IGNORED = -100
 # Bytes of one chunk's logits. On CPU small enough to stay in the cache, large enough for the matrix product.

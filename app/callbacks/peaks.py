@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from models.products import product
+from models.cpu.matmul import product
 
 DENSE_BF16 = {  # words of the device's name -> FLOP/s; the first match counts, so longer names stand first
     "B300": 2.25e15,

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from app.optim.base import Optimization, check_numbers, keep_options, parameters_by_role
-from models import products
+from models.cpu import dispatch
 from models.errors import UserError
 
 
@@ -124,7 +124,7 @@ STEPS, EPS = 5, 1e-7  # of that iteration; of the norm that it starts with
 
 def _wants_fp32(tensor: Tensor) -> bool:
     """Whether products in fp32 take less time than in bf16, in which `torch.optim.Muon` always computes."""
-    return products.ROUTE == "widened" and tensor.device.type == "cpu" and not isinstance(tensor, DTensor)
+    return dispatch.WIDENS_BF16 and tensor.device.type == "cpu" and not isinstance(tensor, DTensor)
 
 
 class MuonOfStacks(Optimizer):

@@ -30,8 +30,8 @@ from torch import Tensor
 from compress.quantization.kernels import Choice
 from compress.quantization.packed import Packed, PackedEmbedding, PackedLinear
 from compress.quantization.storage import pack, packed_bytes, unpack
+from models.cpu.matmul import linear
 from models.errors import UserError
-from models.products import linear
 from models.registry import read_dataclass
 
 INDEX_BITS = (2, 3, 4, 8)  # what `storage.pack` holds

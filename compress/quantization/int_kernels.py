@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.quantization.grid import IntFormat
-from models.cpu import read_cpuinfo
-from models.products import ROUTE
+from models.cpu.dispatch import WIDENS_BF16
+from models.cpu.features import read_cpuinfo
 
 GROUPS = (256, 128, 64, 32)  # those that the int4 kernels know, on CPU and on CUDA
 AMX = "amx_bf16" in read_cpuinfo()  # then dense products are faster, and these kernels are not
-INT8_CPU_ROWS = 96 if ROUTE == "widened" else 32  # without bf16 instructions the dense product takes longer
+INT8_CPU_ROWS = 96 if WIDENS_BF16 else 32  # without bf16 instructions the dense product takes longer
 BF16 = (torch.bfloat16,)
 CENTRE = 8  # the int4 kernels compute (code - 8) * scale + offset
 

@@ -36,7 +36,7 @@ On one core with AMX, 2048 x 2048 (unpacked in one piece, as it was then):
     dense bf16               0.36         0.85         1.3          1.9          3.2          6.3          5.6
 
 On one core with AVX-512 and without bf16 instructions (avx512_vnni), where bf16 products of 16 rows or more run in fp32
-(`models/products.py`), the 8-bit kernel is worth its while up to 96 rows. 2048 x 2048, in brackets 4096 x 4096:
+(`models/cpu/dispatch.py`), the 8-bit kernel is worth its while up to 96 rows. 2048 x 2048, in brackets 4096 x 4096:
 
     rows                     1            8            32           64           96           128          256
     4 bits, kernel           0.26 (1.3)   1.0 (3.9)    4.0 (15)     7.4 (29)     11 (46)      17 (73)      38 (133)

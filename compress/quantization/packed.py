@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.quantization.kernels import Choice, choose
+from models.cpu.matmul import linear
 from models.errors import UserError
-from models.products import linear
 
 SLICE = 256  # rows of weights; a multiple of the tiles of every kernel
 

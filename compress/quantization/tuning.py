@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from compress.calibration import BlockStep, moved
 from compress.quantization.codebook import CODEWORD, Product, decode
+from models.cpu.matmul import linear
 from models.errors import UserError
-from models.products import linear
 from models.registry import Registry
 
 TUNINGS = Registry("tuning")

@@ -10,10 +10,11 @@ from models.attention.kernels.banded import Band
 from models.attention.kernels.flash import tiled_attention
 from models.attention.kernels.flex import attend_flex
 from models.attention.kernels.sdpa import ScoreMod, ValueTerms, attend, reference_attention
-from models.attention.learned import attend_causal, learns
 from models.attention.options import QK_NORMS, SINKS, check_dropout, head_width_of
 from models.attention.protocol import Attention, Context, Mixed, mixed_of
 from models.cache import ContiguousCache, Kept, KeyValueCache
+from models.cpu.bias_attention import attend_causal
+from models.cpu.dispatch import trains_bias
 from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
 from models.positions import Positional
@@ -168,8 +169,9 @@ class FullAttention(Attention):
         scoring = self.scoring(q, kept.keys, token_distance(q, kept, context) if biases else None, context)
         if self.kernel == "reference":
             return reference_attention(q, kept.keys, kept.values, context.visible, scoring, self.drop())
-        if learns(q, scoring) and not self.bidirectional and not self.drop():
-            return attend_causal(q, kept.keys, kept.values, context.visible, scoring)
+        if scoring.additive and trains_bias(q, scoring.position) and not self.bidirectional and not self.drop():
+            seen = context.visible.dense(q, kept.keys)
+            return attend_causal(q, kept.keys, kept.values, scoring.position, seen, scoring.scale)
         return attend(q, kept.keys, kept.values, context.visible, scoring, self.drop())
 
     def scoring(self, q: Tensor, k: Tensor, distance: Tensor | None, context: Context) -> ScoreMod:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from models.attention.full import Full, FullAttention
 from models.attention.gather import take
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
-from models.attention.learned import attend_causal, learns
 from models.attention.protocol import NOTHING, Context, Mixed
 from models.cache import Kept, Remembered, SelectiveCache
+from models.cpu.bias_attention import attend_causal
+from models.cpu.dispatch import trains_bias
 from models.errors import UserError
 from models.fp32 import without_autocast
 from models.specs import ATTENTIONS, Place
@@ -128,11 +129,11 @@ class SelectiveAttention(FullAttention):
             losses = {"memory": self.memory_loss / self.layers * held(chosen, context.documents)}
         position = -chosen.masked[:, None]  # (B, 1, T, K)
         scoring = replace(scoring, position=position if scoring.position is None else scoring.position + position)
-        visible, dropout = AttentionMask(chosen.seen[:, None], causal=False), self.drop()
-        if learns(q, scoring) and not dropout:
-            y = attend_causal(q, memory.keys, memory.values, visible, scoring)
+        k, v, seen, dropout = memory.keys, memory.values, chosen.seen[:, None], self.drop()
+        if scoring.additive and trains_bias(q, scoring.position) and not dropout:
+            y = attend_causal(q, k, v, scoring.position, seen, scoring.scale)
         else:
-            y = attend(q, memory.keys, memory.values, visible, scoring, dropout)
+            y = attend(q, k, v, AttentionMask(seen, causal=False), scoring, dropout)
         return Mixed(y, losses, state)
 
     @staticmethod

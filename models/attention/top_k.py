@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from models.attention.full import Full, FullAttention, token_distance
+from models.attention.kernels.backward import per_group, tile_gradients
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, logits, weigh
 from models.attention.protocol import Context
 from models.cache import Kept
@@ -128,19 +129,20 @@ class PlainTopK(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         exact, mask = torch.promote_types(q.dtype, torch.float32), visible.dense(q, k)  # (B or 1, 1, T, S)
-        q3, k3, v3 = (x.contiguous() for x in (q, k, v))
-        y, saved, spans = torch.empty_like(q3), [], _spans(q, k, visible)
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        y, saved, spans, groups = torch.empty_like(q), [], _spans(q, k, visible), k.shape[1]
         for first, last, seen in spans:
-            scores = _products(q3[:, :, first:last], k3[:, :, :seen], transposed=True).to(exact).mul_(scale)
+            scores = _heads(per_group(q[:, :, first:last], groups) @ k[:, :, :seen].mT, q).to(exact).mul_(scale)
             if mask is not None:
                 scores.masked_fill_(~mask[..., first:last, :seen], -math.inf)  # (B, H, t, s)
             if keep < seen:
                 scores.masked_fill_(~largest(scores, keep), -math.inf)
             p = scores.softmax(-1)
             kept = F.dropout(torch.ones_like(p), dropout) if dropout else None
-            y[:, :, first:last] = _products((p if kept is None else p * kept).to(v.dtype), v3[:, :, :seen])
+            weights = per_group((p if kept is None else p * kept).to(v.dtype), groups)
+            y[:, :, first:last] = _heads(weights @ v[:, :, :seen], q)
             saved += [p, kept]
-        ctx.save_for_backward(q3, k3, v3, y, *saved)
+        ctx.save_for_backward(q, k, v, y, *saved)
         ctx.spans, ctx.scale = spans, scale
         return y
 
@@ -151,12 +153,13 @@ class PlainTopK(torch.autograd.Function):
         delta = (dy * y).to(saved[0].dtype).sum(-1, keepdim=True)  # (B, H, T, 1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (first, last, seen), p, kept in zip(ctx.spans, saved[::2], saved[1::2], strict=True):
-            rows, above = slice(first, last), dy[:, :, first:last].contiguous()
-            ds = _products(above, v[:, :, :seen], transposed=True).to(p.dtype)  # (B, H, t, s)
-            ds = (ds if kept is None else ds.mul_(kept)).sub_(delta[:, :, rows]).mul_(p).mul_(ctx.scale).to(q.dtype)
-            dq[:, :, rows] = _products(ds, k[:, :, :seen])
-            dk[:, :, :seen] += _over_queries(ds, q[:, :, rows], k.shape[1])
-            dv[:, :, :seen] += _over_queries((p if kept is None else p * kept).to(v.dtype), above, v.shape[1])
+            tile, upstream, offset = (per_group(x[:, :, first:last], k.shape[1]) for x in (q, dy, delta))
+            p, kept = (None if x is None else per_group(x, k.shape[1]) for x in (p, kept))  # (B, G, R t, s)
+            near = k[:, :, :seen], v[:, :, :seen]
+            dtile, dk_part, dv_part = tile_gradients(upstream, tile, *near, p, offset, ctx.scale, kept)
+            dq[:, :, first:last] = _heads(dtile, q)
+            dk[:, :, :seen] += dk_part
+            dv[:, :, :seen] += dv_part
         return dq, dk, dv, None, None, None, None
 
 
@@ -168,15 +171,6 @@ def _spans(q: Tensor, k: Tensor, visible: AttentionMask) -> list[tuple[int, int,
     return [(first, min(first + ROWS, new), min(first + ROWS, seen)) for first in range(0, new, ROWS)]
 
 
-def _products(x: Tensor, y: Tensor, transposed: bool = False) -> Tensor:
-    """x (B, G * R, t, .) times y (B, G, s, .) of its group, or times its transpose."""
-    groups = y.shape[1]
-    rows = x.reshape(x.shape[0] * groups, -1, x.shape[-1])  # (B * G, R * t, .)
-    other = y.flatten(0, 1)
-    return torch.bmm(rows, other.transpose(1, 2) if transposed else other).view(*x.shape[:3], -1)
-
-
-def _over_queries(pairs: Tensor, x: Tensor, groups: int) -> Tensor:
-    """pairs (B, G * R, t, s) transposed times x (B, G * R, t, d), summed over the queries of a group: (B, G, s, d)."""
-    pairs, x = (y.reshape(y.shape[0] * groups, -1, y.shape[-1]) for y in (pairs, x))  # (B * G, R * t, .)
-    return torch.bmm(pairs.transpose(1, 2), x).unflatten(0, (-1, groups))
+def _heads(x: Tensor, q: Tensor) -> Tensor:
+    """(B, G, R * t, C) as (B, H, t, C), for queries q (B, H, ., d)."""
+    return x.view(len(x), q.shape[1], -1, x.shape[-1])

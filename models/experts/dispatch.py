@@ -8,7 +8,7 @@
 There is no loop over experts in Python, and nothing waits for the device, where `torch.nn.functional.grouped_mm` takes
 the inputs: bf16 on a GPU of compute capability 8.0, bf16 and fp32 on CPU, and rows of a multiple of 16 bytes. All else
 (fp64, odd widths, fp32 on a GPU) is one product an expert, for which a GPU has to tell how many rows each has. So are
-bf16 products where PyTorch's own are slow (models/products.py). torch.compile takes either as it is.
+bf16 products where they are slow (models/cpu/dispatch.py). torch.compile takes either as it is.
 
 The products leave the rows behind the last stretch undefined, and NaN times 0 is NaN: those rows are masked wherever
 rows become tokens, forward and backward.
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models import products
+from models.cpu import dispatch
+from models.cpu.matmul import product
 from models.experts.pairs import Pairs
 
 ALIGNMENT = 16  # bytes: where rows begin that grouped_mm reads
@@ -213,7 +214,7 @@ def _grouped_mm_takes(a: Tensor, b: Tensor) -> bool:
         return False
     if a.device.type == "cuda":
         return a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(a.device) >= GROUPED_CAPABILITY
-    wanted = (torch.float32,) if products.ROUTE != "torch" else (torch.float32, torch.bfloat16)
+    wanted = (torch.float32,) if dispatch.WIDENS_BF16 else (torch.float32, torch.bfloat16)
     return a.device.type == "cpu" and a.dtype in wanted
 
 
@@ -224,7 +225,7 @@ def _product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     begin = 0
     for matrix, end in zip(b.unbind(), ends.tolist(), strict=True):
         if end > begin:
-            out[begin:end] = products.product(a[begin:end], matrix)
+            out[begin:end] = product(a[begin:end], matrix)
         begin = end
     return out
 
@@ -236,7 +237,7 @@ def _outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     begin = 0
     for matrix, end in zip(out, ends.tolist(), strict=True):
         if end > begin:
-            matrix.copy_(products.product(a[begin:end].t(), b[begin:end]))
+            matrix.copy_(product(a[begin:end].t(), b[begin:end]))
         begin = end
     return out
 

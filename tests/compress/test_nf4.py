@@ -12,8 +12,8 @@ from compress.quantization import nf4_kernels
 from compress.quantization.kernels import choose, kernel_for
 from compress.quantization.nf4 import Nf4, Nf4Embedding, Nf4Linear, Nf4Weights
 from compress.quantization.nf4_kernels import Absmax, Nf4Cpu, Nf4Cuda, Nf4Format
+from models.cpu.matmul import linear
 from models.errors import UserError
-from models.products import linear
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 FORMATS = [Nf4Format(block, double) for block, double in product((32, 64, 128), (False, True))]

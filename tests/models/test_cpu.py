@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from models.cpu import guard_onednn, has_bf16, isa_cap
+from models.cpu.features import guard_onednn, has_bf16, isa_cap
 
 CPUINFO = "processor\t: 0\ncpuid level\t: {level}\nflags\t\t: fpu {flags}\n\nprocessor\t: 1\ncpuid level\t: 99\n"
 

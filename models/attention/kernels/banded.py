@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
-from models.attention.learned import attend_learned, fits_learned, learns
+from models.cpu.bias_attention import attend_masked
+from models.cpu.dispatch import trains_bias
 
 OUTSIDE = -2  # the document of what lies before the first token or behind the last
 SMALLEST, LARGEST = 64, 256  # tokens of a block: smaller ones copy their keys too often, larger ones see too many
@@ -142,8 +143,11 @@ def attend_band(
     for more in beside:
         k, v, mask, found = _joined(k, v, mask, found, more)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, c, K + X)
-    mix = attend_learned if learns(q, found) and fits_learned(q, k, found) else attend
-    y = mix(q, k, v, AttentionMask(mask, causal=False), found, dropout)
+    bias = found.position if found.additive else None
+    if trains_bias(q, bias) and q.shape[1] == k.shape[1] and q.dtype == bias.dtype:
+        y = attend_masked(q, k, v, bias, mask, found.scale, dropout)
+    else:
+        y = attend(q, k, v, AttentionMask(mask, causal=False), found, dropout)
     return y.unflatten(0, (batch, blocks)).movedim(1, 2).flatten(2, 3)[:, :, :tokens]
 
 

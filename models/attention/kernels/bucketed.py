@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from models.attention.kernels.backward import score_gradients
+
 
 class Layout(NamedTuple):
     """Tokens in sorted order, and who sees whom: in a round, i sees j where 0 <= n_i - n_j <= reach.
@@ -171,8 +173,7 @@ class BucketedAttention(torch.autograd.Function):
         blocks = -1, layout.block
         near_k, near_v = (_windows(_spread(x, front, 0, after), layout) for x in (k, v))  # (M, K, d)
         ds = torch.bmm(dy[asks].unflatten(0, blocks), near_v.transpose(1, 2)).to(p.dtype)  # (M, c, K)
-        ds = ds if keep is None else ds.mul_(keep)
-        ds = ds.sub_(delta[asks].unflatten(0, blocks)).mul_(p).to(q.dtype)
+        ds = score_gradients(ds, p, delta[asks].unflatten(0, blocks), keep).to(q.dtype)
         ds.diagonal(before, 1, 2).fill_(0)  # the score of a token with itself is given
         p = (p if keep is None else p * keep).to(v.dtype)
         dq = torch.bmm(ds, near_k).flatten(0, 1).index_select(0, place - before)

@@ -7,9 +7,8 @@ of 2307.08691). A tile of queries goes over the keys with a softmax that is corr
 
     m' = max(m, rowmax S)    l' = e^(m - m') l + rowsum e^(S - m')    O' = e^(m - m') O + e^(S - m') V
 
-and ends with O / l and the logsumexp L = m + log l, from which the backward makes the probabilities anew:
-
-    P = exp(S - L)    dV = P^T dO    dS = P * (dO V^T - rowsum(dO * O)) / sqrt(d)    dQ = dS K    dK = dS^T Q
+and ends with O / l and the logsumexp L = m + log l, from which the backward (backward.py) makes the probabilities anew,
+P = exp(S - L).
 
 PyTorch's own kernels do the same faster; this is the one to read, and to check others against.
 """
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from models.attention.kernels.backward import per_group, tile_gradients
 from models.fp32 import without_autocast
 
 
@@ -135,18 +135,12 @@ class TiledAttention(torch.autograd.Function):
             dtile = torch.zeros_like(tile)
             for columns in pattern.columns(rows, queries, keys):
                 p = torch.exp(_scores(tile, k, own, theirs, pattern, rows, columns, queries) - lse)  # (B, G, R t, s)
-                dp = upstream @ v[:, :, columns].to(exact).transpose(-1, -2)
-                ds = pattern.scale * p * (dp - row_delta)
-                dv[:, :, columns] += p.transpose(-1, -2) @ upstream
-                dk[:, :, columns] += ds.transpose(-1, -2) @ tile
-                dtile += ds @ k[:, :, columns].to(exact)
+                near_k, near_v = (x[:, :, columns].to(exact) for x in (k, v))
+                gradients = tile_gradients(upstream, tile, near_k, near_v, p, row_delta, pattern.scale)
+                for total, part in zip((dtile, dk[:, :, columns], dv[:, :, columns]), gradients, strict=True):
+                    total += part
             dq[:, :, rows] = _per_head(dtile, heads).to(dq.dtype)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
-
-
-def per_group(x: Tensor, groups: int) -> Tensor:
-    """(B, G * R, t, C) as (B, G, R * t, C): the query heads of one key head below one another."""
-    return x.unflatten(1, (groups, -1)).flatten(2, 3)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

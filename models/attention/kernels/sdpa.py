@@ -1,14 +1,6 @@
-"""Softmax attention by PyTorch's kernel, or as two matrix products where that is faster or the only way.
+"""Softmax attention: dispatch to PyTorch's scaled dot-product attention, or to plain products where it has no kernel.
 
 B batch, G key/value heads, R query heads of each, T tokens, d channels of a head.
-
-On CPU the backward of PyTorch's kernel runs at a tenth of the rate of a bf16 matrix product. Short sequences therefore
-train as standard attention does, with the T x T probabilities in memory and everything around the products fused by
-torch.compile; the backward is FlashAttention's (arXiv 2205.14135, appendix B.2), which needs of the forward only the
-output O and the logsumexp L (here to the base 2, whose exponential torch.compile keeps inside the fused loops):
-
-    P = exp(Q K^T / sqrt(d) + bias - L)      dV = P^T dO      dS = P * (dO V^T - rowsum(dO * O)) / sqrt(d)
-                                             dQ = dS K        dK = dS^T Q
 """
 
 import math
@@ -17,12 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models import products
-from models.products import attention_dtype
-
-LONGEST = 512  # tokens, for which one layer keeps 2 * 512 * 512 bytes of scores for each head
+from models.cpu.dispatch import attention_dtype
+from models.cpu.short_attention import ShortAttention
 
 
 @dataclass(frozen=True)
@@ -111,7 +100,7 @@ def attend(
         return reference_attention(q, k, v, visible, scoring, dropout)
     plain = scoring.scale is None and scoring.position is None
     if plain and visible.bias is not None and torch.compiler.is_compiling() and q.requires_grad and not dropout:
-        return StandardAttention.apply(q, k, v, visible.bias)
+        return ShortAttention.apply(q, k, v, visible.bias)
     dtype, mask, causal = attention_dtype(q), visible.mask, visible.causal
     if scoring.position is not None:
         mask, causal = scoring.position.to(dtype), False  # (H, T, S) or (B, H, T, S)
@@ -160,69 +149,3 @@ def weigh(scores: Tensor, q: Tensor, v: Tensor, scoring: ScoreMod, dropout: floa
     p = F.dropout(scores.softmax(-1)[..., : v.shape[2]], dropout)  # (B, H, T, S)
     y = (p.to(q.dtype).unflatten(1, (v.shape[1], -1)) @ v[:, :, None]).flatten(1, 2)
     return y if scoring.values is None else y + scoring.values.mix(p).to(q.dtype)
-
-
-def training_bias(x: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-    """What is added to the scores of a training step that `StandardAttention` should compute, None for any other.
-
-    Args:
-        x: (B, T, D) embedded tokens, none of them cached.
-        mask: (B or 1, 1, T, T) bool, or None.
-        causal: without a mask, whether a token sees none behind it.
-
-    Returns:
-        (B or 1, 1, T, T) fp32: 0 where a query may look, -inf elsewhere.
-    """
-    length = x.shape[1]
-    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and length <= LONGEST
-    if not (products.ROUTE == "torch" and fits and torch.is_grad_enabled()):
-        return None
-    if mask is None:
-        bias = x.new_full((1, 1, length, length), -math.inf if causal else 0.0, dtype=torch.float32)
-        return bias.triu(1)
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -math.inf)
-
-
-class StandardAttention(torch.autograd.Function):
-    """`apply(q, k, v, bias)` with the shapes of `attend` where S = T, and a bias (B or 1, 1, T, T)."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        groups = k.shape[1]
-        q3, k3, v3 = (_per_group(x, groups) for x in (q, k, v))
-        scores = _scores(q3, k3, bias, groups)  # (B, G, R, T, T)
-        top = scores.amax(-1, keepdim=True)  # (B, G, R, T, 1)
-        p = torch.exp2(scores - top)
-        total = p.sum(-1, keepdim=True)
-        y = torch.bmm(_per_group(p, groups, q.dtype), v3).view(*p.shape[:-1], -1)  # (B, G, R, T, d)
-        y = (y / total).to(q.dtype)
-        ctx.save_for_backward(q3, k3, v3, bias, y, top + total.log2())
-        return y.view(q.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q3, k3, v3, bias, y, logsumexp = ctx.saved_tensors
-        batch, groups, repeats, length, width = y.shape
-        dy3 = _per_group(dy, groups)  # (B * G, R * T, d)
-        delta = (dy.view(y.shape).to(logsumexp.dtype) * y).sum(-1, keepdim=True)  # (B, G, R, T, 1)
-        dp = torch.bmm(dy3, v3.transpose(1, 2)).view(batch, groups, repeats, length, -1)  # (B, G, R, T, T)
-        p = torch.exp2(_scores(q3, k3, bias, groups) - logsumexp)
-        ds = _per_group(p * (dp - delta) * width**-0.5, groups, dy.dtype)  # (B * G, R * T, T)
-        p = _per_group(p, groups, dy.dtype)
-        dq = torch.bmm(ds, k3).view(dy.shape)
-        dk = torch.bmm(ds.transpose(1, 2), q3).view(batch, groups, -1, width)
-        dv = torch.bmm(p.transpose(1, 2), dy3).view(batch, groups, -1, width)
-        return dq, dk, dv, None
-
-
-def _per_group(x: Tensor, groups: int, dtype: torch.dtype | None = None) -> Tensor:
-    """(B, G * R, T, C) or (B, G, R, T, C) as (B * G, R * T, C): the heads of one group below one another."""
-    return x.to(dtype or x.dtype).reshape(x.shape[0] * groups, -1, x.shape[-1])
-
-
-def _scores(q: Tensor, k: Tensor, bias: Tensor, groups: int) -> Tensor:
-    """Q K^T / sqrt(d) + bias in units of log 2, (B, G, R, T, T) in at least fp32, of the factors per group."""
-    length, width = k.shape[1:]
-    scores = torch.bmm(q, k.transpose(1, 2)).view(q.shape[0] // groups, groups, -1, length, length)
-    return scores.to(torch.promote_types(q.dtype, torch.float32)) * (width**-0.5 * math.log2(math.e)) + bias[:, :, None]

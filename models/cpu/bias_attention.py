@@ -1,4 +1,4 @@
-"""Softmax attention where what is added to the scores is trained too, for CPU.
+"""Softmax attention with a trained bias, for CPU: whole, or in tiles of the queries.
 
 No kernel of PyTorch's has that gradient on CPU, and what it does instead takes more passes over the scores than needed.
 
@@ -15,39 +15,31 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
-from models.attention.kernels.flash import per_group
-from models.attention.kernels.sdpa import AttentionMask, ScoreMod
+from models.attention.kernels.backward import per_group, tile_gradients
 from models.fp32 import without_autocast
 
 TILE = 128  # queries: the scores of eight heads with a few thousand keys stay near the caches
 
 
-def learns(q: Tensor, scoring: ScoreMod) -> bool:
-    """Whether what is added to the scores, and nothing else is done to them, is to get its gradient, on CPU."""
-    trained = scoring.position is not None and scoring.position.requires_grad and torch.is_grad_enabled()
-    return trained and scoring.additive and q.device.type == "cpu"
-
-
-def fits_learned(q: Tensor, k: Tensor, scoring: ScoreMod) -> bool:
-    """Whether every query head has its own keys, and the addend the queries' dtype, as `attend_learned` needs them."""
-    return q.shape[1] == k.shape[1] and q.dtype == scoring.position.dtype
-
-
-def attend_learned(
-    q: Tensor, k: Tensor, v: Tensor, visible: AttentionMask, scoring: ScoreMod, dropout: float = 0.0
+def attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, scale: float | None, dropout: float
 ) -> Tensor:
-    """The same as `attend` with a mask, where `learns` and `fits_learned` hold.
+    """Softmax attention with a trained bias: q (B, H, T, d) and k, v (B, H, S, d) of one dtype -> (B, H, T, d).
 
-    Takes q (B, H, T, d) and k, v (B, H, S, d), gives (B, H, T, d).
+    Args:
+        bias: (B or 1, H or 1, T, S) of the same dtype, added to the scores.
+        mask: (B or 1, 1, T, S) bool, True = may attend, no row empty.
+        scale: of the scores; None: 1 / sqrt(d).
+        dropout: of the probabilities.
     """
-    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
-    bias = scoring.position.masked_fill(~visible.mask, -math.inf)  # (B or 1, H or 1, T, S)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bias = bias.masked_fill(~mask, -math.inf)
     scores = ((q * scale) @ k.transpose(-1, -2)).add_(bias)  # (B, H, T, S)
     return F.dropout(scores.softmax(-1), dropout) @ v
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, visible: AttentionMask, scoring: ScoreMod) -> Tensor:
-    """The same as `attend` in a decoder without dropout, where `learns` holds, tile by tile of the queries.
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Softmax attention with a trained bias in a decoder without dropout, tile by tile of the queries.
 
     No scores behind a tile's queries are computed, nor are all scores in memory at any time: of the order of T x S are
     what is added to them and its gradient alone.
@@ -55,16 +47,17 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, visible: AttentionMask, scori
     Args:
         q: (B, G * R, T, d), the last T of S tokens.
         k, v: (B, G, S, d), all of one dtype.
-        visible: which keys a query sees, one at least, and none behind itself.
-        scoring: its position may also be the same for all heads, (B or 1, 1, T, S).
+        bias: (H, T, S), (B or 1, H, T, S) or (B or 1, 1, T, S), added to the scores.
+        mask: (T, S) or (B or 1, 1, T, S) bool, which keys a query sees: one at least, and none behind itself.
+        scale: of the scores; None: 1 / sqrt(d).
 
     Returns:
         (B, G * R, T, d).
     """
-    bias = scoring.position.to(torch.promote_types(scoring.position.dtype, torch.float32))
+    bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
     bias = bias[None] if bias.ndim == 3 else bias  # (B or 1, G * R or 1, T, S)
-    bias = bias.masked_fill(~visible.dense(q, k), -math.inf)
-    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    bias = bias.masked_fill(~mask, -math.inf)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):  # the backward must make the very probabilities of the forward
         return causal_attention(q, k, v, bias, scale)
 
@@ -84,23 +77,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
 def causal_attention_gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of q, k, v and bias, in their shapes: FlashAttention's backward (arXiv 2205.14135, appendix B.2)."""
+    """Of q, k, v and bias, in their shapes."""
     exact = torch.promote_types(q.dtype, torch.float32)
     dq, dbias = torch.empty_like(q), torch.zeros_like(bias)
     dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
     delta = (dy * y).sum(-1, keepdim=True, dtype=exact)  # (B, G * R, T, 1)
     for rows, keys in _tiles(q.shape[2], k.shape[2]):
-        tile, upstream, offset = (
-            per_group(x[:, :, rows], k.shape[1]) for x in (q, dy, delta)
-        )  # (B, G, R t, d, d and 1)
-        p = _probabilities(tile, k[:, :, keys], bias[:, :, rows, keys], scale)  # (B, G, R t, s)
-        dv[:, :, keys] += p.to(dy.dtype).transpose(-1, -2) @ upstream
-        ds = (upstream @ v[:, :, keys].transpose(-1, -2)).to(exact).sub_(offset).mul_(p)  # (B, G, R t, s)
-        theirs = dbias[:, :, rows, keys]
-        theirs += ds.view(len(q), q.shape[1], *theirs.shape[2:]).sum_to_size(theirs.shape)
-        ds = ds.mul_(scale).to(q.dtype)
-        dk[:, :, keys] += ds.transpose(-1, -2) @ tile
-        dq[:, :, rows] = (ds @ k[:, :, keys]).view(dq[:, :, rows].shape)
+        tile, upstream, offset = (per_group(x[:, :, rows], k.shape[1]) for x in (q, dy, delta))
+        near_k, near_v = k[:, :, keys], v[:, :, keys]  # (B, G, s, d)
+        p = _probabilities(tile, near_k, bias[:, :, rows, keys], scale)  # (B, G, R t, s)
+        dtile, dk_part, dv_part = tile_gradients(
+            upstream, tile, near_k, near_v, p, offset, scale, dbias=dbias[:, :, rows, keys]
+        )
+        dq[:, :, rows] = dtile.view(dq[:, :, rows].shape)
+        dk[:, :, keys] += dk_part
+        dv[:, :, keys] += dv_part
     return dq, dk.to(k.dtype), dv.to(v.dtype), dbias
 
 

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from models.attention import learned
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, reference_attention
-from models.attention.learned import attend_causal, causal_attention
 from models.attention.selective import running_sum
+from models.cpu import bias_attention
+from models.cpu.bias_attention import attend_causal, causal_attention
+
+
+def causal(tokens: int) -> torch.Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril()
 
 
 def drawn(queries: int, keys: int, groups: int, bias_heads: int, dtype: torch.dtype = torch.float64):
@@ -21,11 +25,11 @@ def drawn(queries: int, keys: int, groups: int, bias_heads: int, dtype: torch.dt
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(("queries", "keys"), [(9, 9), (4, 9), (8, 8), (1, 5)])
 def test_tiles_equal_all_at_once_in_outputs_and_gradients(monkeypatch, queries, keys, groups, bias_heads):
-    monkeypatch.setattr(learned, "TILE", 4)
+    monkeypatch.setattr(bias_attention, "TILE", 4)
     inputs, bias = drawn(queries, keys, groups, bias_heads)
-    visible = AttentionMask(torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), causal=False)
-    scoring = ScoreMod(0.3, bias)
-    mine, theirs = (attend(*inputs, visible, scoring) for attend in (attend_causal, reference_attention))
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    mine = attend_causal(*inputs, bias, mask, 0.3)
+    theirs = reference_attention(*inputs, AttentionMask(mask, causal=False), ScoreMod(0.3, bias))
     torch.testing.assert_close(mine, theirs)
     upstream = torch.randn_like(mine)
     both = [torch.autograd.grad(y, (*inputs, bias), upstream) for y in (mine, theirs)]
@@ -34,11 +38,11 @@ def test_tiles_equal_all_at_once_in_outputs_and_gradients(monkeypatch, queries, 
 
 
 def test_gradients_are_those_of_finite_differences(monkeypatch):
-    monkeypatch.setattr(learned, "TILE", 2)
+    monkeypatch.setattr(bias_attention, "TILE", 2)
     inputs, bias = drawn(5, 5, 2, 1)
 
     def run(q, k, v, position):
-        return attend_causal(q, k, v, AttentionMask(None, causal=True), ScoreMod(None, position))
+        return attend_causal(q, k, v, position, causal(5), None)
 
     assert torch.autograd.gradcheck(run, (*inputs, bias))
 
@@ -52,7 +56,7 @@ def test_autocast_changes_nothing():
     inputs, bias = drawn(9, 9, 2, 1, torch.float32)
 
     def gradients():
-        y = attend_causal(*inputs, AttentionMask(None, causal=True), ScoreMod(None, bias))
+        y = attend_causal(*inputs, bias, causal(9), None)
         return torch.autograd.grad(y.square().sum(), (*inputs, bias))
 
     plain = gradients()
@@ -61,11 +65,12 @@ def test_autocast_changes_nothing():
 
 
 def test_bf16_is_as_near_to_exact_as_the_plain_way(monkeypatch):
-    monkeypatch.setattr(learned, "TILE", 16)
+    monkeypatch.setattr(bias_attention, "TILE", 16)
     inputs, bias = drawn(40, 40, 2, 1, torch.bfloat16)
     visible = AttentionMask(None, causal=True)
     exact = reference_attention(*(x.double() for x in inputs), visible, ScoreMod(None, bias.double()))
-    mine, theirs = (attend(*inputs, visible, ScoreMod(None, bias)) for attend in (attend_causal, reference_attention))
+    mine = attend_causal(*inputs, bias, visible.dense(*inputs[:2]), None)
+    theirs = reference_attention(*inputs, visible, ScoreMod(None, bias))
     assert mine.dtype == torch.bfloat16
     assert (mine - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
 
@@ -75,7 +80,7 @@ def test_what_rounds_to_nothing_is_nothing():
     (q, k, _), bias = drawn(4, 4, 4, 1, torch.float32)
     far = bias.detach().clone()
     far[..., 1] -= 95.0
-    p = learned._probabilities(q, k, far, 0.3)
+    p = bias_attention._probabilities(q, k, far, 0.3)
     assert not ((p > 0) & (p < torch.finfo(torch.float32).tiny)).any()
     assert (p[:, :, 2:, 1] == 0).all()
 

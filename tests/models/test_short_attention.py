@@ -1,13 +1,13 @@
-"""Standard attention with its own backward against PyTorch's kernel, and where it is chosen."""
+"""Short attention with its own backward against PyTorch's kernel, and where it is chosen."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models import products
-from models.attention.kernels import sdpa
-from models.attention.kernels.sdpa import AttentionMask, StandardAttention, attend, training_bias
+from models.attention.kernels.sdpa import AttentionMask, attend
 from models.attention.protocol import document_mask
+from models.cpu import dispatch
+from models.cpu.short_attention import ShortAttention, training_bias
 
 CASES = {
     "as many groups as heads": (2, 3, 3, 7, 4),
@@ -45,7 +45,7 @@ def test_value_and_gradients_are_those_of_the_kernel(case, packed):
     batch, length = case[0], case[3]
     mask = mask_of(batch, length) if packed else None
     q, k, v = inputs(*case)
-    mine, theirs = StandardAttention.apply(q, k, v, bias_of(mask, length)), kernel(q, k, v, mask)
+    mine, theirs = ShortAttention.apply(q, k, v, bias_of(mask, length)), kernel(q, k, v, mask)
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(mine.shape, generator=torch.Generator().manual_seed(1), dtype=mine.dtype)
     gradients = zip(*(torch.autograd.grad(y, (q, k, v), upstream) for y in (mine, theirs)), strict=True)
@@ -56,13 +56,13 @@ def test_value_and_gradients_are_those_of_the_kernel(case, packed):
 def test_gradients_are_those_of_its_value():
     case = CASES["two heads a group"]
     bias = bias_of(mask_of(case[0], case[3]), case[3])
-    assert torch.autograd.gradcheck(lambda q, k, v: StandardAttention.apply(q, k, v, bias), inputs(*case))
+    assert torch.autograd.gradcheck(lambda q, k, v: ShortAttention.apply(q, k, v, bias), inputs(*case))
 
 
 def test_scores_beyond_the_range_of_exp_stay_finite():
     case = CASES["one group"]
     q, k, v = inputs(*case, dtype=torch.float32)
-    y = StandardAttention.apply(1e3 * q, 1e3 * k, v, bias_of(None, case[3]))
+    y = ShortAttention.apply(1e3 * q, 1e3 * k, v, bias_of(None, case[3]))
     assert y.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(y.sum(), (q, k, v)))
 
@@ -70,7 +70,7 @@ def test_scores_beyond_the_range_of_exp_stay_finite():
 @pytest.fixture
 def fast_products(monkeypatch):
     """A processor with bf16 products, whichever this one is."""
-    monkeypatch.setattr(products, "ROUTE", "torch")
+    monkeypatch.setattr(dispatch, "WIDENS_BF16", False)
 
 
 def test_only_a_short_training_step_in_bf16_asks_for_it(fast_products, monkeypatch):
@@ -78,12 +78,12 @@ def test_only_a_short_training_step_in_bf16_asks_for_it(fast_products, monkeypat
         return training_bias(torch.zeros(2, length, 4, dtype=dtype), None, True) is not None
 
     assert asked()
-    assert asked(length=sdpa.LONGEST)
-    assert not asked(length=sdpa.LONGEST + 1)
+    assert asked(length=dispatch.SHORT_TOKENS)
+    assert not asked(length=dispatch.SHORT_TOKENS + 1)
     assert not asked(dtype=torch.float32)
     with torch.no_grad():
         assert not asked()
-    monkeypatch.setattr(products, "ROUTE", "widened")
+    monkeypatch.setattr(dispatch, "WIDENS_BF16", True)
     assert not asked()
 
 
