@@ -23,6 +23,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from app.evaluation import wording
 from app.evaluation.labels import Box, Point, place_labels
+from app.evaluation.metrics import Metric
+from app.evaluation.speed import SpeedProtocol, Throughput
 from app.evaluation.wording import known
 
 PALETTE = {"ink": "#1d2521", "muted": "#66716b", "rule": "#d5dad3", "accent": "#2e6b4c", "warm": "#a8501e"}
@@ -63,13 +65,25 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Step:
-    """One model on a chart: a stage's result. Perplexity with its interval; bytes; tokens per second."""
+    """One model on a chart: a stage's result.
+
+    Attributes:
+        value: of the metric that the chart is about, with its interval.
+        rate: tokens per second.
+        better: which values of the metric are better, `lower` or `higher`.
+    """
 
     name: str
-    perplexity: float
+    value: float
     interval: tuple[float, float]
     stored_bytes: float | None = None
-    decode_rate: float | None = None
+    rate: float | None = None
+    better: str = "lower"
+
+    @property
+    def cost(self) -> float:
+        """The value so that less is better."""
+        return self.value if self.better == "lower" else -self.value
 
 
 @dataclass(frozen=True)
@@ -129,8 +143,8 @@ def plain_log_axis(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def perplexities(steps: Sequence[Step], baselines: dict[str, float], results: int) -> Chart:
-    """Perplexity of each step: close up with 95 % intervals, and beside it against the baselines on a log scale.
+def values(steps: Sequence[Step], baselines: dict[str, float], results: int, metric: Metric) -> Chart:
+    """The metric of each step: close up with 95 % intervals, and beside it against the baselines.
 
     The last `results` steps are drawn in the accent colour; those before them are what they are held against.
     """
@@ -142,41 +156,42 @@ def perplexities(steps: Sequence[Step], baselines: dict[str, float], results: in
             colour = ACCENT if row >= len(steps) - results else MUTED
             if all(known(end) for end in step.interval):
                 close.plot(step.interval, [row, row], color=colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
-            close.plot(step.perplexity, row, "o", color=colour, markersize=6)
-            label = wording.number(step.perplexity)
+            close.plot(step.value, row, "o", color=colour, markersize=6)
+            label = metric.show(step.value)
             close.annotate(
-                label, (step.perplexity, row), (0, 8), textcoords="offset points", ha="center", fontsize=8.5, color=INK
+                label, (step.value, row), (0, 8), textcoords="offset points", ha="center", fontsize=8.5, color=INK
             )
-            far.plot(step.perplexity, row, "o", color=colour, markersize=5)
-        close.set_title("Perplexity, with 95% interval")
+            far.plot(step.value, row, "o", color=colour, markersize=5)
+        close.set_title(f"{metric.title}, with 95% interval")
         close.set_yticks(rows, [step.name for step in steps])
         close.set_ylim(len(steps) - 0.5, -0.6)
         close.margins(x=0.12)
         close.xaxis.set_major_locator(MaxNLocator(6))
-        values = [step.perplexity for step in steps]
-        if max(values) > 8 * min(values):
+        found = [step.value for step in steps]
+        if metric.relative and max(found) > 8 * min(found):
             close.set_xscale("log")
             plain_log_axis(close.xaxis)
-        far.set_title("Against the baselines (log scale)")
-        far.set_xscale("log")
+        far.set_title("Against the baselines" + (" (log scale)" if metric.relative else ""))
+        if metric.relative:
+            far.set_xscale("log")
+            plain_log_axis(far.xaxis)
         for name, value in baselines.items():
             far.axvline(value, color=WARM, linewidth=1.2, linestyle=(0, (4, 2)))
             place = (value, len(steps) - 0.56)
             far.annotate(f"{name} ", place, ha="right", va="bottom", fontsize=8, color=WARM, rotation=90)
         far.margins(x=0.1)
-        plain_log_axis(far.xaxis)
 
     caption = (
-        "Perplexity of each model, and the same against an untrained and a unigram baseline. The bars are each "
+        f"{metric.title} of each model, and the same against an untrained and a unigram baseline. The bars are each "
         "model's own 95% interval, over documents; the paired interval of a change is far narrower"
     )
-    return Chart("perplexity", caption, draw, 8.4, 1.35 + 0.42 * len(steps))
+    return Chart(metric.kind, caption, draw, 8.4, 1.35 + 0.42 * len(steps))
 
 
-def trade_offs(steps: Sequence[Step]) -> Chart | None:
-    """Perplexity against stored size and against decode speed; the Pareto front as a line. None without sizes."""
+def trade_offs(steps: Sequence[Step], metric: Metric, rate: Throughput) -> Chart | None:
+    """The metric against stored size and against speed; the Pareto front as a line. None without sizes."""
     measures = [("Stored size, MB", [(s, s.stored_bytes / 1e6) for s in steps if known(s.stored_bytes)])]
-    measures.append(("Decoding, tokens per second", [(s, s.decode_rate) for s in steps if known(s.decode_rate)]))
+    measures.append((f"{rate.label}, tokens per second", [(s, s.rate) for s in steps if known(s.rate)]))
     measures = [(label, points) for label, points in measures if len(points) > 1]
     if not measures:
         return None
@@ -189,22 +204,22 @@ def trade_offs(steps: Sequence[Step]) -> Chart | None:
         for panel, (label, points) in zip(panels, measures, strict=False):
             panel.grid(True, axis="both")
             faster = "second" in label
-            front = sorted((x, s.perplexity) for s, x in points if on_front(s, x, points, faster))
+            front = sorted((x, s.value) for s, x in points if on_front(s, x, points, faster))
             fronts.append(front)
             panel.plot([x for x, _ in front], [y for _, y in front], color=ACCENT, linewidth=1.4, alpha=0.55)
             for step, x in points:
-                held = (x, step.perplexity) in front
+                held = (x, step.value) in front
                 face = ACCENT if held else "none"
-                panel.plot(x, step.perplexity, "o", markersize=7, color=ACCENT if held else MUTED, markerfacecolor=face)
-            panel.set_title(f"Perplexity against {label[0].lower() + label[1:]}")
+                panel.plot(x, step.value, "o", markersize=7, color=ACCENT if held else MUTED, markerfacecolor=face)
+            panel.set_title(f"{metric.title} against {label[0].lower() + label[1:]}")
             panel.set_xlabel(f"{label}  ({'more' if faster else 'less'} is better)")
             panel.set_xlim(0, 1.12 * max(x for _, x in points))
             panel.margins(y=0.22)
         figure.draw_without_rendering()  # from here on the panels stand where they will be drawn
         for panel, (_, points), front in zip(panels, measures, fronts, strict=False):
-            label_points(panel, [(step.name, (x, step.perplexity)) for step, x in points], front)
+            label_points(panel, [(step.name, (x, step.value)) for step, x in points], front)
 
-    caption = "Perplexity against stored size and decode speed; filled points are on the Pareto front"
+    caption = f"{metric.title} against stored size and speed; filled points are on the Pareto front"
     return Chart("trade-offs", caption, draw, 8.4, 3.3)
 
 
@@ -226,32 +241,31 @@ def on_front(step: Step, x: float, points: Sequence[tuple[Step, float]], more_is
     """Whether no other point is at least as good in both measures and better in one."""
     sign = -1 if more_is_better else 1
     return not any(
-        sign * other_x <= sign * x
-        and other.perplexity <= step.perplexity
-        and (sign * other_x < sign * x or other.perplexity < step.perplexity)
+        sign * other_x <= sign * x and other.cost <= step.cost and (sign * other_x < sign * x or other.cost < step.cost)
         for other, other_x in points
     )
 
 
-def latency(names: Sequence[str], speeds: Sequence[dict]) -> Chart | None:
-    """Time per generated token (p50 to p95) of each model, and the decode rate of every interleaved round."""
-    if not all(known(speed.get("decode_tokens_per_second")) for speed in speeds):
+def latency(names: Sequence[str], speeds: Sequence[dict], protocol: type[SpeedProtocol]) -> Chart | None:
+    """Time per token or sequence (p50 to p95) of each model, and the rate of every interleaved round."""
+    time, rate = protocol.latency, protocol.throughputs[0].name
+    if not all(known(speed.get(rate)) for speed in speeds):
         return None
 
     def draw(figure: Figure) -> None:
         times, rounds = figure.subplots(1, 2, width_ratios=(1.3, 1))
         colours = [MUTED, ACCENT, WARM]
         for row, speed in enumerate(speeds):
-            p50, p95 = speed["per_token_ms"]["p50"], speed["per_token_ms"]["p95"]
+            p50, p95 = speed[time.name]["p50"], speed[time.name]["p95"]
             times.plot([p50, p95], [row, row], color=colours[row], linewidth=5, alpha=0.3, solid_capstyle="butt")
             times.plot(p50, row, "o", color=colours[row], markersize=6)
             label = f"{wording.milliseconds(p50)}, p95 {wording.milliseconds(p95)}"
             times.annotate(label, (p50, row), (0, 9), textcoords="offset points", fontsize=8.5, color=INK)
         times.set_yticks(range(len(names)), names)
         times.set_ylim(len(names) - 0.5, -0.7)
-        times.set_xlim(0, 1.35 * max(speed["per_token_ms"]["p95"] for speed in speeds))
-        times.set_title("Milliseconds per generated token, p50 to p95")
-        columns = [speed["rounds"]["decode_tokens_per_second"] for speed in speeds]
+        times.set_xlim(0, 1.35 * max(speed[time.name]["p95"] for speed in speeds))
+        times.set_title(f"Milliseconds per {time.unit}, p50 to p95")
+        columns = [speed["rounds"][rate] for speed in speeds]
         for series in zip(*columns, strict=False):
             rounds.plot(range(len(series)), series, color=RULE, linewidth=1.0, zorder=1)
         for column, series in enumerate(columns):
@@ -265,7 +279,7 @@ def latency(names: Sequence[str], speeds: Sequence[dict]) -> Chart | None:
         rounds.set_ylim(0, 1.15 * max(max(series) for series in columns))
         rounds.set_title("Tokens per second, every round")
 
-    caption = "Time per generated token and decode rate of each interleaved round"
+    caption = f"Time per {time.unit} and rate of each interleaved round"
     return Chart("latency", caption, draw, 8.4, 1.9 + 0.2 * len(names))
 
 

@@ -1,4 +1,4 @@
-"""One page over many model folders: every step's perplexity, size and speed, the Pareto front, what is dominated.
+"""One page over many model folders: every step's quality, size and speed, the Pareto front, what is dominated.
 
     write_overview(folders, directory)        what `espalier report DIR... --out DIR` and a pipeline write
 
@@ -15,40 +15,37 @@ from app.evaluation import charts, tables, wording
 from app.evaluation.charts import Step
 from app.evaluation.report import baseline_rows, baseline_values, draw, now, protocol, render, step
 from app.evaluation.wording import known
+from app.tasks.base import Task, task_of
 from models.errors import UserError
 from models.files import read_json, write_json
 from models.shapes import COUNT, EACH, NUMBER, POSITIVE, TEXT, check_shape, maybe
 
 FORMAT, FORMAT_VERSION = "espalier-overview", 1
 REPORT = "espalier-report"
-_QUALITY = {
-    **{"perplexity": maybe(POSITIVE), "bits_per_byte?": maybe(NUMBER), "tokens": COUNT},
-    "interval": {"perplexity": [maybe(POSITIVE), maybe(POSITIVE)]},
-}
-_SPEED = {
-    **{"decode_tokens_per_second": maybe(POSITIVE), "device": TEXT, "threads": COUNT, "dtype": TEXT},
-    **{"batch_size": COUNT, "prompt_tokens": COUNT, "new_tokens": COUNT},
-    "rounds": {"decode_tokens_per_second": [NUMBER]},
-    "kernels?": [{"kernel": TEXT, "modules": COUNT, "largest_batch?": maybe(COUNT)}],
-}
-_BLOCK = {
-    "name": TEXT,
-    "weights_sha256?": maybe(TEXT),
-    "quality": _QUALITY,
-    "size": {"parameters": COUNT, "active_parameters?": COUNT, "stored_bytes": maybe(COUNT), "memory_bytes": COUNT},
-    "speed?": _SPEED,
-}
-_RATIO = {"ratio": maybe(NUMBER), "interval?": [maybe(NUMBER), maybe(NUMBER)]}
-_CHANGE = {"speed?": {"decode_tokens_per_second?": _RATIO}}
+_SIZE = {"parameters": COUNT, "active_parameters?": COUNT, "stored_bytes": maybe(COUNT), "memory_bytes": COUNT}
 _MEASUREMENT = {
     **{"tokens": COUNT, "tokens_in_split": maybe(COUNT), "blocks": COUNT, "context": COUNT, "mean_context": NUMBER},
     **{"documents": TEXT, "stride": COUNT, "normalisation": TEXT, "intervals": TEXT, "data?": maybe(TEXT)},
 }
-SHAPE = {  # what the page relies on
-    **{"title": TEXT, "time": TEXT, "before": _BLOCK, "after": _BLOCK, "change": _CHANGE},
-    **{"verdict": [{"topic": TEXT, "tone": TEXT, "text": TEXT}], "measurement": _MEASUREMENT},
-    "baselines?": {EACH: {**_QUALITY, "source": TEXT}},
-}
+
+
+def shape_of(task: Task) -> dict:
+    """What the page relies on in the report of a model of a task."""
+    first, rate = task.metrics[0], task.protocol.throughputs[0].name
+    figure = maybe(POSITIVE) if first.relative else maybe(NUMBER)
+    quality = {**{f"{metric.kind}?": maybe(NUMBER) for metric in task.metrics}, first.kind: figure, "tokens": COUNT}
+    quality |= {"interval": {first.kind: [figure, figure]}}
+    del quality[f"{first.kind}?"]
+    speed = {rate: maybe(POSITIVE), "device": TEXT, "threads": COUNT, "dtype": TEXT, "rounds": {rate: [NUMBER]}}
+    speed |= dict.fromkeys(task.protocol().describe(), COUNT)
+    speed |= {"kernels?": [{"kernel": TEXT, "modules": COUNT, "largest_batch?": maybe(COUNT)}]}
+    block = {"name": TEXT, "weights_sha256?": maybe(TEXT), "quality": quality, "size": _SIZE, "speed?": speed}
+    return {
+        **{"title": TEXT, "time": TEXT, "before": block, "after": block},
+        "change": {"speed?": {f"{rate}?": {"ratio": maybe(NUMBER), "interval?": [maybe(NUMBER), maybe(NUMBER)]}}},
+        **{"verdict": [{"topic": TEXT, "tone": TEXT, "text": TEXT}], "measurement": _MEASUREMENT},
+        "baselines?": {EACH: {**quality, "source": TEXT}},
+    }
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,12 @@ class Entry:
     @property
     def point(self) -> Step:
         """The model as a point on a chart."""
-        return step(self.block, self.name)
+        return step(self.block, self.task, self.name)
+
+    @property
+    def task(self) -> Task:
+        """What the model was trained for."""
+        return task_of(self.report)
 
 
 def read_report(folder: Path) -> dict:
@@ -74,7 +76,7 @@ def read_report(folder: Path) -> dict:
     report = read_json(folder / "report.json")
     if report.get("format") != REPORT:
         raise UserError(f"{folder / 'report.json'} is not a report of a stage or a comparison; name such a folder")
-    check_shape(report, SHAPE, str(folder / "report.json"))
+    check_shape(report, shape_of(task_of(report)), str(folder / "report.json"))
     if ("speed" in report["before"]) != ("speed" in report["after"]):
         raise UserError(f"{folder / 'report.json'} has the speed of one of its two models only")
     return report
@@ -85,6 +87,9 @@ def collect(folders: Sequence[Path]) -> list[Entry]:
     if not folders:
         raise UserError("there is no folder to report on; name at least one that a stage has written")
     reports = [(Path(folder), read_report(Path(folder))) for folder in folders]
+    if len({task_of(report).kind for _, report in reports}) > 1:
+        kinds = ", ".join(f"{folder.name} ({task_of(report).kind})" for folder, report in reports)
+        raise UserError(f"a page holds the models of one task, and these are of several: {kinds}")
     results = {identity(report["after"]) for _, report in reports}
     entries: list[Entry] = []
     for folder, report in reports:
@@ -120,7 +125,7 @@ def warnings(entries: Sequence[Entry]) -> list[str]:
         ("stride", "the stride"),
     ):
         if len({entry.report["measurement"].get(key) for entry in entries}) > 1:
-            found.append(f"The perplexities are not comparable: {what} differs between the reports.")
+            found.append(f"The figures of quality are not comparable: {what} differs between the reports.")
     machines = {
         (entry.block["speed"]["device"], entry.block["speed"]["threads"]) for entry in entries if "speed" in entry.block
     }
@@ -145,9 +150,9 @@ def notes(entries: Sequence[Entry]) -> list[str]:
 
 def fronts(entries: Sequence[Entry]) -> dict[str, list[str]]:
     """Which Pareto fronts each model is on (size, speed), or by whom it is dominated in size: name -> words."""
-    points = [entry.point for entry in entries if known(entry.block["quality"]["perplexity"])]
+    points = [entry.point for entry in entries if is_measured(entry)]
     sizes = [(point, point.stored_bytes) for point in points if known(point.stored_bytes)]
-    speeds = [(point, point.decode_rate) for point in points if known(point.decode_rate)]
+    speeds = [(point, point.rate) for point in points if known(point.rate)]
     found: dict[str, list[str]] = {entry.name: [] for entry in entries}
     for label, measured, more in (("size", sizes, False), ("speed", speeds, True)):
         for point, x in measured:
@@ -157,25 +162,31 @@ def fronts(entries: Sequence[Entry]) -> dict[str, list[str]]:
 
 
 def dominated(entries: Sequence[Entry]) -> list[str]:
-    """A sentence for each model that another one beats or equals in size, speed and perplexity at once."""
+    """A sentence for each model that another one beats or equals in size, speed and quality at once."""
     sentences = []
     for entry in entries:
         better = [other.name for other in entries if other is not entry and beats(other.point, entry.point)]
         if better:
             names = " and ".join(better) if len(better) < 3 else f"{better[0]} and {len(better) - 1} others"
-            sentences.append(f"{entry.name} is dominated by {names}: no larger, no slower, and no worse in perplexity.")
+            label = entry.task.metrics[0].label
+            sentences.append(f"{entry.name} is dominated by {names}: no larger, no slower, and no worse in {label}.")
     return sentences
 
 
 def beats(one: Step, other: Step) -> bool:
     """Whether `one` is at least as good as `other` in every figure that both have, and better in one."""
-    if not known(one.perplexity) or not known(other.perplexity):
-        return known(one.perplexity) and not known(other.perplexity)
-    pairs = [(one.perplexity, other.perplexity), (one.stored_bytes, other.stored_bytes)]
-    if known(one.decode_rate) and known(other.decode_rate):
-        pairs.append((-one.decode_rate, -other.decode_rate))
+    if not known(one.value) or not known(other.value):
+        return known(one.value) and not known(other.value)
+    pairs = [(one.cost, other.cost), (one.stored_bytes, other.stored_bytes)]
+    if known(one.rate) and known(other.rate):
+        pairs.append((-one.rate, -other.rate))
     pairs = [(a, b) for a, b in pairs if known(a) and known(b)]
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def is_measured(entry: Entry) -> bool:
+    """Whether the first metric of a model is finite."""
+    return known(entry.block["quality"][entry.task.metrics[0].kind])
 
 
 def overview(entries: Sequence[Entry]) -> dict:
@@ -192,6 +203,7 @@ def overview(entries: Sequence[Entry]) -> dict:
         "warnings": warnings(entries),
         "notes": notes(entries),
         "baselines": entries[0].report.get("baselines", {}),
+        "task": entries[0].task.dump(),
     }
 
 
@@ -207,10 +219,14 @@ def write_overview(folders: Sequence[Path], directory: Path, title: str = "Model
     entries = collect(folders)
     content = overview(entries)
     write_json(directory / "report.json", content)
-    points = [entry.point for entry in entries if known(entry.block["quality"]["perplexity"])]
-    report = entries[0].report
+    points = [entry.point for entry in entries if is_measured(entry)]
+    report, task = entries[0].report, entries[0].task
+    metric, rate = task.metrics[0], task.protocol.throughputs[0]
     drawings = (
-        [charts.perplexities(points, baseline_values(report), results=len(points) - 1), charts.trade_offs(points)]
+        [
+            charts.values(points, baseline_values(report, metric), len(points) - 1, metric),
+            charts.trade_offs(points, metric, rate),
+        ]
         if points
         else []
     )
@@ -226,7 +242,10 @@ def write_overview(folders: Sequence[Path], directory: Path, title: str = "Model
         "warnings": content["warnings"],
         "notes": content["notes"],
         "charts": [{"name": chart.name, "caption": chart.caption, "svg": Markup(chart.svg())} for chart in drawings],
-        "baselines": baseline_rows({"baselines": content["baselines"]}),
+        "metric": metric,
+        "metrics": task.shown,
+        "rate": rate,
+        "baselines": baseline_rows({"baselines": content["baselines"], "task": content["task"]}),
         "steps": [entry for entry in entries if entry.verdict],
         "protocol": protocol(report),
     }
@@ -238,13 +257,14 @@ def write_overview(folders: Sequence[Path], directory: Path, title: str = "Model
 def headline(entries: Sequence[Entry]) -> str:
     """The last model against the first, in a sentence."""
     first, last = entries[0].point, entries[-1].point
-    if len(entries) == 1 or not known(first.perplexity) or not known(last.perplexity):
+    if len(entries) == 1 or not known(first.value) or not known(last.value):
         return f"{len(entries)} model{'s' if len(entries) > 1 else ''}"
-    parts = [f"perplexity {wording.number(first.perplexity)} → {wording.number(last.perplexity)}"]
+    metric, rate = entries[0].task.metrics[0], entries[0].task.protocol.throughputs[0]
+    parts = [f"{metric.label} {metric.show(first.value)} → {metric.show(last.value)}"]
     if known(first.stored_bytes) and known(last.stored_bytes):
         parts.append(f"stored {wording.size(first.stored_bytes)} → {wording.size(last.stored_bytes)}")
-    if known(first.decode_rate) and known(last.decode_rate):
-        parts.append(f"decoding {wording.rate(first.decode_rate)} → {wording.rate(last.decode_rate)}")
+    if known(first.rate) and known(last.rate):
+        parts.append(f"{rate.label.lower()} {wording.rate(first.rate)} → {wording.rate(last.rate)}")
     return f"From {entries[0].name} to {entries[-1].name}: {', '.join(parts)}"
 
 
@@ -253,19 +273,21 @@ def rows(entries: Sequence[Entry], content: dict) -> list[dict]:
     first = entries[0].point
     found = []
     for entry, model in zip(entries, content["models"], strict=True):
-        point, size = entry.point, entry.block["size"]
+        point, size, quality = entry.point, entry.block["size"], entry.block["quality"]
         smaller = entry is not entries[0] and known(point.stored_bytes) and known(first.stored_bytes)
         found.append(
             {
                 "name": entry.name,
                 "title": entry.title,
-                "perplexity": tables.with_interval(entry.block["quality"], "perplexity"),
-                "bits_per_byte": wording.number(entry.block["quality"].get("bits_per_byte")),
+                "figures": [
+                    metric.show(quality.get(metric.kind)) if number else tables.with_interval(quality, metric)
+                    for number, metric in enumerate(entry.task.shown)
+                ],
                 "stored": wording.size(point.stored_bytes),
                 "smaller": wording.times(first.stored_bytes / point.stored_bytes) if smaller else wording.MISSING,
                 "memory": wording.size(size["memory_bytes"]),
                 "parameters": wording.parameters(size["parameters"], size.get("active_parameters")),
-                "decode": wording.rate(point.decode_rate),
+                "decode": wording.rate(point.rate),
                 "step": step_change(entry),
                 "fronts": " and ".join(model["fronts"]) or wording.MISSING,
             }
@@ -274,8 +296,9 @@ def rows(entries: Sequence[Entry], content: dict) -> list[dict]:
 
 
 def step_change(entry: Entry) -> str:
-    """How the decode speed moved in the entry's own step, measured in one process."""
-    change = entry.report["change"].get("speed", {}).get("decode_tokens_per_second") if entry.verdict else None
+    """How the speed moved in the entry's own step, measured in one process."""
+    name = entry.task.protocol.throughputs[0].name
+    change = entry.report["change"].get("speed", {}).get(name) if entry.verdict else None
     if not change:
         return wording.MISSING
     return wording.doubt(change) or wording.times(change["ratio"])

@@ -21,8 +21,10 @@ from app.evaluation.charts import Chart, Step
 from app.evaluation.environment import environment
 from app.evaluation.events import write_events
 from app.evaluation.figures import clean
+from app.evaluation.metrics import Metric
 from app.evaluation.verdict import Sentence, judge
 from app.evaluation.wording import known
+from app.tasks.base import Task, task_of
 from compress.records import LayerRecord
 from models.files import write_json
 
@@ -128,30 +130,35 @@ def render(template: str, path: Path, page: dict) -> None:
     path.write_text(templates(html).get_template(template).render(page), encoding="utf-8")
 
 
-def step(block: dict, name: str | None = None) -> Step:
+def step(block: dict, task: Task, name: str | None = None) -> Step:
     """A model's block as a point on a chart."""
-    quality = block["quality"]
-    bounds = quality["interval"]["perplexity"]
-    rate = block.get("speed", {}).get("decode_tokens_per_second")
-    return Step(name or block["name"], quality["perplexity"], tuple(bounds), block["size"]["stored_bytes"], rate)
+    quality, metric = block["quality"], task.metrics[0]
+    bounds = quality["interval"][metric.kind]
+    rate = block.get("speed", {}).get(task.protocol.throughputs[0].name)
+    stored = block["size"]["stored_bytes"]
+    return Step(name or block["name"], quality[metric.kind], tuple(bounds), stored, rate, metric.better)
 
 
-def baseline_values(report: dict) -> dict[str, float]:
-    """The perplexities to hold a model against."""
-    found = {name: block["perplexity"] for name, block in report.get("baselines", {}).items()}
+def baseline_values(report: dict, metric: Metric) -> dict[str, float]:
+    """What to hold a model's figure against."""
+    found = {name: block[metric.kind] for name, block in report.get("baselines", {}).items()}
     return {name: value for name, value in found.items() if known(value)}
 
 
 def stage_charts(report: dict) -> list[Chart]:
     """The charts of one comparison; those without data are left out."""
-    before, after = report["before"], report["after"]
+    before, after, task = report["before"], report["after"], task_of(report)
+    metric = task.metrics[0]
     blocks = [*report.get("references", {}).values(), before, after]
-    points = [step(block) for block in blocks if known(block["quality"]["perplexity"])]
-    found = [charts.perplexities(points, baseline_values(report), results=1)] if points else []
+    points = [step(block, task) for block in blocks if known(block["quality"][metric.kind])]
+    found = []
+    if points:
+        found.append(charts.values(points, baseline_values(report, metric), 1, metric))
     if len(points) > 1:
-        found.append(charts.trade_offs(points))
+        found.append(charts.trade_offs(points, metric, task.protocol.throughputs[0]))
     if "speed" in before and "speed" in after:
-        found.append(charts.latency([before["name"], after["name"]], [before["speed"], after["speed"]]))
+        speeds = [before["speed"], after["speed"]]
+        found.append(charts.latency([before["name"], after["name"]], speeds, task.protocol))
     found.append(charts.layer_grid(report["layers"]))
     if "sensitivity" in report:
         found.append(sensitivity.picture(report["sensitivity"]))
@@ -172,6 +179,7 @@ def stage_page(report: dict, drawings: Sequence[Chart]) -> dict:
         "heroes": tables.heroes(report),
         "groups": tables.comparison(report),
         "charts": [{"name": chart.name, "caption": chart.caption, "svg": Markup(chart.svg())} for chart in drawings],
+        "metric": task_of(report).metrics[0],
         "baselines": baseline_rows(report),
         "layers": tables.layer_table(report["layers"]) if report["layers"] else None,
         "sensitivity": sensitivity.table(report["sensitivity"]) if "sensitivity" in report else None,
@@ -185,28 +193,29 @@ def stage_page(report: dict, drawings: Sequence[Chart]) -> dict:
 
 
 def baseline_rows(report: dict) -> list[dict]:
-    """Reference models and baselines, each with its perplexity and what it is."""
+    """Reference models and baselines, each with the first metric and what it is."""
+    metric = task_of(report).metrics[0]
     rows = [
-        {"name": name, "perplexity": tables.with_interval(block["quality"], "perplexity"), "source": "reference model"}
+        {"name": name, "value": tables.with_interval(block["quality"], metric), "source": "reference model"}
         for name, block in report.get("references", {}).items()
     ]
     for name, block in report.get("baselines", {}).items():
         source = f"{block['source']}; {block['tokens']:,} tokens"
-        rows.append({"name": name, "perplexity": tables.with_interval(block, "perplexity"), "source": source})
+        rows.append({"name": name, "value": tables.with_interval(block, metric), "source": source})
     return rows
 
 
 def protocol(report: dict) -> list[tuple[str, str]]:
     """How the figures were measured, as (term, description)."""
     how = report["measurement"]
-    whole = how["tokens_in_split"] or how["tokens"]
-    share = f"{wording.percent(how['tokens'] / whole)} of the split ({how['blocks']} blocks)"
-    split = "the whole split" if how["tokens"] == whole else share
+    whole = how["tokens_in_split"]
+    split = f"{how['blocks']} blocks of the split"
+    if whole:
+        share = f"{wording.percent(how['tokens'] / whole)} of the split ({how['blocks']} blocks)"
+        split = "the whole split" if how["tokens"] == whole else share
+    metric = task_of(report).metrics[0]
     rows = [
-        (
-            "Perplexity",
-            f"exp(total NLL / predicted tokens) over {split}: {how['tokens']:,} tokens, each predicted once",
-        ),
+        (metric.title, f"{metric.definition} over {split}: {how['tokens']:,} tokens, each predicted once"),
         (
             "Context",
             f"up to {how['context']} tokens, {wording.number(how['mean_context'], 3)} on average; "
@@ -218,11 +227,11 @@ def protocol(report: dict) -> list[tuple[str, str]]:
     ]
     speed = report["after"].get("speed")
     if speed:
-        rounds = len(speed["rounds"]["decode_tokens_per_second"])
+        timing = task_of(report).protocol
+        rounds = len(speed["rounds"][timing.throughputs[0].name])
         text = (
-            f"greedy generation at batch {speed['batch_size']}: a prompt of {speed['prompt_tokens']} tokens, then "
-            f"{speed['new_tokens']} new ones; medians of {rounds} rounds in which the models take turns; the change is "
-            "the median of the rounds' ratios with its 95% interval between order statistics"
+            f"{timing.say(speed)}; medians of {rounds} rounds in which the models take turns; the "
+            "change is the median of the rounds' ratios with its 95% interval between order statistics"
         )
         rows.append(("Speed", text))
         rows.append(("Peak memory", "the weights as held, plus the most that torch's allocator added in a round"))

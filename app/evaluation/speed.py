@@ -35,6 +35,14 @@ class Throughput(NamedTuple):
     label: str
 
 
+class Latency(NamedTuple):
+    """A time in milliseconds: its name in report.json, what it is in a table, and what it is the time of."""
+
+    name: str
+    label: str
+    unit: str
+
+
 @dataclass(frozen=True)
 class SpeedProtocol:
     """What a round does: greedy generation from one prompt at batch 1.
@@ -56,7 +64,7 @@ class SpeedProtocol:
         Throughput("decode_tokens_per_second", "Decoding"),
         Throughput("prefill_tokens_per_second", "Reading the prompt"),
     )
-    latency: ClassVar[tuple[str, str]] = ("per_token_ms", "Time per token")
+    latency: ClassVar[Latency] = Latency("per_token_ms", "Time per token", "generated token")
 
     def fitted(self, context: int) -> "SpeedProtocol":
         """The same protocol within a context of so many tokens."""
@@ -98,6 +106,14 @@ class SpeedProtocol:
             "per_token_ms": {"p50": float(np.percentile(further, 50)), "p95": float(np.percentile(further, 95))},
         }
 
+    @staticmethod
+    def say(speed: dict) -> str:
+        """A round in words, from the figures."""
+        return (
+            f"greedy generation at batch {speed['batch_size']}: a prompt of {speed['prompt_tokens']} tokens, then "
+            f"{speed['new_tokens']} new ones"
+        )
+
     def describe(self) -> dict:
         """What the figures were measured with."""
         return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "batch_size": 1}
@@ -111,7 +127,7 @@ class ForwardProtocol(SpeedProtocol):
     new_tokens: int = 0
 
     throughputs: ClassVar[tuple[Throughput, ...]] = (Throughput("forward_tokens_per_second", "A forward"),)
-    latency: ClassVar[tuple[str, str]] = ("forward_ms", "Time per sequence")
+    latency: ClassVar[Latency] = Latency("forward_ms", "Time per sequence", "sequence")
 
     def fitted(self, context: int) -> "SpeedProtocol":
         return replace(self, prompt_tokens=max(1, min(self.prompt_tokens, context)))
@@ -135,6 +151,10 @@ class ForwardProtocol(SpeedProtocol):
             "sequences_per_second": 1000 / float(np.median(whole)),
             "forward_ms": {"p50": float(np.percentile(whole, 50)), "p95": float(np.percentile(whole, 95))},
         }
+
+    @staticmethod
+    def say(speed: dict) -> str:
+        return f"one forward at batch {speed['batch_size']} over a sequence of {speed['sequence_tokens']} tokens"
 
     def describe(self) -> dict:
         return {"sequence_tokens": self.prompt_tokens, "batch_size": 1}

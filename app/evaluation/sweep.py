@@ -7,7 +7,7 @@ that in common. The 95 % interval is Student's t over the seeds; with three of t
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from app.data.blocks import TokenBlocks
 from app.evaluation import wording
 from app.evaluation.charts import ACCENT, INK, MUTED, Chart
 from app.evaluation.intervals import Interval, t_quantile
+from app.evaluation.metrics import Metric
 from app.evaluation.quality import IGNORED, Part, evaluate_quality
 from models.shapes import COUNT, EACH, NUMBER, maybe
 
@@ -52,32 +53,43 @@ class Sliding(Sequence):
         return {name: torch.cat([before[name], now[name]]) for name in ("tokens", "targets", "documents")}
 
 
-def measure(model: nn.Module, blocks: TokenBlocks, lengths: Sequence[int], tokens: int) -> dict[str, dict]:
+def measure(
+    model: nn.Module,
+    blocks: TokenBlocks,
+    lengths: Sequence[int],
+    tokens: int,
+    metric: Metric,
+    examples: Callable[[TokenBlocks], Sequence] = lambda blocks: blocks,
+) -> dict[str, dict]:
     """What a model makes of the first `tokens` tokens of a split, read in blocks of each length.
 
     Args:
         model: a Transformer.
         blocks: any blocks of the split; only the text behind them is used.
         lengths: tokens in a block. The first is the one of the training.
-        tokens: how many are predicted, rounded down to whole blocks of the longest length.
+        tokens: how many are read, rounded down to whole blocks of the longest length.
+        metric: whose quantity is measured.
+        examples: what the task makes of blocks of text.
 
     Returns:
-        `losses` in nats per token: length -> {"blocks": blocks side by side} and, where there are several lengths,
-        {"sliding": blocks that overlap by half}; a length beyond bounded positions is left out. `experts`: the load of
-        every layer with experts at the first length (app/evaluation/experts.py).
+        `losses`, the mean of the quantity (of a language model, nats per token): length -> {"blocks": blocks side by
+        side} and, where there are several lengths, {"sliding": blocks that overlap by half}; a length beyond bounded
+        positions is left out. `experts`: the load of every layer with experts at the first length
+        (app/evaluation/experts.py).
     """
     count = max(1, tokens // max(lengths)) * max(lengths)
     found, experts = {}, {}
     for length in lengths:
         if model.config.position.bounded and length > model.config.context:
             continue
-        whole, halves = (TokenBlocks(blocks.folder, size, last="drop") for size in (length, length // 2))
-        quality = evaluate_quality(model, Part.first(whole, count // length))
-        found[str(length)] = {"blocks": quality.loss.value}
+        whole, halves = (examples(TokenBlocks(blocks.folder, size, last="drop")) for size in (length, length // 2))
+        quality = evaluate_quality(model, Part.first(whole, count // length), metrics=(metric,))
+        found[str(length)] = {"blocks": quality.mean(metric.quantity).value}
         experts = experts or quality.experts
         if len(lengths) > 1:
             overlapping = Sliding(Part.first(halves, 2 * count // length))
-            found[str(length)]["sliding"] = evaluate_quality(model, overlapping).loss.value
+            quality = evaluate_quality(model, overlapping, metrics=(metric,))
+            found[str(length)]["sliding"] = quality.mean(metric.quantity).value
     return {"losses": found, "experts": experts}
 
 
@@ -90,9 +102,10 @@ class Outcome:
         parameters: of the model, and those of them that are `active` for a token.
         flops: of the forward for one token at the length of the training.
         rate: tokens per second of the training, the median over seeds; None where it was not measured.
-        losses: nats per token of each seed at the length of the training.
+        losses: mean of the metric's quantity (nats per token) of each seed at the length of the training.
         difference: to the baseline, paired by seed, with its interval.
-        lengths: length -> (blocks, sliding where it was measured): perplexity, the geometric mean over the seeds.
+        lengths: length -> (blocks, sliding where it was measured): the metric at the mean over the seeds.
+        metric: what is shown.
     """
 
     axis: str
@@ -104,10 +117,12 @@ class Outcome:
     losses: tuple[float, ...]
     difference: Interval
     lengths: Mapping[str, tuple[float, ...]]
+    metric: Metric
 
     @property
-    def perplexity(self) -> float:
-        return math.exp(statistics.fmean(self.losses))
+    def value(self) -> float:
+        """The metric at the mean over the seeds; of a perplexity the geometric mean."""
+        return self.metric.of(statistics.fmean(self.losses))
 
 
 def mean_over_seeds(values: Sequence[float]) -> Interval:
@@ -119,26 +134,26 @@ def mean_over_seeds(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def outcome(axis: str, name: str, runs: Sequence[Mapping], baseline: Sequence[Mapping]) -> Outcome:
+def outcome(axis: str, name: str, runs: Sequence[Mapping], baseline: Sequence[Mapping], metric: Metric) -> Outcome:
     """What the runs of one variant (one a seed, in the order of the baseline's) amount to."""
     trained = next(iter(baseline[0]["losses"]))
     own = tuple(run["losses"][trained]["blocks"] for run in runs)
     base = [run["losses"][trained]["blocks"] for run in baseline]
     difference = mean_over_seeds([a - b for a, b in zip(own, base, strict=True)])
     lengths = {
-        length: tuple(math.exp(statistics.fmean(run["losses"][length][form] for run in runs)) for form in forms)
+        length: tuple(metric.of(statistics.fmean(run["losses"][length][form] for run in runs)) for form in forms)
         for length, forms in runs[0]["losses"].items()
     }
     rates = [run["tokens_per_second"] for run in runs if run["tokens_per_second"] is not None]
     sizes = (runs[0][size] for size in ("parameters", "active_parameters", "flops_per_token"))
-    return Outcome(axis, name, *sizes, statistics.median(rates) if rates else None, own, difference, lengths)
+    return Outcome(axis, name, *sizes, statistics.median(rates) if rates else None, own, difference, lengths, metric)
 
 
 def table(outcomes: Sequence[Outcome], baseline: Outcome) -> str:
-    """One row a variant as Markdown: perplexity, its range over the seeds, and the difference to the baseline."""
+    """One row a variant as Markdown: the metric, its range over the seeds, and the difference to the baseline."""
     lines = [
-        "| axis | variant | parameters | FLOPs a token | tokens/s | perplexity (range over seeds) "
-        "| difference in nats [95 %] |",
+        f"| axis | variant | parameters | FLOPs a token | tokens/s | {baseline.metric.label} (range over seeds) "
+        f"| difference in {baseline.metric.quantity_unit} [95 %] |",
         "|---|---|---|---|---|---|---|",
         f"| | **{wording.markdown(baseline.name)}** (baseline) | {_costs(baseline)} | {_ranged(baseline)} | |",
     ]
@@ -159,12 +174,14 @@ def _costs(one: Outcome) -> str:
 
 
 def _ranged(one: Outcome) -> str:
-    low, high = (wording.number(math.exp(end), 3) for end in (min(one.losses), max(one.losses)))
-    return f"{wording.number(one.perplexity)} ({low} to {high})"
+    low, high = (one.metric.of(end) for end in (min(one.losses), max(one.losses)))
+    if one.metric.relative:
+        return f"{wording.number(one.value)} ({wording.number(low, 3)} to {wording.number(high, 3)})"
+    return f"{one.metric.show(one.value)} ({one.metric.show(low)} to {one.metric.show(high)})"
 
 
 def extrapolation(outcomes: Sequence[Outcome]) -> str:
-    """Perplexity at each length as Markdown: blocks side by side, and blocks that overlap by half."""
+    """The metric at each length as Markdown: blocks side by side, and blocks that overlap by half."""
     lengths = list(max(outcomes, key=lambda one: len(one.lengths)).lengths)
     lines = [
         "| variant | " + " | ".join(f"{length} tokens" for length in lengths) + " |",
@@ -203,11 +220,13 @@ def differences(outcomes: Sequence[Outcome], baseline: Outcome) -> Chart:
         panel.set_ylim(len(rows) - 0.4, -0.8)
         panel.set_xscale("symlog", linthresh=0.1)  # most differences are small, and some are not
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.signed(f"{value:+g}" if value else "0")))
-        panel.set_title("Nats per token against the baseline: left is better")
+        side = "left" if baseline.metric.better == "lower" else "right"
+        unit = f"{baseline.metric.quantity_unit.capitalize()} per token"
+        panel.set_title(f"{unit} against the baseline: {side} is better")
 
     caption = (
-        f"Difference in held-out loss of each variant to {baseline.name} (perplexity "
-        f"{wording.number(baseline.perplexity)}), paired by seed, with 95% t intervals over "
+        f"Difference in held-out loss of each variant to {baseline.name} ({baseline.metric.label} "
+        f"{baseline.metric.show(baseline.value)}), paired by seed, with 95% t intervals over "
         f"{len(baseline.losses)} seeds; grey intervals contain zero"
     )
     return Chart("differences", caption, draw, 7.6, 0.9 + 0.21 * len(rows))

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from app.evaluation import wording
+from app.evaluation.metrics import Metric
 from app.evaluation.wording import MISSING, known
+from app.tasks.base import task_of
 
 
 @dataclass(frozen=True)
@@ -46,46 +48,46 @@ def comparison(figures: dict) -> list[tuple[str, list[Row]]]:
     return [(name, rows) for name, rows in groups if rows]
 
 
-def with_interval(block: dict, name: str) -> str:
+def with_interval(block: dict, metric: Metric) -> str:
     """A quality figure with its own interval in brackets."""
-    bounds = block.get("interval", {}).get(name)
-    text = wording.number(block.get(name))
-    return text if wording.interval(bounds) == MISSING else f"{text} [{wording.interval(bounds)}]"
+    bounds = block.get("interval", {}).get(metric.kind)
+    text, spread = metric.show(block.get(metric.kind)), wording.interval(bounds, metric.show)
+    return text if spread == MISSING else f"{text} [{spread}]"
 
 
 def quality_rows(figures: dict) -> list[Row]:
-    """Loss, perplexity, bits per byte, divergence and agreement."""
+    """Every metric of the task, divergence and agreement."""
     before, after = figures["before"].get("quality", {}), figures["after"].get("quality", {})
     change = figures["change"].get("quality", {})
     intervals = change.get("interval", {})
-    rows = []
-    for name, label in (
-        ("perplexity", "Perplexity"),
-        ("loss", "Loss, nats per token"),
-        ("bits_per_byte", "Bits per byte"),
-    ):
+    rows, task = [], task_of(figures)
+    for metric in task.metrics:
+        name = metric.kind
         if not known(after.get(name)) and not known(before.get(name)):
             continue
         difference = change.get(name)
         ratio = after[name] / before[name] if known(before.get(name)) and known(after.get(name)) else None
-        moved = f"{plus(difference)}" if known(difference) else MISSING
-        if name == "perplexity" and known(change.get("perplexity_ratio")):
-            moved = f"{plus(difference)} ({wording.change_percent(change['perplexity_ratio'])})"
-        mood = tone(ratio, True, change.get("beyond_noise", False))
-        bounds = wording.interval(intervals.get(name), plus)
-        rows.append(Row(label, with_interval(before, name), with_interval(after, name), moved, bounds, mood))
+        moved = metric.show_change(difference) if known(difference) else MISSING
+        if metric.relative and known(change.get(f"{name}_ratio")):
+            moved += f" ({wording.change_percent(change[f'{name}_ratio'])})"
+        mood = tone(ratio, metric.better == "lower", beyond_noise(change, metric))
+        bounds = wording.interval(intervals.get(name), metric.show_change)
+        label = f"{metric.title}, {metric.unit}" if metric.unit else metric.title
+        rows.append(Row(label, with_interval(before, metric), with_interval(after, metric), moved, bounds, mood))
     if known(change.get("kl_divergence")):
         bounds = wording.interval(intervals["kl_divergence"], lambda value: wording.number(value, 3))
         rows.append(Row("KL from the model before, nats", "", wording.number(change["kl_divergence"], 3), "", bounds))
         bounds = wording.interval(intervals["agreement"], wording.percent)
-        rows.append(Row("Same next token", "", wording.percent(change["agreement"]), "", bounds))
+        rows.append(Row(f"Same {task.predicts}", "", wording.percent(change["agreement"]), "", bounds))
     return rows
 
 
-def plus(value) -> str:
-    """A difference with its sign."""
-    text = wording.number(value, 3)
-    return text if text in (MISSING, "0") or value < 0 else f"+{text}"
+def beyond_noise(change: dict, metric: Metric) -> bool:
+    """Whether the interval of a metric's change leaves out zero; that of the first one where it has none."""
+    bounds = change.get("interval", {}).get(metric.kind)
+    if not bounds or not all(known(bound) for bound in bounds):
+        return change.get("beyond_noise", False)
+    return bounds[0] > 0 or bounds[1] < 0
 
 
 def size_rows(figures: dict) -> list[Row]:
@@ -104,6 +106,8 @@ def size_rows(figures: dict) -> list[Row]:
     for name, label, form in labels:
         if not known(before.get(name)) or not known(after.get(name)):
             continue
+        if name == "cache_bytes" and not task_of(figures).generates:
+            continue
         if name == "active_parameters" and all(b["active_parameters"] == b["parameters"] for b in (before, after)):
             continue
         ratio = changes.get(name, {}).get("ratio")
@@ -120,7 +124,8 @@ def speed_rows(figures: dict) -> list[Row]:
     if not before or not after:
         return []
     rows = []
-    for name, label in (("decode_tokens_per_second", "Decoding"), ("prefill_tokens_per_second", "Reading the prompt")):
+    protocol = task_of(figures).protocol
+    for name, label in protocol.throughputs:
         one = changes.get(name, {})
         doubt = wording.doubt(one)
         moved = ", ".join(filter(None, (wording.change_percent(one.get("ratio")), doubt)))
@@ -138,10 +143,11 @@ def speed_rows(figures: dict) -> list[Row]:
         ratio = changes.get(name, {}).get("ratio")
         moved = "same" if before[name] == after[name] else wording.change_percent(ratio)
         rows.append(Row(label, form(before[name]), form(after[name]), moved))
-    for quantile, label in (("p50", "Time per token, median"), ("p95", "Time per token, 95th percentile")):
-        values = [wording.milliseconds(block["per_token_ms"][quantile]) for block in (before, after)]
-        ratio = changes.get("per_token_ms", {}).get(quantile, {}).get("ratio")
-        rows.append(Row(label, *values, wording.change_percent(ratio)))
+    latency = protocol.latency
+    for quantile, label in (("p50", "median"), ("p95", "95th percentile")):
+        values = [wording.milliseconds(block[latency.name][quantile]) for block in (before, after)]
+        ratio = changes.get(latency.name, {}).get(quantile, {}).get("ratio")
+        rows.append(Row(f"{latency.label}, {label}", *values, wording.change_percent(ratio)))
     return rows
 
 
@@ -155,23 +161,27 @@ def task_rows(figures: dict) -> list[Row]:
             if metric == "stderr" or not known(was) or not known(value):
                 continue
             values = [wording.number(number) for number in (was, value)]
-            rows.append(Row(f"{task}, {metric}", *values, plus(value - was)))
+            rows.append(Row(f"{task}, {metric}", *values, wording.plus(value - was)))
     return rows
 
 
 def heroes(figures: dict) -> list[Hero]:
-    """Perplexity, stored size, decode speed and agreement: the strip at the top of the page."""
+    """The first metric, stored size, speed and agreement: the strip at the top of the page."""
     before, after, change = figures["before"], figures["after"], figures["change"]
-    found = []
+    found, task = [], task_of(figures)
+    metric, rate = task.metrics[0], task.protocol.throughputs[0]
     quality, moved = after.get("quality", {}), change.get("quality", {})
-    if known(quality.get("perplexity")):
-        bounds = moved.get("interval", {}).get("perplexity_ratio")
-        interval = wording.interval(bounds, wording.change_percent)
-        move = wording.change_percent(moved.get("perplexity_ratio"))
+    if known(quality.get(metric.kind)):
+        name, form = metric.kind, metric.show_change
+        if metric.relative:
+            name, form = f"{metric.kind}_ratio", wording.change_percent
+        interval = wording.interval(moved.get("interval", {}).get(name), form)
+        move = form(moved.get(name))
         move = f"{move} ({interval})" if interval != MISSING else move
-        mood = tone(moved.get("perplexity_ratio"), True, moved.get("beyond_noise", False))
-        was = wording.number(before["quality"].get("perplexity"))
-        found.append(Hero("Perplexity", wording.number(quality["perplexity"]), "", was, move, mood))
+        was = before["quality"].get(metric.kind)
+        ratio = quality[metric.kind] / was if known(was) and was and known(moved.get(name)) else None
+        mood = tone(ratio, metric.better == "lower", moved.get("beyond_noise", False))
+        found.append(Hero(metric.title, metric.show(quality[metric.kind]), "", metric.show(was), move, mood))
     size, ratio = after.get("size", {}), change.get("size", {}).get("stored_bytes", {}).get("ratio")
     if known(ratio):
         figure, unit = wording.size(size["stored_bytes"]).split(" ")
@@ -179,16 +189,16 @@ def heroes(figures: dict) -> list[Hero]:
         move = "same size" if ratio == 1 else move
         mood = tone(ratio, True)
         found.append(Hero("Stored size", figure, unit, wording.size(before["size"]["stored_bytes"]), move, mood))
-    speed = change.get("speed", {}).get("decode_tokens_per_second")
+    speed = change.get("speed", {}).get(rate.name)
     if speed:
-        rate = [wording.rate(block["speed"]["decode_tokens_per_second"]) for block in (before, after)]
+        rates = [wording.rate(block["speed"][rate.name]) for block in (before, after)]
         move = wording.doubt(speed) or f"{wording.times(speed['ratio'])} as fast"
         mood = tone(speed["ratio"], False, speed["beyond_noise"])
-        found.append(Hero("Decoding", *rate[1].split(" "), rate[0], move, mood))
+        found.append(Hero(rate.label, *rates[1].split(" "), rates[0], move, mood))
     if known(moved.get("agreement")):
         kl = f"KL {wording.number(moved['kl_divergence'], 3)} nats per token"
         figure = wording.percent(moved["agreement"])
-        found.append(Hero("Same next token", figure.rstrip("%"), "%", "the model before", kl, "neutral"))
+        found.append(Hero(f"Same {task.predicts}", figure.rstrip("%"), "%", "the model before", kl, "neutral"))
     return found
 
 

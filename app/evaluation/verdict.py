@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from app.evaluation import wording
+from app.evaluation.metrics import Metric
 from app.evaluation.wording import known
+from app.tasks.base import task_of
 
 SMALLER = 0.99  # a file above this share of the old one is not called smaller
 
@@ -60,7 +62,7 @@ def direction(figures: dict, name: str) -> str:
 
 def headline(figures: dict) -> Sentence:
     """Smaller, faster, both or neither, in three or four words."""
-    ratio, speed = size_ratio(figures), direction(figures, "decode_tokens_per_second")
+    ratio, speed = size_ratio(figures), direction(figures, task_of(figures).protocol.throughputs[0].name)
     smaller = known(ratio) and ratio < SMALLER
     if speed in ("unknown", "undecided"):
         why = "speed not measured" if speed == "unknown" else "too few rounds to judge the speed"
@@ -118,7 +120,7 @@ def judge_speed(figures: dict) -> list[Sentence]:
     if not changes:
         return [Sentence("speed", "neutral", "Speed was not measured.")]
     sentences = []
-    for name, what in (("decode_tokens_per_second", "Decoding"), ("prefill_tokens_per_second", "Reading the prompt")):
+    for name, what in task_of(figures).protocol.throughputs:
         way = direction(figures, name)
         if way == "unknown":
             continue
@@ -154,46 +156,51 @@ def judge_kernels(speed: dict) -> list[Sentence]:
 
 
 def judge_quality(figures: dict) -> list[Sentence]:
-    """Perplexity against its paired interval, divergence, and the unigram line below which a model is broken."""
+    """The task's first metric against its paired interval, divergence, and the baseline below which it is broken."""
     before, after = figures["before"].get("quality", {}), figures["after"].get("quality", {})
-    change = figures["change"].get("quality", {})
-    if not known(after.get("perplexity")):
-        return [Sentence("quality", "bad", "The perplexity is not finite: the model is broken.")]
-    sentences = []
-    ratio, bounds = change.get("perplexity_ratio"), change.get("interval", {}).get("perplexity_ratio")
-    if not known(ratio):
-        reason = change.get("reason", "the two were not measured on the same tokens")
-        sentences.append(Sentence("quality", "neutral", f"The perplexities cannot be compared: {reason}."))
-    elif not bounds or not all(known(bound) for bound in bounds):
-        text = f"Quality: perplexity changed by {wording.change_percent(ratio)}; the text is too short for an interval."
-        sentences.append(Sentence("quality", "neutral", text))
-    else:
-        spread = f"95% interval {wording.interval(bounds, wording.change_percent)}"
-        values = f"from {wording.number(before['perplexity'])} to {wording.number(after['perplexity'])}"
-        if bounds[0] <= 1 <= bounds[1]:
-            moved = wording.change_percent(ratio)
-            text = f"Quality: perplexity moved by {moved}, {values} ({spread}): within noise, no difference was found."
-            sentences.append(Sentence("quality", "good", text))
-        else:
-            verb = "rose" if ratio > 1 else "fell"
-            moved = wording.change_percent(ratio).lstrip(f"+{wording.MINUS}")
-            text = f"Quality: perplexity {verb} by {moved}, {values} ({spread}): beyond noise."
-            sentences.append(Sentence("quality", "bad" if ratio > 1 else "good", text))
+    change, task = figures["change"].get("quality", {}), task_of(figures)
+    metric = task.metrics[0]
+    if not known(after.get(metric.kind)):
+        return [Sentence("quality", "bad", f"The {metric.label} is not finite: the model is broken.")]
+    sentences = [judge_change(before, after, change, metric)]
     if known(change.get("kl_divergence")):
         moved, same = wording.number(change["kl_divergence"], 3), wording.percent(change["agreement"])
         text = (
-            f"The next-token distribution moved by {moved} nats per token (KL from the model before); "
-            f"both rank the same token first in {same} of the positions."
+            f"The {task.predicts.replace(' ', '-')} distribution moved by {moved} nats per token (KL from the model "
+            f"before); both rank the same token first in {same} of the positions."
         )
         sentences.append(Sentence("quality", "neutral", text))
-    line = figures.get("baselines", {}).get("unigram", {}).get("perplexity")
-    if known(line) and after["perplexity"] >= line:
-        never = known(before.get("perplexity")) and before["perplexity"] >= line
-        text = f"The perplexity is no better than that of token frequencies alone ({wording.number(line)}): " + (
+    line = figures.get("baselines", {}).get("unigram", {}).get(metric.kind)
+    if known(line) and not metric.got_better(after[metric.kind] - line):
+        never = known(before.get(metric.kind)) and not metric.got_better(before[metric.kind] - line)
+        text = f"The {metric.label} is no better than that of token frequencies alone ({metric.show(line)}): " + (
             "nor was that of the model before." if never else "this is no longer a language model."
         )
         sentences.append(Sentence("quality", "bad", text))
     return sentences
+
+
+def judge_change(before: dict, after: dict, change: dict, metric: Metric) -> Sentence:
+    """How a metric moved, as a ratio where it is told as one, and whether that is beyond noise."""
+    name, form, none = metric.kind, metric.show_change, 0
+    if metric.relative:
+        name, form, none = f"{metric.kind}_ratio", wording.change_percent, 1
+    moved, bounds = change.get(name), change.get("interval", {}).get(name)
+    if not known(moved):
+        reason = change.get("reason", "the two were not measured on the same tokens")
+        return Sentence("quality", "neutral", f"The two models cannot be compared in {metric.label}: {reason}.")
+    if not bounds or not all(known(bound) for bound in bounds):
+        text = f"Quality: {metric.label} changed by {form(moved)}; the text is too short for an interval."
+        return Sentence("quality", "neutral", text)
+    spread = f"95% interval {wording.interval(bounds, form)}"
+    values = f"from {metric.show(before[metric.kind])} to {metric.show(after[metric.kind])}"
+    if bounds[0] <= none <= bounds[1]:
+        text = f"Quality: {metric.label} moved by {form(moved)}, {values} ({spread})"
+        return Sentence("quality", "good", f"{text}: within noise, no difference was found.")
+    verb = "rose" if moved > none else "fell"
+    size = form(moved).lstrip(f"+{wording.MINUS}")
+    text = f"Quality: {metric.label} {verb} by {size}, {values} ({spread}): beyond noise."
+    return Sentence("quality", "good" if metric.got_better(moved - none) else "bad", text)
 
 
 def judge_layers(layers: Sequence[dict]) -> list[Sentence]:

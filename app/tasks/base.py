@@ -53,6 +53,7 @@ class Task:
         describes: a model of it in a word.
         protocol: how a model of it is timed.
         normalisation: what a figure counts, for the protocol of a report.
+        predicts: what two models agree or disagree on, in a sentence.
     """
 
     kind: ClassVar[str]
@@ -62,6 +63,12 @@ class Task:
     describes: ClassVar[str] = "model"
     protocol: ClassVar[type[SpeedProtocol]] = SpeedProtocol
     normalisation: ClassVar[str] = ""
+    predicts: ClassVar[str] = "token"
+
+    @property
+    def shown(self) -> tuple[Metric, ...]:
+        """The metrics of a table with little room: the loss only where it is the first."""
+        return tuple(metric for metric in self.metrics if metric.kind != "loss" or metric is self.metrics[0])
 
     def check(self, config: ModelConfig) -> None:
         """Raise UserError for an architecture that the task cannot train."""
@@ -112,3 +119,8 @@ class Task:
     def dump(self) -> dict[str, Any]:
         """The task as config.json names it."""
         return TASKS.dump(self)
+
+
+def task_of(report: Mapping[str, Any]) -> Task:
+    """The task whose figures a report holds; causal_lm where it says nothing."""
+    return TASKS.parse(report.get("task", "causal_lm"), "report.json: task")

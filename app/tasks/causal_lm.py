@@ -28,7 +28,7 @@ class CausalLM(TokenTask):
     metrics: tuple[Metric, ...] = field(default=PREDICTION, metadata={"registry": Several(METRICS)})
 
     generates = True
-    describes = "decoder"
+    describes, predicts = "decoder", "next token"
     normalisation = "per token of this tokenizer; bits per byte divides by the UTF-8 bytes of the text"
 
     def check(self, config: ModelConfig) -> None:

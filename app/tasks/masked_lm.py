@@ -50,11 +50,12 @@ class MaskedLM(TokenTask):
     metrics: tuple[Metric, ...] = field(default=(Loss(), Accuracy()), metadata={"registry": Several(METRICS)})
 
     needs_mask = True
-    describes = "encoder"
+    describes, predicts = "encoder", "masked token"
     protocol = ForwardProtocol
     normalisation = "per masked token of this tokenizer; the masks are the same for every model"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("mask", "evaluation_mask"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name):g}; it must be above 0 and below 1")

@@ -13,10 +13,15 @@ from app.evaluation.baselines import baselines
 from app.evaluation.rows import IGNORED
 from app.tasks.base import Batch, Forward, Losses, Task
 from models.config import ModelConfig
+from models.errors import UserError
 
 
 class TokenTask(Task):
     """Base class of the tasks that predict tokens of a text."""
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            raise UserError("metrics is empty; a model is measured by at least one")
 
     def data(self, **options: Any) -> Any:
         from app.data.module import TextData  # imports Lightning, which takes seconds

@@ -51,7 +51,9 @@ class Layers:
             state = self._state(copied, source)
             _require_equal(copied, state, f"student block {student_block}", f"teacher block {teacher_block}")
             copied.load_state_dict(state)
-            if source.attention is not None:  # an encoding may belong to a layer, and then has the layer's number
+            if (
+                source.attention is not None and teacher.positions and student.positions
+            ):  # an encoding may belong to a layer, and then has the layer's number
                 own, other = student.positions[copied.place.positional], teacher.positions[source.place.positional]
                 names = f"the positions of {student_block}", f"teacher block {teacher_block}"
                 _require_equal(own, other.state_dict(), *names)

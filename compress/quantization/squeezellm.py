@@ -82,10 +82,6 @@ class SqueezeLlm(Quantizer):
         if like is not None:
             object.__setattr__(self, "_fisher", like._fisher)
             return
-        if model.config.direction != "causal":
-            raise UserError(
-                "squeezellm weighs errors by the loss of the next token, and this model sees it: choose gptq or rtn"
-            )
         names = [name for step in steps_of(model) for name in step.linears]
         object.__setattr__(self, "_fisher", fisher(model, batches, names, progress))  # not cleared: others may hold it
 

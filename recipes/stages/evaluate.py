@@ -11,6 +11,7 @@ from rich.table import Table
 from app.evaluation import wording
 from app.evaluation.figures import Subject, clean, evaluate_model
 from app.loading import load_model, resolve_device, resolve_dtype
+from app.tasks.base import Task, task_of
 from models.errors import UserError
 from models.files import write_json
 from recipes.stages import options
@@ -38,8 +39,15 @@ def measure(chosen: options.Evaluate) -> dict[str, Any]:
     """
     device, dtype = resolve_device(chosen.device), resolve_dtype(chosen.dtype)
     found: dict[str, Any] = {"models": {}}
+    task: Task | None = None
     for path in chosen.models:
         loaded = load_model(path, device, dtype)
+        if task is not None and loaded.task.kind != task.kind:
+            raise UserError(
+                f"{path} was trained for {loaded.task.kind}, and {chosen.models[0]} for {task.kind}; evaluate the "
+                "models of one task at a time"
+            )
+        task = task or loaded.task
         text = Text(chosen, loaded)
         blocks = text.held_out
         subject = Subject(loaded.model, loaded.source.path.name, loaded.source.folder)
@@ -55,7 +63,7 @@ def measure(chosen: options.Evaluate) -> dict[str, Any]:
             if "baselines" not in found:
                 found["baselines"] = text.task.baselines(loaded.model.config, blocks, text.training, device=device)
         found["models"][path]["notes"] = text.notes
-    return found
+    return found | {"task": task.dump()}
 
 
 def checked_file(out: str | None, overwrite: bool) -> Path | None:
@@ -99,22 +107,24 @@ def write_figures(path: Path, figures: dict[str, Any]) -> None:
 
 def table(figures: dict[str, Any]) -> Table:
     """One row a model, and one a baseline."""
-    shown = Table()
-    for heading in ("", "perplexity", "95% interval", "bits per byte", "on disk", "in memory", "prefill", "decode"):
+    shown, task = Table(), task_of(figures)
+    metric, *others = task.shown
+    rates = [throughput.name for throughput in reversed(task.protocol.throughputs)]
+    labels = (metric.label, "95% interval", *(other.label for other in others), "on disk", "in memory")
+    for heading in ("", *labels, *(rate.partition("_")[0] for rate in rates)):
         shown.add_column(heading, justify="right" if heading else "left")
     for path, block in figures["models"].items():
         quality, size, speed = block["quality"], block["size"], block.get("speed", {})
         shown.add_row(
             path,
-            wording.number(quality["perplexity"]),
-            wording.interval(quality["interval"]["perplexity"]),
-            wording.number(quality.get("bits_per_byte")),
+            metric.show(quality[metric.kind]),
+            wording.interval(quality["interval"][metric.kind], metric.show),
+            *(other.show(quality.get(other.kind)) for other in others),
             wording.size(size["stored_bytes"]),
             wording.size(size["memory_bytes"]),
-            wording.rate(speed.get("prefill_tokens_per_second")),
-            wording.rate(speed.get("decode_tokens_per_second")),
+            *(wording.rate(speed.get(rate)) for rate in rates),
         )
     shown.add_section()
     for name, block in figures["baselines"].items():
-        shown.add_row(name, wording.number(block["perplexity"]), "", wording.number(block.get("bits_per_byte")))
+        shown.add_row(name, metric.show(block[metric.kind]), "", *(one.show(block.get(one.kind)) for one in others))
     return shown

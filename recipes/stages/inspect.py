@@ -43,11 +43,14 @@ def main(chosen: options.Inspect) -> None:
     parts = f"{wording.count(size['nonzero_parameters'])} not 0"
     if size["active_parameters"] != size["parameters"]:
         parts += f", {wording.count(size['active_parameters'])} active for a token"
+    cache = ""
+    if loaded.task.generates:
+        cache = f", {wording.size(model.cache_bytes(model.config.context, dtype))} of cache"
     out_console().print(
         f"{wording.count(size['parameters'])} parameters ({parts}), "
         f"{wording.size(size['stored_bytes'])} on disk, {wording.size(size['memory_bytes'])} in memory; "
         f"{wording.flops(model.flops_per_token(model.config.context))} for a token at the full context of "
-        f"{model.config.context}, {wording.size(model.cache_bytes(model.config.context, dtype))} of cache"
+        f"{model.config.context}{cache}"
     )
     if out is not None:
         write_figures(out, {"layers": [layer.to_dict() for layer in layers], "size": size})

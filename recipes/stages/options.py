@@ -201,7 +201,7 @@ class Prune(StageOptions):
     """Take weights, neurons, heads or remembered tokens away, and report what that cost."""
 
     model: str = positional(MODEL, "MODEL")
-    method: Literal["magnitude", "wanda", "structured", "context"] = option(
+    method: str = option(
         "magnitude and wanda set weights to zero; structured takes neurons or heads out of the tensors; context lets "
         "layers of selective attention remember fewer tokens",
         "wanda",

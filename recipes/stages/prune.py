@@ -9,12 +9,14 @@ from pathlib import Path
 
 from app.loading import Loaded, load_model
 from compress.pruning.context import Goal, Step, prune_context, selective_layers
+from compress.pruning.criterion import CRITERIA
 from compress.pruning.patterns import parse_pattern
 from compress.pruning.plan import read_ratios
 from compress.pruning.sparsify import sparsify
 from compress.pruning.structured import prune_structured
 from compress.records import LayerRecord
 from compress.store import FolderStore
+from models.errors import UserError
 from models.files import write_json
 from models.folder import read_config
 from models.transformer import Transformer
@@ -23,7 +25,6 @@ from recipes.stages.stage import Stage
 from recipes.stages.terminal import Bars, by_layer
 from recipes.stages.text import Text
 
-DATA_FREE = ("magnitude",)
 SPARSE = {"sparsity": None, "pattern": "unstructured", "scope": None, "include": ""}
 STRUCTURED = {
     "targets": "neurons",
@@ -34,8 +35,6 @@ STRUCTURED = {
     "compensation": "existing",
 }
 CONTEXT = {"budget_ratio": None, "tolerance": None, "step": 32}
-# the options that each method has
-METHODS = {"magnitude": SPARSE, "wanda": SPARSE, "structured": STRUCTURED, "context": CONTEXT}
 PATTERNS = {"unstructured": {"scope": "row"}}
 
 
@@ -45,7 +44,10 @@ class Prune(Stage[options.Prune]):
     verb = "prune"
 
     def __init__(self, chosen: options.Prune) -> None:
-        super().__init__(options.settle(options.settle(chosen, "method", METHODS), "pattern", PATTERNS))
+        methods = {**dict.fromkeys(CRITERIA, SPARSE), "structured": STRUCTURED, "context": CONTEXT}
+        if chosen.method not in methods:
+            raise UserError(f"method must be one of {', '.join(methods)}, not {chosen.method!r}")
+        super().__init__(options.settle(options.settle(chosen, "method", methods), "pattern", PATTERNS))
         self.trace: list[Step] = []  # of a search for budgets
 
     def title(self) -> str:
@@ -93,7 +95,7 @@ class Prune(Stage[options.Prune]):
             records, self.trace = prune_context(model, batches, self.goal(), store=store, progress=bar)
             return model, records
         batches = None
-        if chosen.method not in DATA_FREE:
+        if chosen.method == "structured" or CRITERIA[chosen.method]().calibrated:
             batches = text.calibration(chosen.samples, self.device)
         if chosen.method == "structured":
             records = prune_structured(

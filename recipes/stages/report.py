@@ -7,6 +7,7 @@ from rich.table import Table
 
 from app.evaluation import wording
 from app.evaluation.many import write_overview
+from app.tasks.base import task_of
 from models.files import writing
 from models.folder import CONFIG
 from recipes.stages import options, partial
@@ -39,23 +40,24 @@ def measured(folders: list[Path]) -> list[Path]:
 
 def print_overview(content: dict[str, Any]) -> None:
     """Print one row a model and one a baseline, and what the page says in sentences."""
-    table = Table()
-    for heading in ("", "perplexity", "95% interval", "on disk", "in memory", "decode", "best in"):
+    table, task = Table(), task_of(content)
+    metric, rate = task.metrics[0], task.protocol.throughputs[0].name
+    for heading in ("", metric.label, "95% interval", "on disk", "in memory", rate.partition("_")[0], "best in"):
         table.add_column(heading, justify="right" if heading else "left")
     for model in content["models"]:
         quality, size = model["quality"], model["size"]
         table.add_row(
             model["name"],
-            wording.number(quality["perplexity"]),
-            wording.interval(quality["interval"]["perplexity"]),
+            metric.show(quality[metric.kind]),
+            wording.interval(quality["interval"][metric.kind], metric.show),
             wording.size(size["stored_bytes"]),
             wording.size(size["memory_bytes"]),
-            wording.rate(model.get("speed", {}).get("decode_tokens_per_second")),
+            wording.rate(model.get("speed", {}).get(rate)),
             " and ".join(model["fronts"]),
         )
     table.add_section()
     for name, block in content["baselines"].items():
-        table.add_row(name, wording.number(block["perplexity"]))
+        table.add_row(name, metric.show(block[metric.kind]))
     out_console().print(table)
     for sentence in (*content["dominated"], *content["warnings"]):
         say(sentence)

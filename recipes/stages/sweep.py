@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from app.evaluation.environment import environment
 from app.evaluation.events import median_scalar
 from app.loading import load_model
 from app.tasks.architecture import resolve_architecture
+from app.tasks.base import task_of
 from models.errors import UserError, did_you_mean
 from models.files import read_json
 from models.shapes import check_shape
@@ -302,7 +304,10 @@ def train_one(one: Training, lengths: list[int], tokens: int, threads: int) -> s
         return last[0].removeprefix("espalier: error: ") if last else f"exit status {status}"
     loaded = load_model(one.folder)
     blocks = token_blocks(one.recipe["data"]["source"], loaded.text_tokenizer(), "test", lengths[0])
-    found = sweep.measure(loaded.model, blocks, lengths, tokens)
+    tokenizer, task = loaded.text_tokenizer(), loaded.task
+    examples = partial(task.examples, tokenizer=tokenizer, training=False)
+    found = sweep.measure(loaded.model, blocks, lengths, tokens, task.metrics[0], examples)
+    found["task"] = task.dump()
     counts = loaded.model.count_parameters()
     found |= {"parameters": counts["total"], "active_parameters": counts["active"], "seed": one.seed}
     found["flops_per_token"] = loaded.model.flops_per_token(lengths[0])
@@ -347,13 +352,14 @@ def write(plan: Sweep, trainings: list[Training], out: Path) -> None:
         say("the baseline has not been trained with every seed: there is nothing to compare with")
         return
     whole = {key: found for key, found in runs.items() if len(found) == len(plan.seeds) and key[0]}
-    outcomes = [sweep.outcome(axis, name, found, base) for (axis, name), found in whole.items()]
-    baseline = sweep.outcome("", plan.baseline, base, base)
+    metric = task_of(base[0]).metrics[0]
+    outcomes = [sweep.outcome(axis, name, found, base, metric) for (axis, name), found in whole.items()]
+    baseline = sweep.outcome("", plan.baseline, base, base, metric)
     tables = [sweep.table(outcomes, baseline)]
     for axis in plan.extrapolate:
         own = [baseline, *(one for one in outcomes if one.axis == axis)]
         tables.append(
-            f"Perplexity by length, blocks side by side / overlapping by half ({wording.markdown(axis)}):\n\n"
+            f"{metric.title} by length, blocks side by side / overlapping by half ({wording.markdown(axis)}):\n\n"
             f"{sweep.extrapolation(own)}"
         )
     everyone = {("", plan.baseline): base} | whole

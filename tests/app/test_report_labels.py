@@ -7,6 +7,8 @@ import pytest
 
 from app.evaluation.charts import STYLE, Step, trade_offs
 from app.evaluation.labels import Box, place_labels
+from app.evaluation.metrics import Perplexity
+from app.evaluation.speed import STANDARD
 
 FRAME = Box(0, 0, 300, 200)
 
@@ -74,7 +76,7 @@ def test_the_names_on_the_chart_are_apart():
     }
     steps = [Step(name, ppl, (ppl, ppl), stored, rate) for name, (ppl, stored, rate) in figures.items()]
     with mpl.rc_context(STYLE):
-        figure = trade_offs(steps).figure()
+        figure = trade_offs(steps, Perplexity(), STANDARD.throughputs[0]).figure()
         figure.draw_without_rendering()
         for panel in figure.axes:
             assert [text.get_text() for text in panel.texts] == list(figures)

@@ -258,7 +258,7 @@ def places(value, path=()):
 
 def test_a_report_that_lacks_a_key_or_holds_another_type_is_refused_or_shown(figures, tmp_path, monkeypatch):
     """Each key left out, and each value replaced: one sentence that names the key, or the whole page."""
-    monkeypatch.setattr("app.evaluation.many.charts.perplexities", lambda *arguments, **options: None)
+    monkeypatch.setattr("app.evaluation.many.charts.values", lambda *arguments, **options: None)
     monkeypatch.setattr("app.evaluation.many.charts.trade_offs", lambda *arguments: None)
     monkeypatch.setattr("app.evaluation.many.draw", lambda drawings, folder: None)
     path = folder(tmp_path, "pruned", "aaa", "bbb", figures)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from app.evaluation.metrics import Perplexity
 from app.evaluation.quality import IGNORED, evaluate_quality
 from app.evaluation.sweep import Sliding, differences, extrapolation, mean_over_seeds, outcome, table
 from models.config import ModelConfig
@@ -62,12 +63,12 @@ def test_the_interval_is_students():
 
 def test_a_variant_is_compared_seed_by_seed():
     baseline = [run(3.0), run(4.0), run(5.0)]
-    better = outcome("order", "other", [run(2.9), run(3.91), run(4.89)], baseline)
+    better = outcome("order", "other", [run(2.9), run(3.91), run(4.89)], baseline, Perplexity())
     assert better.difference.value == pytest.approx(-0.1)
     assert better.difference.beyond_noise  # though the seeds differ ten times as much
-    text = table([better], outcome("", "base", baseline, baseline))
+    text = table([better], outcome("", "base", baseline, baseline, Perplexity()))
     assert "| order | other | 10 (5 active) | 99 FLOP | 1,234 | 49.4" in text
     assert "[\u22120.125, \u22120.075]" in text
     assert "8 tokens" in extrapolation([better])
-    drawn = differences([better], outcome("", "base", baseline, baseline)).svg()
+    drawn = differences([better], outcome("", "base", baseline, baseline, Perplexity())).svg()
     assert "other" in drawn

@@ -8,8 +8,9 @@ import pytest
 from markupsafe import Markup
 
 from app.evaluation import wording
-from app.evaluation.charts import Step, perplexities
+from app.evaluation.charts import Step, values
 from app.evaluation.many import write_overview
+from app.evaluation.metrics import Perplexity
 from app.evaluation.report import About, write_report
 from app.history import write_card
 from app.tasks import CausalLM
@@ -62,7 +63,7 @@ def test_a_report(figures, tmp_path):
 
 def test_a_picture(tmp_path):
     steps = [Step(f"{number} {NAME}", 20.0 + number, (19.0, 22.0), 1000, 1.0) for number in range(2)]
-    chart = perplexities(steps, {NAME: 300.0}, results=1)
+    chart = values(steps, {NAME: 300.0}, 1, Perplexity())
     chart.png(tmp_path)
     assert "$x^$" in chart.svg()  # as text, no formula
 

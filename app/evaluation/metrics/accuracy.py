@@ -14,6 +14,8 @@ class Accuracy(Metric):
     """Top-1 accuracy."""
 
     label, better, quantity = "accuracy", "higher", "correct"
+    quantity_unit = "share"
+    definition = "share of the predicted tokens whose likeliest prediction is the target"
 
     def units(self, log: Tensor, targets: Tensor) -> Tensor:
         return log.argmax(1) == targets

@@ -21,16 +21,20 @@ class Metric:
         kind: its name in a recipe and in report.json.
         label: its name in a sentence.
         unit: what it is counted in, behind the label in a table.
+        definition: how it is computed, in a few words.
         better: `lower` or `higher`.
         quantity: the name of what `units` gives; metrics of one quantity share its sums.
+        quantity_unit: what its mean is counted in, in which trainings of several seeds are compared.
         relative: whether a change is told as a ratio, `KIND_ratio` in report.json.
     """
 
     kind: ClassVar[str]
     label: ClassVar[str]
     unit: ClassVar[str] = ""
+    definition: ClassVar[str] = "mean per predicted token"
     better: ClassVar[str] = "lower"
     quantity: ClassVar[str] = "nll"
+    quantity_unit: ClassVar[str] = "nats"
     relative: ClassVar[bool] = False
 
     def units(self, log: Tensor, targets: Tensor) -> Tensor:

@@ -11,3 +11,4 @@ class Loss(Metric):
     """Mean negative log-likelihood."""
 
     label, unit = "loss", "nats per token"
+    definition = "total NLL / predicted tokens"

@@ -12,6 +12,7 @@ class Perplexity(Metric):
     """Perplexity per token; the interval of a change holds the perplexity before at its measured value."""
 
     label, relative = "perplexity", True
+    definition = "exp(total NLL / predicted tokens)"
 
     def of(self, mean: float, bytes_per_token: float | None = None) -> float:
         return exp(mean)
