@@ -124,7 +124,7 @@ def test_a_class_in_the_architecture_or_in_a_file_beside_the_recipe(planted, ref
     refused("fit", "-c", path, "--out", tmp_path / "model", words=["planted_module.Muon"])
     (tmp_path / "trainer.yaml").write_text(yaml.safe_dump({"max_steps": 1, "callbacks": [hostile]}))
     path = write(tmp_path / "recipe.yaml", trainer=str(tmp_path / "trainer.yaml"))
-    refused("fit", "-c", path, "--out", tmp_path / "model", words=["planted_module.Muon"])
+    refused("fit", "-c", path, "--out", tmp_path / "model", words=["trainer must hold keys and values"])
     assert not planted.exists()
 
 
