@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from app.callbacks.samples import Samples
 from app.data.tokenizer import load_tokenizer
+from app.tasks import CausalLM
 from recipes import cli
 from tests.recipes.conftest import ARCHITECTURE, QUICK
 
@@ -220,13 +221,13 @@ def test_every_end_token_of_the_generation_config_ends_a_text(words, espalier, s
 def test_samples_stop_at_every_end_token_and_keep_the_space(words, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "app.callbacks.samples.generate",
+        "app.tasks.causal_lm.generate",
         lambda model, prompts, *, stop_tokens, **options: asked.append(set(stop_tokens)) or [[4, 5]],
     )
 
     config = SimpleNamespace(position=SimpleNamespace(bounded=False))
-    module = SimpleNamespace(model=SimpleNamespace(config=config), compiling=None)
-    texts = Samples(["to be"])._continue(module, load_tokenizer(words))
+    module = SimpleNamespace(model=SimpleNamespace(config=config), compiling=None, task=CausalLM())
+    texts = Samples(["to be"])._written(module, load_tokenizer(words))
     assert texts == ["```\nto be or not\n```"]
     assert asked == [{0, 263}]
 
