@@ -1,6 +1,5 @@
 """A model from what a person may have: a model folder, a Lightning checkpoint, or a Hugging Face folder."""
 
-import hashlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from app.tasks import TASKS, CausalLM, Task
 from models import families, folder
 from models.config import ModelConfig
 from models.errors import UserError
+from models.files import sha256_of
 from models.finite import check_finite
 from models.shapes import EACH, VALUES, Leaf, check_shape
 from models.transformer import Transformer
@@ -218,9 +218,4 @@ def _history_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _hash(path: Path) -> str:
     """SHA-256 of a file, or of the files of a folder one after another by name."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of(*(sorted(path.rglob("*")) if path.is_dir() else [path]))

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from models.attention.kernels.banded import Band
 from models.attention.kernels.flex import block_masks
-from models.attention.protocol import Context, Mixed, count_documents, document_mask
+from models.attention.protocol import Context, Mixed, count_documents, document_mask, summed
 from models.attention.segments import document_starts
 from models.block import Block
 from models.cache import ContiguousCache, ModelCache, PagedCache
@@ -137,8 +137,7 @@ class Backbone(nn.Module):
                 x, more, left = run(self.blocks[number], x, inputs, layer)  # (B, T, D)
                 if left:
                     inputs = inputs._replace(state={**inputs.state, **left})
-                for name, loss in more.items():
-                    losses[name] = losses[name] + loss if name in losses else loss
+                losses = summed(losses, more)
                 if (name := f"blocks.{number}") in taps:
                     found[name] = self.stream(x)
         return Hidden(x, inputs, losses, found)

@@ -14,18 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention.protocol import NOTHING, Context, Mixed, mixed_of
+from models.attention.protocol import NOTHING, Context, Mixed, mixed_of, summed
 from models.cache import LayerCache
-from models.config import LayerConfig, ModelConfig
+from models.config import ORDERS, LayerConfig, ModelConfig
 from models.depth import ShortenedCache
 from models.norms import draw_deepnorm, residual_gain
 from models.specs import AFTER, Place
-
-SUBLAYERS = {
-    "attention_first": ("attention", "feedforward"),
-    "feedforward_first": ("feedforward", "attention"),
-    "parallel": ("attention", "feedforward"),
-}
 
 
 class Block(nn.Module):
@@ -51,7 +45,7 @@ class Block(nn.Module):
             self.feedforward = self._drawn(lambda: self._feedforward(layer, model), None)
             if self.norm_position == "sandwich":
                 self.feedforward_out_norm = model.norm.build(model.width)
-        self.sublayers = tuple(name for name in SUBLAYERS[layer.order] if getattr(self, name) is not None)
+        self.sublayers = tuple(name for name in ORDERS[layer.order] if getattr(self, name) is not None)
         self.dropout = nn.Dropout(model.dropout)
         self.depth = None if layer.depth is None else layer.depth.build(place, layer.attention is not None)
 
@@ -82,7 +76,7 @@ class Block(nn.Module):
             for branch in self.branches():
                 y, more, left = branch(b, context, cache)
                 a, b = b, a + y
-                losses, state = _summed(losses, more), {**state, **left}
+                losses, state = summed(losses, more), {**state, **left}
             return Mixed(torch.cat([a, b], dim=-1), losses, state)  # (B, T, 2D)
         start, losses, state = x, NOTHING, NOTHING
         for name in self.sublayers:
@@ -91,7 +85,7 @@ class Block(nn.Module):
                 x = getattr(self, f"{name}_norm")(self.gain * x + y)
             else:
                 x = x + y
-            losses, state = _summed(losses, more), {**state, **left} if left else state
+            losses, state = summed(losses, more), {**state, **left} if left else state
         return Mixed(x, losses, state)
 
     def branches(self) -> list[Callable[[Tensor, Context, LayerCache | None], Mixed]]:
@@ -106,7 +100,7 @@ class Block(nn.Module):
                 parts = [self._branch(name, x, context, cache) for name in names]
                 losses, state = NOTHING, NOTHING
                 for part in parts:
-                    losses, state = _summed(losses, part.losses), {**state, **part.state}
+                    losses, state = summed(losses, part.losses), {**state, **part.state}
                 return Mixed(sum((part.y for part in parts[1:]), parts[0].y), losses, state)
 
             return branch
@@ -151,10 +145,3 @@ class Block(nn.Module):
         state = super().__getstate__()
         state.pop("run", None)  # compiled code belongs to this very module: a copy would run it with these weights
         return state
-
-
-def _summed(losses: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses of two sub-layers, added by name."""
-    if not more:
-        return losses
-    return {**losses, **{name: losses[name] + loss if name in losses else loss for name, loss in more.items()}}

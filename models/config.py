@@ -23,7 +23,11 @@ from models.errors import UserError, did_you_mean
 from models.registry import dump_dataclass, read_dataclass
 from models.specs import AFTER, ATTENTIONS, DEPTHS, FEEDFORWARDS, NORMS, POSITIONS, AttentionSpec, PositionSpec
 
-ORDERS = ("attention_first", "feedforward_first", "parallel")
+ORDERS = {  # how a layer is wired -> its sub-layers, in their order
+    "attention_first": ("attention", "feedforward"),
+    "feedforward_first": ("feedforward", "attention"),
+    "parallel": ("attention", "feedforward"),
+}
 RESIDUALS = ("standard", "reversible")
 HEADS = ("tied", "untied")
 DIRECTIONS = ("causal", "bidirectional")

@@ -6,6 +6,7 @@ Nothing here is unpickled, and no name inside a folder may lead out of it.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -342,3 +343,13 @@ def _open(path: Path) -> Any:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def sha256_of(*files: Path) -> str:
+    """SHA-256 (hex) of files, one after another; of one file as `sha256sum` gives it."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -6,7 +6,6 @@
 The config says all that is needed to rebuild the model, and names no Python class.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
@@ -19,7 +18,17 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.depth import EXACT
 from models.errors import UserError, did_you_mean
-from models.files import SHARD_BYTES, TensorFiles, inside, read_json, weight_files, write_json, write_tensors, writing
+from models.files import (
+    SHARD_BYTES,
+    TensorFiles,
+    inside,
+    read_json,
+    sha256_of,
+    weight_files,
+    write_json,
+    write_tensors,
+    writing,
+)
 from models.finite import converted
 from models.forms import described, install
 from models.memory import check_memory
@@ -187,18 +196,9 @@ def _computed(module: nn.Module, buffer: str) -> bool:
 
 def hash_weights(folder: str | Path) -> str:
     """SHA-256 of the weights: of `model.safetensors` as `sha256sum` gives it, of shards one after another by name."""
-    digest = hashlib.sha256()
-    for path in weight_files(Path(folder).expanduser()):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of(*weight_files(Path(folder).expanduser()))
 
 
 def hash_files(folder: str | Path) -> dict[str, str]:
     """SHA-256 of each file of the weights, by its name, as `sha256sum` gives it."""
-    found = {}
-    for path in weight_files(Path(folder).expanduser()):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: sha256_of(path) for path in weight_files(Path(folder).expanduser())}

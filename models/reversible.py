@@ -28,7 +28,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from models.attention.protocol import Context, Mixed
+from models.attention.protocol import Context, Mixed, summed
 
 
 def split(x: Tensor) -> Tensor:
@@ -117,8 +117,7 @@ class ReversibleStack(torch.autograd.Function):
                 _, (y, losses, state) = _graph(branch, b, run.context)
                 a, b = b, a + y.detach()
                 decided |= state
-                for name, loss in losses.items():
-                    sums[name] = sums.get(name, 0) + loss.detach()
+                sums = summed(sums, {name: loss.detach() for name, loss in losses.items()})
                 del y, losses  # or their graph would live until the next one is built
         run.losses, run.context = list(sums), run.context._replace(state=decided)
         y = torch.cat([a, b], dim=-1)  # (B, T, 2D)

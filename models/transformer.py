@@ -107,9 +107,8 @@ class Transformer(Backbone):
         Of experts those are active that a token chooses (models/experts); a layer that a token passes by
         (models/depth.py) counts as if it took part.
         """
-        with torch.device("meta"):
-            dense = Transformer(self.config) if self.config.compression else self
-            total = sum(parameter.numel() for parameter in dense.parameters())
+        dense = outline(self.config) if self.config.compression else self
+        total = sum(parameter.numel() for parameter in dense.parameters())
         feedforwards = [layer.feedforward for layer in self.config.layers if layer.feedforward is not None]
         idle = sum(feedforward.idle_parameters(self.config.width) for feedforward in feedforwards)
         return {"total": total, "active": total - idle, "embedding": self.config.vocab_size * self.config.width}

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -14,7 +13,7 @@ from app.history import history_entry, write_card, write_history
 from app.strategies.checkpoint_io import read_checkpoint
 from models.errors import UserError
 from models.folder import hash_weights, save_model, writing
-from models.transformer import Transformer
+from models.transformer import outline
 
 Weights = Literal["last", "best"]
 COMPLETE = "complete"  # the file in the run's folder that says that its model folder was written
@@ -60,8 +59,7 @@ class ModelFolder(Callback):
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def _write(self, trainer: Trainer, module: LightningModule, state: dict[str, Tensor]) -> None:
-        with torch.device("meta"):
-            model = Transformer(module.config)
+        model = outline(module.config)
         model.load_state_dict(state, assign=True)
         data = trainer.datamodule
         with writing(self.out, overwrite=True) as folder:

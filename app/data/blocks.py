@@ -24,9 +24,9 @@ from app.data.sources import open_source
 from app.data.tokenizer import Tokenizer
 from models.errors import UserError
 from models.files import read_json, write_json
+from models.projection import IGNORED
 
 LAYOUT = 1  # part of the fingerprint: a change of what is written makes new files
-IGNORED = -100  # target of a position that is no prediction
 PADDING = -1  # document of a position that is no token; as an index of a row, a row of nothing but padding
 _CHUNK = 1_000_000  # characters that are tokenized at once
 

@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 
 from app.evaluation.experts import Loads
 from app.evaluation.intervals import Interval
-from app.evaluation.metrics import BitsPerByte, Loss, Metric, Perplexity
+from app.evaluation.metrics import BitsPerByte, Loss, Metric, Perplexity, quantities
 from app.evaluation.rows import IGNORED, Ledger, Rows, Segments
 from app.evaluation.size import device_of
 from models.errors import UserError
@@ -176,9 +176,11 @@ def evaluate_qualities(
     vocabulary = vocabularies.pop()
     size = batch_size or rows_at_once(vocabulary, len(blocks[0]["tokens"]))
     count = len(models)
-    others = {metric.quantity: metric.units for metric in metrics if metric.quantity != "nll"}
-    names = [f"{name} {index}" for index in range(count) for name in ("nll", *others)]
-    ledger = Ledger([*names, "kl", "agreements"], models[0].config.direction == "bidirectional")
+    units = quantities(metrics)
+    ledger = Ledger(
+        [*(f"{name} {index}" for index in range(count) for name in units), "kl", "agreements"],
+        models[0].config.direction == "bidirectional",
+    )
     training, loads = [model.training for model in models], [Loads(model) for model in models]
     for model in models:
         model.eval()
@@ -196,12 +198,11 @@ def evaluate_qualities(
         for part, logs in log_probabilities([model.project for model in models], hidden, vocabulary):
             row, where, target = rows[part], segments[part], targets[part]
             for index, log in enumerate(logs):
-                nll = -log.gather(1, target[:, None].to(log.device)).squeeze(1).cpu()  # (N,)
-                if not nll.isfinite().all():
-                    raise broken(models[index], batch, int(row[~nll.isfinite()][0]))
-                ledger.add(f"nll {index}", where, nll)
-                for name, units in others.items():
-                    ledger.add(f"{name} {index}", where, units(log, target.to(log.device)))
+                for name, of in units.items():
+                    values = of(log, target.to(log.device)).cpu()  # (N,)
+                    if name == "nll" and not values.isfinite().all():
+                        raise broken(models[index], batch, int(row[~values.isfinite()][0]))
+                    ledger.add(f"{name} {index}", where, values)
             if count == 2:
                 before, after = logs[0], logs[1].to(logs[0].device)
                 ledger.add("kl", where, kl_divergence(before, after))
@@ -211,7 +212,7 @@ def evaluate_qualities(
     for model, was_training in zip(models, training, strict=True):
         model.train(was_training)
     segments, sums = closed(ledger)
-    own = [{name: sums[f"{name} {index}"] for name in ("nll", *others)} for index in range(count)]
+    own = [{name: sums[f"{name} {index}"] for name in units} for index in range(count)]
     qualities = [
         quality(ledger, segments, found, metrics, blocks, load.figures())
         for found, load in zip(own, loads, strict=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from app.evaluation.intervals import Interval, cluster_mean
+from models.projection import IGNORED
 
-IGNORED = -100
 FEWEST_DOCUMENTS = 20  # with fewer documents than this, blocks are the clusters
 
 

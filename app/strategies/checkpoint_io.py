@@ -4,7 +4,6 @@ A sharded checkpoint is a folder: safetensors files, in which each rank wrote it
 `meta.pt` (plain values and tensors) with all the rest and the SHA-256 of each of these files.
 """
 
-import hashlib
 import os
 import shutil
 import zipfile
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.tensor import DTensor
 
 from models.errors import UserError
-from models.files import inside
+from models.files import inside, sha256_of
 
 METADATA = "meta.pt"  # of a sharded checkpoint: everything but the sharded tensors
 SHARDS = "shards"  # in METADATA: file -> SHA-256 (hex)
@@ -102,15 +101,9 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if other := sorted({file.name for file in folder.iterdir()} ^ {METADATA, *shards}):
         raise UserError(f"{folder} is no sharded checkpoint: its {METADATA} and its files disagree about {other[0]}")
     for name, digest in shards.items():
-        if file_hash(inside(folder, name)) != digest:
+        if sha256_of(inside(folder, name)) != digest:
             raise UserError(f"{folder / name} is damaged: its SHA-256 is not the one in {METADATA}")
     return content
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_archive(path: Path) -> Any:

@@ -25,7 +25,6 @@ from app.strategies.checkpoint_io import (
     METADATA,
     SHARDS,
     appearing_whole,
-    file_hash,
     named,
     numbered,
     read_checkpoint,
@@ -34,6 +33,7 @@ from app.strategies.checkpoint_io import (
     without_sharded,
 )
 from models.errors import UserError
+from models.files import sha256_of
 
 
 class FSDP2(ModelParallelStrategy):
@@ -166,5 +166,5 @@ class FSDP2(ModelParallelStrategy):
         sharded.save(tensors, storage_writer=sharded.HuggingFaceStorageWriter(str(folder), save_distributed=True))
         files = sorted(folder.glob("*.safetensors"))[self.global_rank :: self.world_size]
         hashes: list[dict[str, str]] = [{}] * self.world_size
-        distributed.all_gather_object(hashes, {file.name: file_hash(file) for file in files})
+        distributed.all_gather_object(hashes, {file.name: sha256_of(file) for file in files})
         return {name: digest for own in hashes for name, digest in own.items()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from app.evaluation.baselines import baselines
+from app.evaluation.metrics import quantities
 from app.evaluation.rows import IGNORED
 from app.tasks.base import Batch, Forward, Losses, Task
 from models.config import ModelConfig
@@ -39,17 +40,16 @@ class TokenTask(Task):
         return Losses(total + sum(output.losses.values()), sums, count, targets.numel())
 
     def measured(self, model: Forward, batch: Batch) -> Losses:
-        others = {metric.quantity: metric.units for metric in self.metrics if metric.quantity != "nll"}
-        if not others:
+        units = quantities(self.metrics)
+        if list(units) == ["nll"]:  # no need of log-probabilities
             output = model(batch["tokens"], targets=batch["targets"], documents=batch.get("documents"))
             count = (batch["targets"] != IGNORED).sum()
             return Losses(output.loss, {"nll": output.loss.double() * count}, count, batch["targets"].numel())
         log = self.predictions(model, batch)  # (N, V)
         targets = batch["targets"][batch["targets"] != IGNORED]  # (N,)
-        nll = -log.gather(1, targets[:, None]).double().sum()
-        sums = {name: units(log, targets).double().sum() for name, units in others.items()}
+        sums = {name: of(log, targets).double().sum() for name, of in units.items()}
         count = torch.tensor(len(targets), device=log.device)
-        return Losses(nll / max(1, len(targets)), {"nll": nll, **sums}, count, batch["targets"].numel())
+        return Losses(sums["nll"] / max(1, len(targets)), sums, count, batch["targets"].numel())
 
     def predictions(self, model: Forward, batch: Batch) -> Tensor:
         logits = model(batch["tokens"], documents=batch.get("documents")).logits  # (B, T, V)

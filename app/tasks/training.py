@@ -24,7 +24,7 @@ from app.tasks.precision import ComputeDtype, call_in
 from models.config import ModelConfig
 from models.errors import UserError
 from models.projection import IGNORED
-from models.transformer import Output, Transformer
+from models.transformer import Output, Transformer, outline
 
 
 class StepFigures(NamedTuple):
@@ -116,9 +116,8 @@ class Training(LightningModule):
         if self._expected is None:
             return
         architecture, checkpoint = self._expected
-        with torch.device("meta"):
-            stored = Transformer(ModelConfig.from_dict(architecture)).state_dict()
-            wanted = Transformer(self.config).state_dict()
+        stored = outline(ModelConfig.from_dict(architecture)).state_dict()
+        wanted = outline(self.config).state_dict()
         for name in {**stored, **wanted}:
             shapes = [tuple(state[name].shape) if name in state else "absent" for state in (stored, wanted)]
             if shapes[0] != shapes[1]:

@@ -75,6 +75,13 @@ def mixed_of(result: Tensor | Mixed) -> Mixed:
     return result if isinstance(result, Mixed) else Mixed(result)
 
 
+def summed(losses: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Training losses of two parts of a model, added by name."""
+    if not more:
+        return losses
+    return {**losses, **{name: losses[name] + loss if name in losses else loss for name, loss in more.items()}}
+
+
 class Attention(Drawn):
     """A built mechanism: new tokens in, new tokens out."""
 

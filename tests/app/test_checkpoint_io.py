@@ -9,8 +9,9 @@ import torch
 from torch.distributed import checkpoint as sharded
 
 from app.loading import load_model, read_checkpoint
-from app.strategies.checkpoint_io import METADATA, SHARDS, file_hash
+from app.strategies.checkpoint_io import METADATA, SHARDS
 from models.errors import UserError
+from models.files import sha256_of
 from recipes.fit_state import Trained, describe_checkpoint
 
 RECORD = {
@@ -58,7 +59,7 @@ def folder(tmp_path, weights):
     sharded.save(tensors, storage_writer=sharded.HuggingFaceStorageWriter(str(path), save_distributed=True))
     state = {name: {"step": torch.tensor(3.0)} for name in weights}
     groups = [{"params": list(weights), "lr": 0.1}]
-    shards = {found.name: file_hash(found) for found in path.iterdir()}
+    shards = {found.name: sha256_of(found) for found in path.iterdir()}
     rest = RECORD | {"state_dict": {}, "optimizer_0": {"state": state, "param_groups": groups}, SHARDS: shards}
     torch.save(rest, path / METADATA)
     return path

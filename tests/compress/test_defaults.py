@@ -7,17 +7,17 @@ import torch
 
 from compress.distillation.losses import LOSSES, Combine, DistillationLoss, StateLoss, parse_losses
 from compress.distillation.objective import Objective
-from compress.pruning.criterion import CRITERIA, Criterion
+from compress.pruning.criterion import CRITERIA
 from compress.pruning.importance import IMPORTANCES, Importance
 from compress.pruning.patterns import Unstructured
 from compress.pruning.sparsify import sparsify
 from compress.pruning.structured import prune_structured
-from compress.quantization.methods import METHODS, Quantizer, read_method, requested, title_of
+from compress.quantization.methods import METHODS, read_method, title_of
 from compress.quantization.plan import quantize_model
-from compress.records import LayerRecord
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
+from tests.toys import Column, Halves
 
 CONFIG = ModelConfig.from_dict(
     {
@@ -28,25 +28,6 @@ CONFIG = ModelConfig.from_dict(
         "feedforward": {"kind": "swiglu", "width": 48},
     }
 )
-
-
-@dataclass(frozen=True)
-class Halves(Quantizer):
-    """Every weight to the nearest multiple of `step`; nothing is packed."""
-
-    step: float = 0.5
-
-    def compress(self, name, module, statistic):
-        module.weight.data = (module.weight / self.step).round() * self.step
-        return None, LayerRecord(name, tuple(module.weight.shape), requested(self))
-
-
-@dataclass(frozen=True)
-class Column(Criterion):
-    """The number of the input."""
-
-    def scores(self, weight, statistic):
-        return torch.arange(weight.shape[1], dtype=torch.float32).expand_as(weight)
 
 
 @dataclass(frozen=True)

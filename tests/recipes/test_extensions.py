@@ -14,9 +14,8 @@ from app.evaluation.metrics import METRICS, Loss, Metric
 from app.tasks import TASKS
 from app.tasks.tokens import TokenTask
 from compress.distillation.losses import LOSSES, DistillationLoss, StateLoss
-from compress.pruning.criterion import CRITERIA, Criterion
-from compress.quantization.methods import METHODS, Quantizer, requested
-from compress.records import LayerRecord
+from compress.pruning.criterion import CRITERIA
+from compress.quantization.methods import METHODS
 from models.attention.protocol import Attention
 from models.families import FAMILIES
 from models.families.llama import Llama
@@ -25,6 +24,7 @@ from models.linear import Linear
 from models.registry import Several
 from models.specs import ATTENTIONS, AttentionSpec
 from tests.recipes.conftest import QUICK
+from tests.toys import Column, Halves
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,6 @@ class PairsAttention(Attention):
 
     def forward(self, x, context, cache=None):
         return self.scale * self.o(x)
-
-
-@dataclass(frozen=True)
-class Halves(Quantizer):
-    """Every weight to the nearest multiple of `step`."""
-
-    step: float = 0.5
-
-    def compress(self, name, module, statistic):
-        module.weight.data = (module.weight / self.step).round() * self.step
-        return None, LayerRecord(name, tuple(module.weight.shape), requested(self))
-
-
-@dataclass(frozen=True)
-class Column(Criterion):
-    """The number of the input."""
-
-    def scores(self, weight, statistic):
-        return torch.arange(weight.shape[1], dtype=torch.float32).expand_as(weight)
 
 
 @dataclass(frozen=True)

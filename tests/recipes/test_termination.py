@@ -150,16 +150,21 @@ def test_a_time_limit_is_said_and_a_longer_one_goes_on(espalier, refused, tmp_pa
     assert (status, "stopped after" in output.err) == (0, False), output.err
 
 
-def test_two_processes_are_terminated_together(tmp_path):
-    """Only the first gets the signal, as from docker stop, while both go through collectives."""
+def endless_on_two_processes(tmp_path):
+    """A fit on two processes that goes on until it is ended."""
     recipe = write(
         tmp_path / "recipe.yaml", trainer__max_steps=10**6, trainer__limit_val_batches=0, samples__prompts=[]
     )
     arguments = ("--checkpoint.monitor", "null", "--model.optimizer", "AdamW", *DDP)
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command(recipe, tmp_path / "model", *arguments), env=environment(), stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
+
+
+def test_two_processes_are_terminated_together(tmp_path):
+    """Only the first gets the signal, as from docker stop, while both go through collectives."""
+    process = endless_on_two_processes(tmp_path)
     end = time.monotonic() + 120
     while not has_checkpoint(tmp_path / "model.run") and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
@@ -171,14 +176,7 @@ def test_two_processes_are_terminated_together(tmp_path):
 
 @pytest.mark.parametrize("begun", [False, True], ids=["before its first step", "on its way"])
 def test_a_lost_process_ends_the_run_with_a_sentence(begun, tmp_path):
-    recipe = write(
-        tmp_path / "recipe.yaml", trainer__max_steps=10**6, trainer__limit_val_batches=0, samples__prompts=[]
-    )
-    arguments = ("--checkpoint.monitor", "null", "--model.optimizer", "AdamW", *DDP)
-    process = subprocess.Popen(
-        command(recipe, tmp_path / "model", *arguments), env=environment(), stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    process = endless_on_two_processes(tmp_path)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     end = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < end:

@@ -1,5 +1,6 @@
 """A metric: a figure of quality with its interval, how it is shown, and which direction is better."""
 
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 from torch import Tensor
@@ -83,3 +84,8 @@ class Metric:
     def got_better(self, difference: float) -> bool:
         """Whether a difference after - before is an improvement."""
         return difference < 0 if self.better == "lower" else difference > 0
+
+
+def quantities(metrics: Iterable[Metric]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Quantity -> its `units`, of the negative log-likelihood first, which is always there, and of the metrics."""
+    return {"nll": Metric().units, **{one.quantity: one.units for one in metrics if one.quantity != "nll"}}
