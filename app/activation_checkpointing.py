@@ -23,7 +23,7 @@ KEPT = {  # operations whose results `CheckpointOperations` keeps -> why: they c
 
 
 class ActivationCheckpointing(ABC):
-    """Which activations of a training step are computed again in its backward."""
+    """Base of activation checkpointing policies: the activations that are recomputed in the backward."""
 
     def apply(self, model: Backbone, compiled: bool) -> None:
         """Let the model run its blocks so. Raises UserError where it keeps no activations anyway.

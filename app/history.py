@@ -1,4 +1,4 @@
-"""Where a model came from: history.json, one entry for every stage so far, and the README.md that says it to people.
+"""Provenance: history.json with one entry a stage, and the model card README.md.
 
     {"format_version": 1, "stages": [{"stage": "pretrain", "title": "...", "time": "...", "recipe": {...}, "seed": 0,
       "versions": {...},
@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from app.evaluation import wording
+from app.evaluation import formatting
 from app.evaluation.environment import environment
 from app.tasks.base import Task
+from models.checkpoint import hash_files, hash_weights
 from models.config import ModelConfig
 from models.errors import UserError
 from models.families import family_of
-from models.files import read_json, weight_files, write_json
-from models.folder import hash_files, hash_weights
+from models.io import read_json, weight_files, write_json
 from models.shapes import COUNT, NUMBER, TEXT, VALUES, check_shape, maybe
 from models.transformer import Transformer
 
@@ -51,7 +51,7 @@ def history_entry(
         title: what the stage did, in a few words: "GPTQ, 4 bits, groups of 64".
         recipe: every option with the value that it had.
         data: `source` and `fingerprint` of the text that was used.
-        weights: SHA-256 of the weights that the stage wrote (models.folder.hash_weights).
+        weights: SHA-256 of the weights that the stage wrote (models.checkpoint.hash_weights).
         parents: role (model, teacher, student) -> SHA-256 of the weights of the models that went in.
     """
     return {
@@ -137,7 +137,7 @@ def _card(model: Transformer, entries: Sequence[Mapping[str, Any]], task: Task, 
         f"pipeline_tag: {'text-generation' if task.generates else 'fill-mask'}",
         "---",
         "",
-        f"# {wording.count(counts['total'])} parameter {task.describes}",
+        f"# {formatting.count(counts['total'])} parameter {task.describes}",
         "",
         f"{len(config.layers)} layers, width {config.width}, vocabulary {config.vocab_size}, "
         f"context {config.context} tokens.{_experts(counts)}",
@@ -181,9 +181,9 @@ def _commands(config: ModelConfig) -> list[str]:
 
 def _stage(entry: Mapping[str, Any]) -> str:
     source = entry.get("data", {}).get("source")
-    on = f" on {wording.code(source)}" if source else ""
-    stage, title = (wording.markdown(entry.get(key, "")) for key in ("stage", "title"))
-    return f"**{stage}**{on}: {title} (weights {wording.code(str(entry.get('weights'))[:12])})"
+    on = f" on {formatting.code(source)}" if source else ""
+    stage, title = (formatting.markdown(entry.get(key, "")) for key in ("stage", "title"))
+    return f"**{stage}**{on}: {title} (weights {formatting.code(str(entry.get('weights'))[:12])})"
 
 
 def _measured(figures: Mapping[str, Any], task: Task) -> list[str]:
@@ -194,9 +194,9 @@ def _measured(figures: Mapping[str, Any], task: Task) -> list[str]:
             over = "" if number else f" per token, {quality.get('tokens', 0):,} held-out tokens"
             lines.append(f"| {metric.label}{over} | {metric.show(quality[metric.kind])} |")
     if size:
-        lines.append(f"| weights on disk | {wording.size(size['stored_bytes'])} |")
-        lines.append(f"| weights in memory | {wording.size(size['memory_bytes'])} |")
+        lines.append(f"| weights on disk | {formatting.size(size['stored_bytes'])} |")
+        lines.append(f"| weights in memory | {formatting.size(size['memory_bytes'])} |")
     if "speed" in figures:
         first = task.protocol.throughputs[0]
-        lines.append(f"| {first.label.lower()}, batch 1 | {wording.rate(figures['speed'][first.name])} |")
+        lines.append(f"| {first.label.lower()}, batch 1 | {formatting.rate(figures['speed'][first.name])} |")
     return lines

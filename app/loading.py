@@ -11,11 +11,11 @@ import torch
 from app.data.tokenizer import Tokenizer, load_tokenizer
 from app.history import read_history
 from app.tasks import TASKS, CausalLM, Task
-from models import families, folder
+from models import checkpoint, families
 from models.config import ModelConfig
 from models.errors import UserError
-from models.files import sha256_of
 from models.finite import check_finite
+from models.io import sha256_of
 from models.shapes import EACH, VALUES, Leaf, check_shape
 from models.transformer import Transformer
 
@@ -31,10 +31,10 @@ Kind = Literal["folder", "checkpoint", "hugging face"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from.
+    """Origin of a model.
 
     Attributes:
-        weights_sha256: of the files that hold the weights (models.folder.hash_weights), or of the checkpoint file.
+        weights_sha256: of the files that hold the weights (models.checkpoint.hash_weights), or of the checkpoint file.
         history: the stages so far, oldest first, as app.history has them; empty where nothing is known.
     """
 
@@ -125,14 +125,14 @@ def _load(path: Path, device: str | torch.device, dtype: torch.dtype | None) -> 
         raise UserError(f"there is no model at {path}")
     if path.is_file() or (path / SHARDED).exists():
         return _load_checkpoint(path, device, dtype)
-    if not (path / folder.CONFIG).exists():
-        raise UserError(f"{path} is no model folder: it has no {folder.CONFIG}")
+    if not (path / checkpoint.CONFIG).exists():
+        raise UserError(f"{path} is no model folder: it has no {checkpoint.CONFIG}")
     foreign = families.is_family_folder(path)
-    model = families.import_folder(path, device, dtype) if foreign else folder.load(path, device, dtype)
+    model = families.import_folder(path, device, dtype) if foreign else checkpoint.load(path, device, dtype)
     tokenizer = load_tokenizer(path) if (path / "tokenizer.json").exists() else None
     kind: Kind = "hugging face" if foreign else "folder"
-    task = _task(None if foreign else folder.read_task(path), path / folder.CONFIG, model.config)
-    return Loaded(model, tokenizer, Source(path, kind, folder.hash_weights(path), read_history(path)), task)
+    task = _task(None if foreign else checkpoint.read_task(path), path / checkpoint.CONFIG, model.config)
+    return Loaded(model, tokenizer, Source(path, kind, checkpoint.hash_weights(path), read_history(path)), task)
 
 
 def _task(value: Any, where: Path, config: ModelConfig) -> Task:
@@ -160,7 +160,7 @@ def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype 
     weights = content.get("state_dict")
     if not isinstance(architecture, Mapping) or not isinstance(weights, Mapping):
         raise UserError(f"{path} is no checkpoint of a pretraining run: it holds no architecture with its weights")
-    model = folder.skeleton(ModelConfig.from_dict(architecture))
+    model = checkpoint.skeleton(ModelConfig.from_dict(architecture))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     prefix = "model."
     found = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -169,7 +169,7 @@ def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype 
         if name not in found or tuple(found[name].shape) != shape:
             held = list(found[name].shape) if name in found else "nothing"
             raise UserError(f"{path}: the weights of {name} should have shape {list(shape)}, but it holds {held}")
-    model = folder.fill(model, iter(found.items()), device, dtype)
+    model = checkpoint.fill(model, iter(found.items()), device, dtype)
     source = Source(path, "checkpoint", _hash(path), _history_of(record))
     task = _task(content["hyper_parameters"].get("task"), path, model.config)
     return Loaded(model, _tokenizer_of(path.absolute()), source, task)

@@ -1,4 +1,4 @@
-"""What is done to a model between building and training it, in one fixed order.
+"""Parallelism of a model, applied in one fixed order: checkpointing, compile, FSDP2.
 
     activation checkpointing -> torch.compile -> FSDP2
 

@@ -84,14 +84,22 @@ def folder_path(axes: Axes) -> None:
     """Model folder -> load -> compress -> save -> load both anew and evaluate -> report -> next stage."""
     recipes, app, compress, models = row("recipes"), row("app"), row("compress"), row("models")
     left, middle, right = 14.2, 17.2, 20.2
-    box(axes, middle, "recipes", "espalier quantize, prune, distill: Stage.run", "recipes/stages/stage.py", FOLDER, 8.6)
-    box(axes, left, "models", "model folder", "models/folder.py", FOLDER)
+    box(
+        axes,
+        middle,
+        "recipes",
+        "espalier quantize, prune, distill: Stage.run",
+        "recipes/commands/stage.py",
+        FOLDER,
+        8.6,
+    )
+    box(axes, left, "models", "model folder", "models/checkpoint.py", FOLDER)
     box(axes, left, "app", "1  load", "app/loading.py", FOLDER)
-    box(axes, 16.3, "compress", "2  compress,\nblock by block", "compress/calibration.py", FOLDER)
+    box(axes, 16.3, "compress", "2  compress,\nblock by block", "compress/calibration/sequential.py", FOLDER)
     box(axes, middle, "models", "Backbone.run\nover one block", "models/backbone.py", FOLDER)
-    box(axes, right, "models", "3  save: the\nsmaller folder", "models/folder.py", FOLDER)
-    box(axes, right, "app", "4  load both anew,\nevaluate both", "app/evaluation/figures.py", FOLDER)
-    box(axes, middle, "app", "5  report", "app/evaluation/report.py", FOLDER)
+    box(axes, right, "models", "3  save: the\nsmaller folder", "models/checkpoint.py", FOLDER)
+    box(axes, right, "app", "4  load both anew,\nevaluate both", "app/evaluation/assemble.py", FOLDER)
+    box(axes, middle, "app", "5  report", "app/evaluation/report/pages.py", FOLDER)
     axes.text((left + middle) / 2, app + 0.76, "next stage", fontsize=7, color=FOLDER, ha="center", va="center")
     arrow(axes, [(left, recipes - 0.6), (left, app + 0.6)], FOLDER)
     arrow(axes, [(left, models + 0.6), (left, app - 0.6)], FOLDER)

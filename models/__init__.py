@@ -11,6 +11,6 @@ def __getattr__(name: str) -> Any:
     """`load`, fetched when it is first asked for: importing `models` must not import torch."""
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from models.folder import load
+    from models.checkpoint import load
 
     return load

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from models.attention.kernels.banded import Band
 from models.attention.kernels.flex import block_masks
-from models.attention.protocol import Context, Mixed, count_documents, document_mask, summed
+from models.attention.protocol import ForwardInputs, Mixed, count_documents, document_mask, summed
 from models.attention.segments import document_starts
 from models.block import Block
 from models.cache import ContiguousCache, ModelCache, PagedCache
@@ -25,13 +25,13 @@ from models.cpu.short_attention import training_bias
 from models.errors import UserError
 from models.linear import Embedding
 from models.reversible import merge, run_reversible, split
-from models.specs import AFTER, Place
+from models.specs import AFTER, LayerContext
 
 INPUT = ":input"  # a tap of what a module reads, behind its name
 
 
 class Hidden(NamedTuple):
-    """What a run over blocks gives.
+    """Result of a run over blocks.
 
     Attributes:
         x: (B, T, D) the residual stream behind the last of the blocks; of a reversible model (B, T, 2D).
@@ -41,7 +41,7 @@ class Hidden(NamedTuple):
     """
 
     x: Tensor
-    inputs: Context
+    inputs: ForwardInputs
     losses: dict[str, Tensor]
     taps: dict[str, Tensor]
 
@@ -69,16 +69,16 @@ class Backbone(nn.Module):
         )
         self.norm = nn.Identity() if config.norm.position in AFTER else config.norm.build(config.width)
 
-    def _place(self, number: int, layer: LayerConfig) -> Place:
+    def _place(self, number: int, layer: LayerConfig) -> LayerContext:
         positional, config = 0, self.config
-        if layer.attention is not None and layer.attention.takes:
+        if layer.attention is not None and layer.attention.position_types:
             spec = layer.attention.position or config.position
             positional = self._position(spec, layer.attention.heads, layer.attention.head_width, number)
         bidirectional = config.direction == "bidirectional"
         branches = config.residual_branches()
         layers = sum(layer.attention is not None for layer in config.layers)
         shared = self._share(layer)
-        return Place(config.width, branches, positional, number, config.context, bidirectional, layers, shared)
+        return LayerContext(config.width, branches, positional, number, config.context, bidirectional, layers, shared)
 
     def _share(self, layer: LayerConfig) -> int:
         """Index of the weights that this layer has in common with those which name the same."""
@@ -108,7 +108,7 @@ class Backbone(nn.Module):
     def run(
         self,
         x: Tensor,
-        inputs: Context,
+        inputs: ForwardInputs,
         *,
         cache: ModelCache | None = None,
         blocks: slice = slice(None),
@@ -160,7 +160,7 @@ class Backbone(nn.Module):
                 handle.remove()
 
     def finish(self, x: Tensor) -> Tensor:
-        """What the head reads, (..., D), of the last block's output (..., D)."""
+        """Final hidden states (..., D), which the head reads, of the last block's output (..., D)."""
         return self.norm(self.stream(x))
 
     def stream(self, x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Backbone(nn.Module):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         cache: ModelCache | None = None,
-    ) -> tuple[Tensor, Context]:
+    ) -> tuple[Tensor, ForwardInputs]:
         """Embed tokens (B, T) as (B, T, D) and gather what every block needs to know about them.
 
         A reversible model's blocks pass (B, T, 2D) on; `stream` and `finish` make (B, T, D) of it.
@@ -214,8 +214,10 @@ class Backbone(nn.Module):
         x = self.dropout(x)
         return (split(x) if self.reversible else x), context
 
-    def context(self, x: Tensor, positions: Tensor, documents: Tensor | None, past: int, *, cached: bool) -> Context:
-        """What every block needs to know about the last T of S tokens.
+    def context(
+        self, x: Tensor, positions: Tensor, documents: Tensor | None, past: int, *, cached: bool
+    ) -> ForwardInputs:
+        """`ForwardInputs` for the last T of S tokens.
 
         Args:
             x: (B, T, D), embedded.
@@ -226,14 +228,14 @@ class Backbone(nn.Module):
         """
         tables = tuple(position(positions) for position in self.positions)
         mask, causal, bias = None, False, None
-        if any(layer.attention is not None and layer.attention.sees_all for layer in self.config.layers):
+        if any(layer.attention is not None and layer.attention.needs_mask for layer in self.config.layers):
             mask, causal = self._mask(x, documents, past)
             bias = None if cached else training_bias(x, mask, causal)
         if documents is not None:
             self._check_documents(documents)
         shared = tuple(weights() for weights in self.shared)
         masks = {} if cached else self._block_masks(x, documents)
-        return Context(tables, mask, causal, bias, documents, past, shared=shared, block_masks=masks)
+        return ForwardInputs(tables, mask, causal, bias, documents, past, shared=shared, block_masks=masks)
 
     def _block_masks(self, x: Tensor, documents: Tensor | None) -> Mapping[Band | None, BlockMask]:
         """The patterns (models/attention/kernels/flex.py) of the layers that take kernel flex, for x (B, T, D)."""
@@ -242,7 +244,7 @@ class Backbone(nn.Module):
 
     def _check_documents(self, documents: Tensor) -> None:
         """Refuse rows of more documents (B, S) than an attention of the model can keep apart."""
-        limits = [layer.attention.most_documents for layer in self.config.layers if layer.attention is not None]
+        limits = [layer.attention.max_documents for layer in self.config.layers if layer.attention is not None]
         most = min((limit for limit in limits if limit is not None), default=None)
         if most is not None and documents.device.type != "meta" and (found := count_documents(documents)) > most:
             raise UserError(

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention.protocol import NOTHING, Context, Mixed, mixed_of, summed
+from models.attention.protocol import NOTHING, ForwardInputs, Mixed, mixed_of, summed
 from models.cache import LayerCache
 from models.config import ORDERS, LayerConfig, ModelConfig
-from models.depth import ShortenedCache
+from models.mixture_of_depths import ShortenedCache
 from models.norms import draw_deepnorm, residual_gain
-from models.specs import AFTER, Place
+from models.specs import AFTER, LayerContext
 
 
 class Block(nn.Module):
@@ -29,7 +29,7 @@ class Block(nn.Module):
         sublayers: names of those that the layer has, in their order; the norm of `NAME` is `NAME_norm`.
     """
 
-    def __init__(self, layer: LayerConfig, model: ModelConfig, place: Place) -> None:
+    def __init__(self, layer: LayerConfig, model: ModelConfig, place: LayerContext) -> None:
         super().__init__()
         self.place, self.order, self.norm_position = place, layer.order, model.norm.position
         self.reversible = model.residual == "reversible"
@@ -62,25 +62,25 @@ class Block(nn.Module):
             module = build()
         return draw_deepnorm(module, small, self.place.branches)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Mixed:
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: LayerCache | None = None) -> Mixed:
         """The layer on x, with the losses and the state that its mechanisms return."""
         if self.depth is None:
-            return self.run(x, context, cache)
-        return self.depth(x, context, cache, self.run)
+            return self.run(x, inputs, cache)
+        return self.depth(x, inputs, cache, self.run)
 
-    def run(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Mixed:
+    def run(self, x: Tensor, inputs: ForwardInputs, cache: LayerCache | None = None) -> Mixed:
         """The layer on all tokens of x, or on those that take part."""
         if self.reversible:
             a, b = x.chunk(2, dim=-1)  # (B, T, D) each
             losses, state = NOTHING, NOTHING
             for branch in self.branches():
-                y, more, left = branch(b, context, cache)
+                y, more, left = branch(b, inputs, cache)
                 a, b = b, a + y
                 losses, state = summed(losses, more), {**state, **left}
             return Mixed(torch.cat([a, b], dim=-1), losses, state)  # (B, T, 2D)
         start, losses, state = x, NOTHING, NOTHING
         for name in self.sublayers:
-            y, more, left = self._branch(name, start if self.order == "parallel" else x, context, cache)
+            y, more, left = self._branch(name, start if self.order == "parallel" else x, inputs, cache)
             if self.norm_position in AFTER:
                 x = getattr(self, f"{name}_norm")(self.gain * x + y)
             else:
@@ -88,16 +88,16 @@ class Block(nn.Module):
             losses, state = summed(losses, more), {**state, **left} if left else state
         return Mixed(x, losses, state)
 
-    def branches(self) -> list[Callable[[Tensor, Context, LayerCache | None], Mixed]]:
+    def branches(self) -> list[Callable[[Tensor, ForwardInputs, LayerCache | None], Mixed]]:
         """The branches of a reversible block in their order, each from (B, T, D) to (B, T, D).
 
         They compute in the dtype of the weights: the streams that they read and add to may be wider.
         """
 
-        def run(*names: str) -> Callable[[Tensor, Context, LayerCache | None], Mixed]:
-            def branch(x: Tensor, context: Context, cache: LayerCache | None = None) -> Mixed:
+        def run(*names: str) -> Callable[[Tensor, ForwardInputs, LayerCache | None], Mixed]:
+            def branch(x: Tensor, inputs: ForwardInputs, cache: LayerCache | None = None) -> Mixed:
                 x = x.to(getattr(self, f"{names[0]}_norm").weight.dtype)
-                parts = [self._branch(name, x, context, cache) for name in names]
+                parts = [self._branch(name, x, inputs, cache) for name in names]
                 losses, state = NOTHING, NOTHING
                 for part in parts:
                     losses, state = summed(losses, part.losses), {**state, **part.state}
@@ -107,11 +107,11 @@ class Block(nn.Module):
 
         return [run(*self.sublayers)] if self.order == "parallel" else [run(name) for name in self.sublayers]
 
-    def _branch(self, name: str, x: Tensor, context: Context, cache: LayerCache | None) -> Mixed:
+    def _branch(self, name: str, x: Tensor, inputs: ForwardInputs, cache: LayerCache | None) -> Mixed:
         """One sub-layer, normalised as `pre` and `sandwich` want it: (B, T, D) -> (B, T, D)."""
         module = getattr(self, name)
         x = x if self.norm_position in AFTER else getattr(self, f"{name}_norm")(x)
-        result = module(x, context, cache) if name == "attention" else module(x, context)
+        result = module(x, inputs, cache) if name == "attention" else module(x, inputs)
         y, losses, state = mixed_of(result)
         y = getattr(self, f"{name}_out_norm")(y) if self.norm_position == "sandwich" else y
         return Mixed(self.dropout(y), losses, state)

@@ -1,7 +1,7 @@
 """Imports every mechanism of the package, so that the registries (models/specs.py) know it by name."""
 # ruff: noqa: F401
 
-from models import depth, experts, feedforward, norms, positions
+from models import experts, feedforward, mixture_of_depths, norms, positions
 from models.attention import (
     bigbird,
     convolution,
@@ -17,6 +17,6 @@ from models.attention import (
     single_heads,
     strided,
     top_k,
-    transient,
+    transient_global,
     window,
 )

@@ -1,4 +1,4 @@
-"""What an architecture is: one frozen dataclass tree in which every layer has its own widths and head counts.
+"""Architecture: one frozen dataclass tree in which every layer has its own widths and head counts.
 
 `ModelConfig.from_dict` reads two forms. The short one, for people, names sub-layers and tiles a pattern:
 
@@ -43,7 +43,7 @@ class LayerConfig:
         attention: spec of the attention, or nothing.
         feedforward: spec of the feed-forward, or nothing.
         order: `attention_first`, `feedforward_first` or `parallel`.
-        depth: which tokens take part (models/depth.py); nothing: all of them.
+        depth: which tokens take part (models/mixture_of_depths.py); nothing: all of them.
     """
 
     attention: Any = field(default=None, metadata={"registry": ATTENTIONS})
@@ -132,7 +132,11 @@ class ModelConfig:
             self, "layers", tuple(self._resolved(layer, number) for number, layer in enumerate(self.layers))
         )
         attentions = [layer.attention for layer in self.layers if layer.attention is not None]
-        if self.position.acts not in ("input", "nothing") and attentions and not any(a.takes for a in attentions):
+        if (
+            self.position.acts not in ("input", "nothing")
+            and attentions
+            and not any(a.position_types for a in attentions)
+        ):
             raise UserError(
                 f"position {self.position.kind!r} acts in the attention, and no layer has one that knows positions; "
                 "give position: none, or one that is added to the embeddings"
@@ -169,7 +173,7 @@ class ModelConfig:
         if self.direction not in attention.directions:
             raise UserError(f"attention {attention.kind!r} cannot be {self.direction}: {attention.directions_because}")
         attention.check(self.direction)
-        if attention.takes:
+        if attention.position_types:
             self._check_position(attention)
         return replace(layer, attention=attention)
 
@@ -179,10 +183,11 @@ class ModelConfig:
         position = attention.position or self.position
         if position.acts == "input":
             return
-        if position.acts not in ("nothing", *attention.takes):
-            because = f": {attention.takes_because}" if attention.takes_because else ""
+        if position.acts not in ("nothing", *attention.position_types):
+            because = f": {attention.position_types_because}" if attention.position_types_because else ""
+            types = " or ".join(attention.position_types)
             raise UserError(
-                f"attention {attention.kind!r} works with positions that act on {' or '.join(attention.takes)}, "
+                f"attention {attention.kind!r} works with positions that act on {types}, "
                 f"and {position.kind!r} acts on {position.acts}{because}"
             )
         self._check_sizes(position, attention.head_width)

@@ -20,7 +20,7 @@ from models.specs import AFTER, NormSpec
 
 @dataclass(frozen=True)
 class Exits:
-    """Where a model can be left early.
+    """Early exits: the layers after which a model can stop.
 
     Args:
         layers: there is an exit after so many layers, each number at least 1 and below the depth.
@@ -74,7 +74,7 @@ EXITS = _Format()
 
 
 class ExitNorms(nn.Module):
-    """What stands between a block and the shared head at each exit: a norm of its own, where the stream needs one."""
+    """Norms between a block and the shared head, one an exit, where the residual stream needs one."""
 
     def __init__(self, exits: Exits, norm: NormSpec, width: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class ExitNorms(nn.Module):
         return tuple(f"blocks.{layer - 1}" for layer in self.layers)
 
     def forward(self, number: int, x: Tensor) -> Tensor:
-        """What the head reads at exit `number` (from 0) of its block's output x (..., D): (..., D)."""
+        """Hidden states (..., D) for the head at exit `number` (from 0), of its block's output x (..., D)."""
         return self.norms[number](x)
 
     def loss(self, streams: Mapping[str, Tensor], nll: Callable[[Tensor], Tensor]) -> Tensor:

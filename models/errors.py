@@ -1,4 +1,4 @@
-"""What the user got wrong, said in one sentence."""
+"""UserError: wrong input, said in one sentence."""
 
 import difflib
 from collections.abc import Iterable

@@ -9,7 +9,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.protocol import Context, Mixed
+from models.attention.protocol import ForwardInputs, Mixed
 from models.errors import UserError, did_you_mean
 from models.linear import Drawn, Linear, residual_std
 from models.specs import FEEDFORWARDS, FeedForwardSpec
@@ -20,7 +20,7 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
 class FeedForward(Drawn):
     """A built feed-forward: (B, T, D) -> (B, T, D)."""
 
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor | Mixed:
+    def forward(self, x: Tensor, inputs: ForwardInputs | None = None) -> Tensor | Mixed:
         raise NotImplementedError
 
     def advance(self) -> None:
@@ -117,7 +117,7 @@ class GatedFeedForward(DenseFeedForward):
         self.up = Linear(width, spec.width, bias=spec.bias, std=0.02)
         self.down = Linear(spec.width, width, bias=spec.out_bias, std=residual_std(0.02, branches))
 
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: ForwardInputs | None = None) -> Tensor:
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
     def writers(self) -> list[nn.Linear]:
@@ -134,7 +134,7 @@ class PlainFeedForward(DenseFeedForward):
         self.up = Linear(width, spec.width, bias=spec.bias, std=0.02)
         self.down = Linear(spec.width, width, bias=spec.out_bias, std=residual_std(0.02, branches))
 
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: ForwardInputs | None = None) -> Tensor:
         return self.down(self.activation(self.up(x)))
 
     def writers(self) -> list[nn.Linear]:

@@ -1,4 +1,4 @@
-"""Sums that are taken as exactly as they are written, also where autocast would round what goes into them."""
+"""fp32 buffers and sums that autocast does not round."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

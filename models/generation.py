@@ -23,7 +23,7 @@ BROKEN = -1  # drawn where the logits are not finite
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the logits.
+    """Sampling of the next token from the logits: temperature, top-k, top-p.
 
     Args:
         temperature: divides the logits; 0 takes the likeliest token (greedy).

@@ -7,8 +7,8 @@ from it.
 
 Losses: `sums_over_chunks` adds up what a function finds in each chunk's logits, and computes the gradient in the
 forward, while they are at hand, as Liger-Kernel does (arXiv 2410.10989, section 3.2). `linear_cross_entropy` has such a
-function, compress/distillation/logit.py another. With P = softmax(H W^T), Y the one-hot targets and l = logsumexp of
-the logits, per token and before the mean:
+function, compress/distillation/losses/logit.py another. With P = softmax(H W^T), Y the one-hot targets and
+l = logsumexp of the logits, per token and before the mean:
 
     nll = l - logit[target]      dH = (P - Y) W                            dW = (P - Y)^T H
     z   = l^2                    dH = 2 l P W = 2 l ((P - Y) W + Y W)      dW = (P - Y)^T (2 l H) + Y^T (2 l H)
@@ -71,7 +71,7 @@ class Term(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a loss finds in a chunk.
+    """Loss terms and gradients of a chunk.
 
     Attributes:
         sums: scalars, each summed over the chunk's tokens.

@@ -12,7 +12,7 @@ computes what every branch read anew in the backward: one more forward of the bl
 The streams are fp32 also where the branches compute in bf16, since a difference of bf16 numbers does not give back what
 was added: 8 bytes for each token and channel in place of 2 in a bf16 stream, once for the whole model. What comes back
 is exact but for the rounding of the sums. A mechanism that decides something by what it reads keeps the decision in
-`Context.state` for its recomputation, as that rounding could turn it over.
+`ForwardInputs.state` for its recomputation, as that rounding could turn it over.
 
 B batch, T tokens, D model width.
 """
@@ -28,7 +28,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from models.attention.protocol import Context, Mixed, summed
+from models.attention.protocol import ForwardInputs, Mixed, summed
 
 
 def split(x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def merge(x: Tensor) -> Tensor:
     return torch.stack(x.chunk(2, dim=-1)).mean(0)
 
 
-def run_reversible(blocks: nn.ModuleList, x: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+def run_reversible(blocks: nn.ModuleList, x: Tensor, inputs: ForwardInputs) -> tuple[Tensor, dict[str, Tensor]]:
     """All blocks for a training step, keeping nothing between them.
 
     The branches run as they are written, also in blocks that are compiled: the backward must compute to the bit what
@@ -50,18 +50,18 @@ def run_reversible(blocks: nn.ModuleList, x: Tensor, context: Context) -> tuple[
     Args:
         blocks: of a reversible model.
         x: (B, T, 2D) both streams.
-        context: of this forward.
+        inputs: of this forward.
 
     Returns:
         (B, T, 2D), and in training mode the losses of the mechanisms, summed by name.
     """
-    run = Run(blocks, context._replace(recomputed=True))
+    run = ReversibleRun(blocks, inputs._replace(recomputed=True))
     y, *sums = ReversibleStack.apply(run, x, *run.tables(), *run.parameters().values())
     return y, dict(zip(run.losses, sums, strict=True))
 
 
 @dataclass
-class Run:
+class ReversibleRun:
     """One forward, and what its backward must know to repeat it.
 
     Attributes:
@@ -73,16 +73,16 @@ class Run:
     """
 
     blocks: nn.ModuleList
-    context: Context
+    context: ForwardInputs
     randomness: list["Randomness"] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)
     autocast: tuple[str, torch.dtype, bool] | None = None
 
     def tables(self) -> list[Tensor]:
-        """What the blocks read from the context and gradients go to: learned tables of positions."""
+        """Tensors of the inputs that gradients go to: learned tables of positions."""
         return [leaf for leaf in tree_flatten(self.context)[0] if _learned(leaf)]
 
-    def with_tables(self, tables: Sequence[Tensor]) -> Context:
+    def with_tables(self, tables: Sequence[Tensor]) -> ForwardInputs:
         """The context with others in their places."""
         rest = iter(tables)
         leaves, form = tree_flatten(self.context)
@@ -103,7 +103,7 @@ class ReversibleStack(torch.autograd.Function):
     """`apply(run, x, *tables, *parameters)` with x (B, T, 2D): the streams behind all blocks, and the summed losses."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, run: Run, x: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, run: ReversibleRun, x: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
         if torch.amp.is_autocast_available(x.device.type):
             kind = x.device.type
             run.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -128,7 +128,7 @@ class ReversibleStack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor, *losses: Tensor) -> tuple[Tensor | None, ...]:
-        run: Run = ctx.run
+        run: ReversibleRun = ctx.run
         y, *learned = ctx.saved_tensors
         fresh = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in learned]
         count = len(run.tables())
@@ -141,7 +141,7 @@ class ReversibleStack(torch.autograd.Function):
         return None, dx, *(tensor.grad for tensor in fresh)
 
 
-def _go_back(run: Run, context: Context, y: Tensor, dy: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def _go_back(run: ReversibleRun, inputs: ForwardInputs, y: Tensor, dy: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """From the last streams y (B, T, 2D) and their gradient dy to the gradient of the first ones.
 
     Gradients of everything else that the branches read are left with it. `weights` are those of the losses.
@@ -151,7 +151,7 @@ def _go_back(run: Run, context: Context, y: Tensor, dy: Tensor, weights: dict[st
     for block in reversed(run.blocks):
         for branch in reversed(block.branches()):
             with randomness.pop().again() if randomness else nullcontext():
-                read, (found, losses, _) = _graph(branch, b, context)
+                read, (found, losses, _) = _graph(branch, b, inputs)
             ends, gradients = [found, *losses.values()], [dc.to(found.dtype), *(weights[name] for name in losses)]
             torch.autograd.backward(ends, gradients)
             b, c = c - found.detach(), b
@@ -159,14 +159,14 @@ def _go_back(run: Run, context: Context, y: Tensor, dy: Tensor, weights: dict[st
     return torch.cat([db, dc], dim=-1)
 
 
-def _graph(branch: Any, x: Tensor, context: Context) -> tuple[Tensor, Mixed]:
+def _graph(branch: Any, x: Tensor, inputs: ForwardInputs) -> tuple[Tensor, Mixed]:
     """x (B, T, D) cut loose, and what a branch makes of it.
 
     With a graph also in the forward, where it is dropped: kernels are chosen by whether there is one.
     """
     with torch.enable_grad():
         read = x.detach().requires_grad_()
-        return read, branch(read, context)
+        return read, branch(read, inputs)
 
 
 def _learned(leaf: Any) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
-from models.files import inside, read_json
+from models.io import inside, read_json
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -21,18 +21,18 @@ NORM_POSITIONS = ("pre", "post", "sandwich", "deepnorm")
 AFTER = ("post", "deepnorm")  # the positions that normalise the stream itself, behind each sub-layer
 
 
-class Place(NamedTuple):
-    """Where in a model a mechanism is built.
+class LayerContext(NamedTuple):
+    """Layer context: the place in a model where a mechanism is built.
 
     Attributes:
         width: D.
         branches: sub-layers of the model that write into the residual stream.
-        positional: which of `Context.positional` is this layer's.
+        positional: which of `ForwardInputs.positional` is this layer's.
         layer: number of the layer, from 0.
         context: tokens of the longest training sequence.
         bidirectional: whether a token also sees those behind it.
         layers: of the model that have an attention.
-        shared: which of `Context.shared` is this layer's.
+        shared: which of `ForwardInputs.shared` is this layer's.
     """
 
     width: int
@@ -49,26 +49,27 @@ class AttentionSpec:
     """An attention in a config.
 
     Attributes:
-        sees_all: whether it needs the mask of all pairs (`Context.mask`).
+        needs_mask: whether it needs the mask of all pairs (`ForwardInputs.mask`).
         directions: of `causal` and `bidirectional`, what it can be; where it is one, `directions_because` says why.
-        takes: which position encodings it works with, by how they act (models/positions/__init__.py), beside those that
-            act on the embeddings or not at all; empty: it ignores them. `takes_because` says what narrows them.
-        free_heads: whether any of its heads can be taken away; where not, `heads_because` says why.
+        position_types: how the position encodings act that it works with (models/positions/__init__.py), beside those
+            that act on the embeddings or not at all; empty: it ignores them. `position_types_because` says what narrows
+            them.
+        heads_prunable: whether any of its heads can be taken away; where not, `heads_because` says why.
         carries: whether a layer hands what it found about the tokens to those above, beside the residual stream.
-        most_documents: how many documents a row may hold; None: any number.
+        max_documents: how many documents a row may hold; None: any number.
         heads, head_width: those that its position encoding gets.
         position: its own position encoding; None: the model's.
     """
 
     kind: ClassVar[str]
-    sees_all: bool = False
+    needs_mask: bool = False
     directions: tuple[str, ...] = ("causal", "bidirectional")
     directions_because: str = ""
-    takes: tuple[str, ...] = ()
-    takes_because: str = ""
-    free_heads: bool = False
+    position_types: tuple[str, ...] = ()
+    position_types_because: str = ""
+    heads_prunable: bool = False
     heads_because: str = ""
-    most_documents: int | None = None
+    max_documents: int | None = None
     position: Any = None
     heads: int
     head_width: int
@@ -88,7 +89,7 @@ class AttentionSpec:
         """A spec of weights that all layers which name the same one have in common, or None."""
         return None
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         """The module, an `Attention`."""
         raise NotImplementedError
 
@@ -175,7 +176,7 @@ class NormSpec:
 
 
 class DepthSpec:
-    """Which tokens take part in a layer.
+    """Base spec of mixture of depths: the tokens that take part in a layer.
 
     Attributes:
         capacity: share of the tokens that take part, on average.
@@ -189,7 +190,7 @@ class DepthSpec:
     def check(self, layer: Any, position: Any) -> None:
         """Raise UserError where a `LayerConfig` cannot run on a part of the tokens; `position` is its attention's."""
 
-    def build(self, place: Place, attends: bool) -> nn.Module:
+    def build(self, place: LayerContext, attends: bool) -> nn.Module:
         """The module that chooses; `attends`: whether the layer has an attention."""
         raise NotImplementedError
 

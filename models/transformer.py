@@ -21,7 +21,7 @@ from models.projection import SoftmaxError, linear_cross_entropy, projected_cros
 
 
 class Output(NamedTuple):
-    """What a forward gives.
+    """Output of a forward.
 
     Attributes:
         logits: (B, T, V), or None when targets were given.
@@ -105,7 +105,7 @@ class Transformer(Backbone):
         """Weights of the dense architecture: `total`, those `active` for one token, and those of the `embedding`.
 
         Of experts those are active that a token chooses (models/experts); a layer that a token passes by
-        (models/depth.py) counts as if it took part.
+        (models/mixture_of_depths.py) counts as if it took part.
         """
         dense = outline(self.config) if self.config.compression else self
         total = sum(parameter.numel() for parameter in dense.parameters())
@@ -129,7 +129,7 @@ class Transformer(Backbone):
 
     def _position_flops(self, attention, length: int) -> int:
         """FLOPs of what a position encoding adds to the scores of one token that sees `length` tokens."""
-        if not attention.takes:
+        if not attention.position_types:
             return 0
         spec = attention.position or self.config.position
         return spec.flops_per_token(self.config.width, attention.heads, attention.head_width, length)

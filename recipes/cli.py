@@ -13,14 +13,14 @@ import traceback
 from dataclasses import dataclass, fields
 
 from models.errors import UserError, did_you_mean, printable
-from recipes.stages import options
-from recipes.stages.parser import build_parser, parse_arguments
+from recipes.commands import options
+from recipes.commands.parser import build_parser, parse_arguments
 from recipes.termination import Terminated, terminable
 
 
 @dataclass(frozen=True)
 class Verb:
-    """What a word on the command line runs: `module:function`, called with an instance of `options`."""
+    """A verb of the command line: `module:function`, called with an instance of `options`."""
 
     target: str
     options: type | None  # None: the function takes (verb, argv) and parses for itself
@@ -38,18 +38,18 @@ VERBS = {
     "validate": Verb(LIGHTNING, None, "run Lightning's validation loop of a pretraining recipe"),
     "test": Verb(LIGHTNING, None, "run Lightning's test loop of a pretraining recipe"),
     "predict": Verb(LIGHTNING, None, "run Lightning's prediction loop of a pretraining recipe"),
-    "quantize": Verb("recipes.stages.quantize:main", options.Quantize, "store the weights in fewer bits", ON),
-    "prune": Verb("recipes.stages.prune:main", options.Prune, "take weights, neurons or heads away", ON),
-    "distill": Verb("recipes.stages.distill:main", options.Distill, "train a student on what a teacher predicts", ON),
-    "run": Verb("recipes.stages.run:main", options.Run, "run the stages of a pipeline in a row", ON),
-    "sweep": Verb("recipes.stages.sweep:main", options.Sweep, "train variants of one recipe, and compare them", ON),
-    "evaluate": Verb("recipes.stages.evaluate:main", options.Evaluate, "measure models on the same held-out text"),
-    "compare": Verb("recipes.stages.compare:main", options.Compare, "set two models side by side"),
-    "generate": Verb("recipes.stages.generate:main", options.Generate, "continue a text"),
-    "inspect": Verb("recipes.stages.inspect:main", options.Inspect, "show a model layer by layer"),
-    "import": Verb("recipes.stages.import_:main", options.Import, "turn a Hugging Face folder into a model folder"),
-    "export": Verb("recipes.stages.export:main", options.Export, "write a model in another format"),
-    "report": Verb("recipes.stages.report:main", options.Report, "one page over many folders"),
+    "quantize": Verb("recipes.commands.quantize:main", options.Quantize, "store the weights in fewer bits", ON),
+    "prune": Verb("recipes.commands.prune:main", options.Prune, "take weights, neurons or heads away", ON),
+    "distill": Verb("recipes.commands.distill:main", options.Distill, "train a student on what a teacher predicts", ON),
+    "run": Verb("recipes.commands.run:main", options.Run, "run the stages of a pipeline in a row", ON),
+    "sweep": Verb("recipes.commands.sweep:main", options.Sweep, "train variants of one recipe, and compare them", ON),
+    "evaluate": Verb("recipes.commands.evaluate:main", options.Evaluate, "measure models on the same held-out text"),
+    "compare": Verb("recipes.commands.compare:main", options.Compare, "set two models side by side"),
+    "generate": Verb("recipes.commands.generate:main", options.Generate, "continue a text"),
+    "inspect": Verb("recipes.commands.inspect:main", options.Inspect, "show a model layer by layer"),
+    "import": Verb("recipes.commands.import_:main", options.Import, "turn a Hugging Face folder into a model folder"),
+    "export": Verb("recipes.commands.export:main", options.Export, "write a model in another format"),
+    "report": Verb("recipes.commands.report:main", options.Report, "one page over many folders"),
 }
 
 USAGE = """\

@@ -50,7 +50,7 @@ from models.errors import UserError, did_you_mean
 from recipes.fit_arguments import prepare, trusting
 from recipes.fit_errors import explained
 from recipes.fit_state import (
-    Plan,
+    FitPlan,
     describe,
     describe_checkpoint,
     differences,
@@ -117,7 +117,7 @@ class FitCLI(LightningCLI):
     """The command. `args` are the verb and what stood behind it."""
 
     def __init__(self, args: ArgsType) -> None:
-        self.plan = Plan()
+        self.plan = FitPlan()
         loops = {name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False}
         super().__init__(
             Training,

@@ -15,7 +15,7 @@ from typing import Any
 from app.tasks.architecture import read_architecture
 from models.errors import UserError, did_you_mean
 from models.parsing import Malformed, parse_yaml
-from recipes.stages.parser import COMMAND_LINE, read_recipe, refuse_keys
+from recipes.commands.parser import COMMAND_LINE, read_recipe, refuse_keys
 
 ARCHITECTURE = "model.architecture"
 ALIASES = {  # a flag that every verb understands alike -> the keys of a recipe that it sets

@@ -1,4 +1,4 @@
-"""What jsonargparse and Lightning say about wrong input, as one sentence each."""
+"""Errors of jsonargparse and Lightning about wrong input, as one sentence each."""
 
 import inspect
 import re
@@ -119,7 +119,7 @@ def _choices(key: str, message: str) -> list[str]:
 
 
 def _known(module: str, name: str) -> Any:
-    """What a module has under a name; nothing is imported, since a message shows what a recipe says."""
+    """Attribute of a module that is imported already; nothing is imported for a message."""
     return getattr(sys.modules.get(module), name, None)
 
 

@@ -1,4 +1,4 @@
-"""What OUT and OUT.run hold when `espalier fit` starts, and what the run therefore does.
+"""State of OUT and OUT.run when `espalier fit` starts, and the plan that follows from it.
 
 OUT        the model folder; appears, whole, when the training has ended
 OUT.run    the run itself: checkpoints/, recipe.json, tokenizer.json, TensorBoard's files; stays, so that a run can be
@@ -18,7 +18,7 @@ from app.history import HISTORY, read_history
 from app.loading import CHECKPOINT, read_checkpoint
 from app.strategies.checkpoint_io import METADATA
 from models.errors import UserError
-from models.files import clean_leftovers, read_json
+from models.io import clean_leftovers, read_json
 from models.shapes import COUNT, VALUES, check_shape
 
 LIMITS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "early_stopping.patience")
@@ -30,8 +30,8 @@ MACHINERY = (  # where and how a run is done and watched: it is the same run on 
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a fit does.
+class FitPlan:
+    """Plan of a fit: start, resume, finish, or nothing to do.
 
     Attributes:
         resume: the checkpoint to go on from, or None to start.
@@ -46,7 +46,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint says about the run that wrote it.
+    """Metadata of a checkpoint: the run that wrote it.
 
     Attributes:
         recipe: resolved, plain values.
@@ -82,11 +82,11 @@ def _optimizer(recipe: Mapping[str, Any]) -> str:
 
 
 def run_folder(out: Path) -> Path:
-    """Where the run whose model goes to `out` keeps its checkpoints and logs."""
+    """Folder of the checkpoints and logs of the run whose model goes to `out`."""
     return out.with_name(f"{out.name}.run")
 
 
-def plan_fit(out: Path, recipe: Mapping[str, Any], ckpt_path: str | None, overwrite: bool) -> Plan:
+def plan_fit(out: Path, recipe: Mapping[str, Any], ckpt_path: str | None, overwrite: bool) -> FitPlan:
     """Decide from what is there; nothing is changed yet.
 
     Args:
@@ -114,7 +114,7 @@ def plan_fit(out: Path, recipe: Mapping[str, Any], ckpt_path: str | None, overwr
         raise UserError(f"{run} holds an unfinished run; go on with --ckpt_path last, or start anew with --overwrite")
     resume = find_checkpoint(ckpt_path, run)
     _refuse_a_branch(resume, run / "checkpoints")
-    return Plan(resume=resume)
+    return FitPlan(resume=resume)
 
 
 def _check_run(run: Path) -> None:
@@ -149,12 +149,12 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"{out} cannot be written: {place} allows no writing; choose another --out")
 
 
-def _overwriting(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | None) -> Plan:
+def _overwriting(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | None) -> FitPlan:
     """Start anew, unless this very command was killed before and is being repeated."""
     started = read_json(run / RECIPE) if (run / RECIPE).exists() else None
     unfinished = started is not None and not (run / COMPLETE).exists()
     if unfinished and ckpt_path == "last" and not differences(started, recipe, MACHINERY):
-        return Plan(resume=find_checkpoint(ckpt_path, run))
+        return FitPlan(resume=find_checkpoint(ckpt_path, run))
     resume = None if ckpt_path in (None, "last") else find_checkpoint(ckpt_path, run)
     for folder in (run, out):
         if resume is not None and resume.resolve().is_relative_to(folder.resolve()):
@@ -162,15 +162,15 @@ def _overwriting(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str
                 f"--overwrite would empty {folder}, and {resume} is in it; leave --overwrite out, or copy the "
                 "checkpoint to another place first"
             )
-    return Plan(resume, stale=tuple(run.iterdir()) if run.is_dir() else ())
+    return FitPlan(resume, stale=tuple(run.iterdir()) if run.is_dir() else ())
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """All that a run has saved, the newest and the best."""
+    """Checkpoints of a run: the newest and the best."""
     return [*checkpoints_in(run / "checkpoints"), *checkpoints_in(run / "checkpoints", "best")]
 
 
-def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | None) -> Plan | None:
+def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | None) -> FitPlan | None:
     """The plan for an `out` that holds something: nothing to do, a longer run, or a refusal."""
     entries = read_history(out)
     if len(entries) != 1 or entries[0].get("stage") != "pretrain":
@@ -179,7 +179,7 @@ def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | 
     changes = differences(entries[0]["recipe"], recipe, leaving_out=MACHINERY)
     steps = entries[0]["steps"]
     if not changes:
-        return Plan(done=f"{out} is complete: {steps} steps. There is nothing to do (--overwrite trains anew).")
+        return FitPlan(done=f"{out} is complete: {steps} steps. There is nothing to do (--overwrite trains anew).")
     if any(key not in LIMITS for key in changes):
         raise UserError(
             f"{out} holds a finished run of another recipe ({describe(changes)}); "
@@ -187,7 +187,7 @@ def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | 
         )
     limit = flatten(recipe).get("trainer.max_steps", -1)
     if isinstance(limit, int) and 0 < limit <= steps:
-        return Plan(done=f"{out} is complete: it was trained for {steps} steps, and max_steps is {limit}.")
+        return FitPlan(done=f"{out} is complete: it was trained for {steps} steps, and max_steps is {limit}.")
     if ckpt_path is None:
         raise UserError(
             f"{out} holds a finished run of {steps} steps; go on with --ckpt_path last, or start anew with --overwrite"

@@ -1,4 +1,4 @@
-"""What a recipe may name without `--trust`: the list of classes, and the check of what a parsed recipe names.
+"""Trust: the classes that a recipe may name without `--trust`, and the check of a parsed recipe.
 
 A recipe may come from anybody. A class that starts processes, unpickles, sends figures to a service or writes where it
 is told is not in the list; neither is one that is not needed. With `--trust` any class may be named anywhere.

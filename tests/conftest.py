@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from app.data.blocks import TokenBlocks, token_blocks
 from app.data.corpus import MemoryCorpus, python_corpus
+from app.data.packing import TokenBlocks, token_blocks
 from app.data.tokenizer import load_tokenizer, train_tokenizer
-from app.evaluation.quality import Part, Quality, Segments, evaluate_quality
-from models import folder
+from app.evaluation.quality import BlockSubset, Quality, Segments, evaluate_quality
+from models import checkpoint
 from models.config import ModelConfig
 from models.transformer import Transformer
 
@@ -36,7 +36,7 @@ class Trained(NamedTuple):
     model: Transformer
     train: TokenBlocks
     calibration: list[dict[str, Any]]  # 4 batches of 16 x 128 tokens of the training text
-    held_out: Part  # 200 blocks of 128 tokens, evenly spaced over the test text
+    held_out: BlockSubset  # 200 blocks of 128 tokens, evenly spaced over the test text
     splits: tuple[TokenBlocks, TokenBlocks]  # all of the test and of the validation text
 
     def fit(self, model: nn.Module, steps: int, rate: float, loss_of: Callable, attach: Callable | None = None) -> None:
@@ -90,8 +90,8 @@ def load_decoder(place: Path, cache: Path, seed: int = 0) -> Trained:
         token_blocks(corpus, tokenizer, split, LENGTH, cache_dir=cache) for split in ("train", "test", "validation")
     )
     calibration = token_blocks(corpus, tokenizer, "train", LENGTH, samples=64, seed=1 + seed, cache_dir=cache)
-    drawn, held_out = list(calibration.batches(ROWS)), Part.spread(test, 200)
-    return Trained(folder.load(place), train, drawn, held_out, (test, validation))
+    drawn, held_out = list(calibration.batches(ROWS)), BlockSubset.spread(test, 200)
+    return Trained(checkpoint.load(place), train, drawn, held_out, (test, validation))
 
 
 def _corpus() -> MemoryCorpus:
@@ -106,8 +106,8 @@ def train_decoder(place: Path, cache: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(ARCHITECTURE))
     train_steps(model, blocks, STEPS, HIGHEST_RATE, lambda batch: model(**batch).loss)
-    with folder.writing(place) as target:
-        folder.save_model(model, target)
+    with checkpoint.writing(place) as target:
+        checkpoint.save_model(model, target)
         tokenizer.save(target)
 
 

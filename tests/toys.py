@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from compress.pruning.criterion import Criterion
-from compress.quantization.methods import Quantizer, requested
-from compress.records import LayerRecord
+from compress.calibration.records import LayerRecord
+from compress.pruning.criteria.criterion import Criterion
+from compress.quantization.quantizer import Quantizer, requested
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the experts of a model do while it trains, in TensorBoard. Nothing for a model without experts."""
+"""Expert load during training in TensorBoard; nothing for a model without experts."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from app.evaluation.charts import load_picture
 from app.evaluation.experts import Figures, Loads
+from app.evaluation.report.charts import load_picture
 
 
 class ExpertLoad(Callback):

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from app.callbacks.checkpoints import Checkpoints
 from app.history import history_entry, write_card, write_history
 from app.strategies.checkpoint_io import read_checkpoint
+from models.checkpoint import hash_weights, save_model, writing
 from models.errors import UserError
-from models.folder import hash_weights, save_model, writing
 from models.transformer import outline
 
 Weights = Literal["last", "best"]

@@ -1,4 +1,4 @@
-"""What a run logs while it trains: loss, rates, memory, and its own recipe."""
+"""Training metrics: loss, rates, memory, and the run's own recipe."""
 
 import math
 import resource
@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from app.callbacks.peaks import peak_flops
+from app.callbacks.peak_flops import peak_flops
 from models.errors import UserError
 
 GIB = 2**30
@@ -27,7 +27,7 @@ class Metrics(Callback):
         speed/tokens_per_second, speed/mfu                   over the steps since the last entry, validation left out
         memory/peak_gib                                      of the device, or of the process on CPU
 
-    MFU is model FLOPs (forward and backward, nothing recomputed) over the dense bf16 peak (app/callbacks/peaks.py).
+    MFU: model FLOPs (forward and backward, nothing recomputed) over the dense bf16 peak (app/callbacks/peak_flops.py).
 
     Args:
         every_n_steps: optimizer steps between two entries.

@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: its recipe, in checkpoints and TensorBoard too, and its tokenizer."""
+"""Record of a run: its recipe, in checkpoints and TensorBoard too, and its tokenizer."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.callbacks.metrics import log_text
-from models.files import write_json
+from models.io import write_json
 
 KEY = "espalier"
 FORMAT_VERSION = 1

@@ -1,4 +1,4 @@
-"""What the model makes of a few texts while it trains, as text in TensorBoard."""
+"""Samples during training, as text in TensorBoard."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""How a run ends before it is done: SIGTERM while a Trainer runs, and a process beside this one that was lost."""
+"""Early ends of a run: SIGTERM while a Trainer runs, and a lost rank."""
 
 import os
 import signal

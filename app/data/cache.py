@@ -1,4 +1,4 @@
-"""Where tokenizers and token files are kept between runs, and how each is made exactly once."""
+"""Cache of tokenizers and token files between runs, each made exactly once."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from models.errors import UserError
-from models.files import writing
+from models.io import writing
 
 Item = TypeVar("Item")
 _SHOWN_FROM = 4_000_000  # bytes of text: below that, work is over before a bar could be read

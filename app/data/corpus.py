@@ -1,4 +1,4 @@
-"""What a corpus is: documents with numbers and names, in three splits; the default corpus and the synthetic one.
+"""Corpus: documents with numbers and names, in three splits; the default corpus and the synthetic one.
 
 Every document has a number (its place in the corpus, over all splits), a name that a person recognises, and a split
 that depends on a hash of its name or text, so that neither the machine nor the order of the files moves a document from

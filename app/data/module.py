@@ -9,10 +9,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import Dataset
 
-from app.data.blocks import TokenBlocks, fingerprint_of, tokenize
 from app.data.cache import cache_root, track
 from app.data.corpus import SPLITS, Corpus
-from app.data.order import EvaluationBatches, Loader, Order, TrainingBatches
+from app.data.packing import TokenBlocks, fingerprint_of, tokenize
+from app.data.sampler import EvaluationBatches, Loader, Order, TrainingBatches
 from app.data.sources import open_source
 from app.data.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
 from models.errors import UserError
@@ -118,7 +118,7 @@ class TextData(LightningDataModule):
 
     @property
     def left_out(self) -> str:
-        """What of the source is not read, in words."""
+        """Parts of the source that are not read, in words."""
         return "; ".join(self.corpus.left_out)
 
     @property
@@ -279,7 +279,7 @@ class TextData(LightningDataModule):
         return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
     def _start(self) -> int:
-        """Where an epoch begins: at the position, or always at the beginning when a run is to overfit a few batches."""
+        """Start of an epoch: the position, or always 0 when a run is to overfit a few batches."""
         return 0 if self.trainer is not None and self.trainer.overfit_batches else self.position
 
     def _evaluation(self, split: str) -> Loader:

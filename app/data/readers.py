@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.data.survey import Part
+from app.data.source_index import SourcePart
 from app.data.tables import ARROW_ERRORS, NUMERIC, TABLES, string_type
 from app.data.unpacked import check_text, open_text
 from models.errors import UserError
-from models.files import inside, read_json
+from models.io import inside, read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -33,7 +33,7 @@ _TITLE = re.compile(r" ?= (?!=)[^\n]*[^=\s] = ?\n?")  # WikiText's title of an a
 Groups = dict[str | None, list[Path]]  # files under the split that their names give
 
 
-def table_parts(kind: str, groups: Groups, names: dict[Path, str], source: str, column: str | None) -> list[Part]:
+def table_parts(kind: str, groups: Groups, names: dict[Path, str], source: str, column: str | None) -> list[SourcePart]:
     """Open the files of one kind of TABLES: a row is a document, and all files have the text in the same column.
 
     Raises:
@@ -46,7 +46,7 @@ def table_parts(kind: str, groups: Groups, names: dict[Path, str], source: str, 
             column = choose_column(columns, column, str(file) if found else source)
             found[file] = partial(table.texts, file, column)
     return [
-        Part(split, partial(_numbered, names[file], found[file]))
+        SourcePart(split, partial(_numbered, names[file], found[file]))
         for split, files in groups.items()
         for file in files
         if file in found
@@ -66,7 +66,7 @@ def _datasets(size: int) -> Any:
     return datasets
 
 
-def saved_parts(path: Path, source: str, column: str | None) -> list[Part]:
+def saved_parts(path: Path, source: str, column: str | None) -> list[SourcePart]:
     """Open a folder that `datasets.save_to_disk` wrote.
 
     Raises:
@@ -111,7 +111,7 @@ def from_hub(source: str, cache: Path) -> "dict[str, datasets.Dataset]":
         ) from error
 
 
-def split_parts(loaded: "dict[str, datasets.Dataset]", source: str, column: str | None) -> list[Part]:
+def split_parts(loaded: "dict[str, datasets.Dataset]", source: str, column: str | None) -> list[SourcePart]:
     """Return a part for each split; beside a training split, splits of any other kind are left out."""
     parts = []
     for name, table in loaded.items():
@@ -147,7 +147,7 @@ def choose_column(columns: dict[str, str], column: str | None, source: str) -> s
     return strings[0]
 
 
-def _rows(table: "datasets.Dataset", split: str | None, name: str, column: str | None, source: str) -> Part:
+def _rows(table: "datasets.Dataset", split: str | None, name: str, column: str | None, source: str) -> SourcePart:
     types = {field.name: string_type(field.type) for field in table.features.arrow_schema}
     chosen = choose_column(types, column, source)
 
@@ -160,10 +160,10 @@ def _rows(table: "datasets.Dataset", split: str | None, name: str, column: str |
                 raise UserError(f"source '{source}' is damaged: {error}") from error
             yield from (text or "" for text in rows)
 
-    return Part(split, partial(_numbered, name, texts))
+    return SourcePart(split, partial(_numbered, name, texts))
 
 
-def text_parts(groups: Groups, names: dict[Path, str], source: str, column: str | None) -> list[Part]:
+def text_parts(groups: Groups, names: dict[Path, str], source: str, column: str | None) -> list[SourcePart]:
     """Open UTF-8 text files: 32 or more are documents, fewer are cut into documents."""
     if column is not None:
         raise UserError(f"source '{source}' is plain text and has no column '{column}'; leave column out")
@@ -174,9 +174,9 @@ def text_parts(groups: Groups, names: dict[Path, str], source: str, column: str 
     parts = []
     for split, files in groups.items():
         if len(names) >= MANY_FILES and max(sizes.values()) < LARGEST_FILE:
-            parts.append(Part(split, partial(_whole_files, {file: names[file] for file in files})))
+            parts.append(SourcePart(split, partial(_whole_files, {file: names[file] for file in files})))
         else:
-            parts += [Part(split, partial(_cut_file, file, names[file], length)) for file in files]
+            parts += [SourcePart(split, partial(_cut_file, file, names[file], length)) for file in files]
     return parts
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from app.data import readers
 from app.data.cache import cache_root
 from app.data.corpus import Corpus, python_corpus, synthetic
-from app.data.survey import SourceCorpus
+from app.data.source_index import SourceCorpus
 from app.data.unpacked import suffix
 from models.errors import UserError, did_you_mean
 

@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 class Table(NamedTuple):
-    """How the files of one kind are read.
+    """Reader of the files of one kind.
 
     columns: file -> name and type of every column, none where the file has no rows; `string` and NUMERIC are text.
     texts: (file, column) -> the text of every row, empty where a row has none.

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from app.data.cache import build_once
 from models.errors import UserError
-from models.files import inside, read_json
+from models.io import inside, read_json
 from models.sidecars import TOKENIZER, TOKENIZER_CONFIG, named_tokens, read_sidecars, stop_tokens, write_sidecars
 
 END_OF_TEXT = "<|endoftext|>"

@@ -1,4 +1,4 @@
-"""What a stage did to a model, measured and written down.
+"""Evaluation: metrics, size and speed of models, and the report of a stage.
 
     quality.py    NLL over a whole held-out split, KL divergence and agreement of two models in one pass
     baselines.py  the same text by token frequencies, and by an untrained model
@@ -8,7 +8,7 @@
     figures.py    all of it as the blocks `before`, `after` and `change`
     verdict.py    the same in sentences
     report.py     report.json, report.md, report.html, plots/, tensorboard/ of one stage;  many.py: one page over many
-    tables.py  charts.py  labels.py  wording.py  events.py  templates/    how it is shown
+    tables.py  charts.py  labels.py  formatting.py  events.py  templates/    how it is shown
 
 What a stage calls:
 

@@ -1,4 +1,4 @@
-"""What a perplexity is worth: the same tokens, predicted by two models that know nothing.
+"""Baselines: the same tokens predicted by token frequencies and by an untrained model.
 
 untrained   an architecture, freshly initialised: where its training began
 unigram     every token by its frequency in the training text alone: no context used at all
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.evaluation import wording
+from app.evaluation import formatting
 from app.evaluation.metrics import Metric
 from app.evaluation.quality import (
     PREDICTION,
-    Part,
+    BlockSubset,
     Progress,
     Quality,
     batches,
@@ -25,15 +25,15 @@ from app.evaluation.quality import (
     quality,
 )
 from app.evaluation.rows import IGNORED, Ledger
+from models.checkpoint import skeleton
 from models.config import ModelConfig
-from models.folder import skeleton
 from models.transformer import Transformer
 
 UNTRAINED_BLOCKS = 64  # a fresh model is about as wrong everywhere: a sample of blocks pins it down
 
 
 def count_tokens(blocks: Iterable[dict[str, Tensor]], vocabulary: int) -> np.ndarray:
-    """How often each token is a target, (V,) int64."""
+    """Number of times that each token is a target, (V,) int64."""
     counts = np.zeros(vocabulary, dtype=np.int64)
     for block in blocks:
         targets = block["targets"]
@@ -74,7 +74,7 @@ def untrained(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Transformer(replace(config, compression={})).to(device)
-    return evaluate_quality(model, Part.spread(blocks, UNTRAINED_BLOCKS), metrics=metrics, progress=progress)
+    return evaluate_quality(model, BlockSubset.spread(blocks, UNTRAINED_BLOCKS), metrics=metrics, progress=progress)
 
 
 def baselines(
@@ -106,5 +106,5 @@ def describe(config: ModelConfig) -> str:
     """An architecture in words: its layers, its width, its parameters."""
     layers = "1 layer" if len(config.layers) == 1 else f"{len(config.layers)} layers"
     counts = skeleton(replace(config, compression={})).count_parameters()
-    parameters = wording.parameters(counts["total"], counts["active"])
+    parameters = formatting.parameters(counts["total"], counts["active"])
     return f"a model of {layers}, width {config.width} and {parameters} parameters"

@@ -1,4 +1,4 @@
-"""Where figures were measured: machine, threads, versions."""
+"""Measurement environment: machine, threads, versions."""
 
 import os
 import platform

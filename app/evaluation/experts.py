@@ -1,4 +1,4 @@
-"""How the experts of a model are used: what every layer says of its latest forward, added up.
+"""Expert usage: statistics of the latest forwards, summed by layer.
 
 load               share of the pairs of token and expert that each expert got (models/experts/mixture.py)
 load_variation     standard deviation of the load over its mean: 0 where all experts get the same

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: negative log-likelihood, and how far one model has moved from another.
+"""Quality on held-out data: the task's metrics, paired differences, KL divergence and agreement.
 
     evaluate_quality(model, blocks)           -> Quality               one model
     evaluate_qualities([a, b], blocks)        -> [Quality, Quality], Divergence     the same batches, one pass
@@ -33,7 +33,7 @@ PREDICTION = (Perplexity(), Loss(), BitsPerByte())  # the metrics of a language 
 Progress = Callable[[int, int], None]
 
 
-class Part(Sequence):
+class BlockSubset(Sequence):
     """Some blocks of a split, by their indices; `tokens` stays the number of predictions in the whole split."""
 
     def __init__(self, blocks: Sequence[dict[str, Tensor]], indices: Sequence[int]) -> None:
@@ -44,12 +44,12 @@ class Part(Sequence):
         self.fingerprint = getattr(blocks, "fingerprint", None)
 
     @classmethod
-    def first(cls, blocks: Sequence[dict[str, Tensor]], count: int) -> "Part":
+    def first(cls, blocks: Sequence[dict[str, Tensor]], count: int) -> "BlockSubset":
         """The first `count` blocks, or all where there are fewer."""
         return cls(blocks, range(min(count, len(blocks))))
 
     @classmethod
-    def spread(cls, blocks: Sequence[dict[str, Tensor]], count: int) -> "Part":
+    def spread(cls, blocks: Sequence[dict[str, Tensor]], count: int) -> "BlockSubset":
         """At most `count` blocks, evenly spaced over the split."""
         return cls(blocks, np.linspace(0, len(blocks) - 1, min(count, len(blocks))).round())
 
@@ -66,7 +66,7 @@ def no_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Quality(Rows):
-    """What one model made of a split, and the metrics that are taken from it."""
+    """Quality of one model on a split, by metric."""
 
     metrics: tuple[Metric, ...]
     context: int  # T, the longest context
@@ -91,7 +91,7 @@ class Quality(Rows):
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far `after` moved from `before` on the same tokens; sums over the segments, both (S,) float64."""
+    """KL divergence and agreement of `after` with `before` on the same tokens; sums over the segments, (S,) float64."""
 
     segments: Segments
     kl: np.ndarray  # KL(before || after), nats
@@ -142,7 +142,7 @@ def batches(blocks: Sequence[dict[str, Tensor]], size: int) -> Iterable[dict[str
 
 
 def final_hidden(model: nn.Module, tokens: Tensor, documents: Tensor | None) -> Tensor:
-    """What the head sees, (B, T, D): the forward pass up to the final norm, so that logits can be made in chunks."""
+    """Final hidden states (B, T, D), so that logits can be made in chunks."""
     return model.hidden(tokens, documents=documents).x
 
 
@@ -234,7 +234,7 @@ def on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def closed(ledger: Ledger) -> tuple[Segments, dict[str, np.ndarray]]:
-    """What a ledger holds. Raises UserError where nothing was predicted."""
+    """`Quality` from a ledger. Raises UserError where nothing was predicted."""
     segments, sums = ledger.close()
     if not segments.tokens.sum():
         raise UserError("the evaluation split holds no token to predict: every target is ignored")

@@ -39,7 +39,7 @@ class Segments:
         return cluster_mean(np.bincount(cluster, sums), np.bincount(cluster, self.tokens))
 
     def describe(self) -> str:
-        """How the intervals were taken, in words."""
+        """Method of the intervals, in words."""
         unit = "document" if self.by_document else "block"
         count = len(np.unique(self.clusters()))
         return f"95% t interval, linearised ratio estimator, {count} {unit}s as clusters"
@@ -47,7 +47,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Rows:
-    """What one model made of a split, in sums over its segments.
+    """Ledger of one model on a split: sums over its segments.
 
     Attributes:
         sums: quantity of a metric -> (S,) float64; `nll`, the negative log-likelihood in nats, is always there.

@@ -1,4 +1,4 @@
-"""What each layer loses alone at each number of bits, as a report shows it: a picture, a table, and sentences."""
+"""Per-layer sensitivity in a report: KL to the original model at each bit width, as picture, table and sentences."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from app.evaluation import wording
-from app.evaluation.charts import INK, SHADES, WARM, Chart
+from app.evaluation import formatting
+from app.evaluation.report.charts import INK, SHADES, WARM, Chart
 
 WRITTEN = 40  # layers up to which their figures are written into the picture
 
@@ -23,7 +23,7 @@ def picture(found: Mapping[str, Any]) -> Chart:
     layers = found["layers"]
     bits = sorted({int(b) for layer in layers for b in layer["kl"]})
     values = [[_of(layer["kl"], b) for b in bits] for layer in layers]
-    positive = [value for row in values for value in row if wording.known(value) and value > 0] or [1.0]
+    positive = [value for row in values for value in row if formatting.known(value) and value > 0] or [1.0]
     low, high = max(min(positive), max(positive) * 1e-8), max(positive)
     if low == high:
         low = high / 10
@@ -31,12 +31,12 @@ def picture(found: Mapping[str, Any]) -> Chart:
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
-        shown = [[max(value, low) if wording.known(value) else float("nan") for value in row] for row in values]
+        shown = [[max(value, low) if formatting.known(value) else float("nan") for value in row] for row in values]
         norm = LogNorm(low, high)
         image = axis.imshow(shown, cmap=SHADES, norm=norm, aspect="auto", interpolation="nearest")
         for y, (layer, row) in enumerate(zip(layers, values, strict=True)):
             for x, value in enumerate(row if len(layers) <= WRITTEN else []):
-                if wording.known(value):
+                if formatting.known(value):
                     colour = "white" if norm(max(value, low)) > 0.45 else INK
                     axis.text(x, y, f"{value:.1e}", ha="center", va="center", fontsize=6.8, color=colour)
             if layer["bits"] in bits:
@@ -64,9 +64,9 @@ def table(found: Mapping[str, Any]) -> dict[str, Any]:
     rows = [
         {
             "name": layer["name"],
-            "weights": wording.count(layer["weights"]),
-            "kl": [wording.number(value, 3) for value in (_of(layer["kl"], b) for b in bits)],
-            "bits": wording.plain(layer["bits"]),
+            "weights": formatting.count(layer["weights"]),
+            "kl": [formatting.number(value, 3) for value in (_of(layer["kl"], b) for b in bits)],
+            "bits": formatting.plain(layer["bits"]),
         }
         for layer in found["layers"]
     ]
@@ -74,7 +74,7 @@ def table(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def how(found: Mapping[str, Any]) -> str:
-    """How the figures were taken, in a sentence."""
+    """Protocol of the figures, in a sentence."""
     grouped = any(layer["maps"] > 1 for layer in found["layers"])
     experts = ", the maps of one kind in all the experts of a layer together," if grouped else ""
     return (
@@ -84,7 +84,7 @@ def how(found: Mapping[str, Any]) -> str:
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """What a budget came to, and whether it paid, for the report's verdict; none without a budget."""
+    """Result of a bit budget for the report's summary; none without a budget."""
     if "budget" not in found:
         return []
     budget, counts = found["budget"], Counter(layer["bits"] for layer in found["layers"])
@@ -111,11 +111,11 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(budget: Mapping[str, Any], name: str) -> str:
-    return f"{budget[name]:.4g}" if budget["unit"] == "bits" else wording.size(budget[name])
+    return f"{budget[name]:.4g}" if budget["unit"] == "bits" else formatting.size(budget[name])
 
 
 def _signed(value: float) -> str:
-    text = wording.number(value, 3)
+    text = formatting.number(value, 3)
     return f"+{text}" if value > 0 else text
 
 

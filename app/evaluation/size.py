@@ -1,4 +1,4 @@
-"""How large a model is: in weights, on disk, in memory; and the same layer by layer.
+"""Model size: parameters, bytes on disk and in memory; of the model and of each layer.
 
 parameters            weights of the architecture as it stands (a packed tensor counts the weights it stands for)
 active_parameters     those that take part in one token: all, but of experts only those that it chooses
@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress.quantization.kernels import kernel_for
-from models.depth import DepthRouter
+from compress.quantization.kernels.dispatch import kernel_for
 from models.experts import StackedExperts
-from models.files import weight_files
-from models.forms import form_of
+from models.io import weight_files
+from models.mixture_of_depths import DepthRouter
 from models.positions.transformer_xl import DistanceMap
 from models.transformer import Transformer
+from models.weight_formats import form_of
 
 BLOCK = re.compile(r"blocks\.(\d+)\.(.*)")
 
@@ -75,7 +75,7 @@ def dense_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def stored_tensors(module: nn.Module) -> list[Tensor]:
-    """What the module writes to disk: also buffers, such as the threshold of a router."""
+    """Tensors that the module writes to disk: also buffers, such as the threshold of a router."""
     if form_of(module) is not None:
         return list(module.state_dict().values())
     buffers = [one for name, one in module.named_buffers(recurse=False) if name in module.state_dict()]
@@ -157,7 +157,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def kernels(model: Transformer) -> list[dict]:
-    """What the matrices run through at batch 1: [{"kernel", "modules", "reason", "largest_batch", "layers"}].
+    """Kernels of the matrices at batch 1: [{"kernel", "modules", "reason", "largest_batch", "layers"}].
 
     `reason`: why none is packed. `largest_batch`: tokens at once above which the dense product takes over, or None.
     """

@@ -1,4 +1,4 @@
-"""How fast models run, measured so that a difference can be believed.
+"""Speed: interleaved timed rounds with intervals.
 
 All models of a comparison are in one process and take turns, round after round (A B, B A, A B, ...), so that a machine
 that warms up, throttles or is shared takes them all along. A round generates greedily from one prompt at batch 1, or is
@@ -45,7 +45,7 @@ class Latency(NamedTuple):
 
 @dataclass(frozen=True)
 class SpeedProtocol:
-    """What a round does: greedy generation from one prompt at batch 1.
+    """Speed protocol of generation: greedy, from one prompt, at batch 1.
 
     Args:
         prompt_tokens: length of the prompt; at most half the model's context is used.
@@ -115,7 +115,7 @@ class SpeedProtocol:
         )
 
     def describe(self) -> dict:
-        """What the figures were measured with."""
+        """Settings of the speed figures."""
         return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "batch_size": 1}
 
 

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 
-from app.data.blocks import TokenBlocks
-from app.evaluation import wording
-from app.evaluation.charts import ACCENT, INK, MUTED, Chart
+from app.data.packing import TokenBlocks
+from app.evaluation import formatting
 from app.evaluation.intervals import Interval, t_quantile
 from app.evaluation.metrics import Metric
-from app.evaluation.quality import IGNORED, Part, evaluate_quality
+from app.evaluation.quality import IGNORED, BlockSubset, evaluate_quality
+from app.evaluation.report.charts import ACCENT, INK, MUTED, Chart
 from models.shapes import COUNT, EACH, NUMBER, maybe
 
 PADDING = -1
@@ -61,7 +61,7 @@ def measure(
     metric: Metric,
     examples: Callable[[TokenBlocks], Sequence] = lambda blocks: blocks,
 ) -> dict[str, dict]:
-    """What a model makes of the first `tokens` tokens of a split, read in blocks of each length.
+    """Loss of a model on the first `tokens` tokens of a split, in blocks of each length.
 
     Args:
         model: a Transformer.
@@ -83,11 +83,11 @@ def measure(
         if model.config.position.bounded and length > model.config.context:
             continue
         whole, halves = (examples(TokenBlocks(blocks.folder, size, last="drop")) for size in (length, length // 2))
-        quality = evaluate_quality(model, Part.first(whole, count // length), metrics=(metric,))
+        quality = evaluate_quality(model, BlockSubset.first(whole, count // length), metrics=(metric,))
         found[str(length)] = {"blocks": quality.mean(metric.quantity).value}
         experts = experts or quality.experts
         if len(lengths) > 1:
-            overlapping = Sliding(Part.first(halves, 2 * count // length))
+            overlapping = Sliding(BlockSubset.first(halves, 2 * count // length))
             quality = evaluate_quality(model, overlapping, metrics=(metric,))
             found[str(length)]["sliding"] = quality.mean(metric.quantity).value
     return {"losses": found, "experts": experts}
@@ -135,7 +135,7 @@ def mean_over_seeds(values: Sequence[float]) -> Interval:
 
 
 def outcome(axis: str, name: str, runs: Sequence[Mapping], baseline: Sequence[Mapping], metric: Metric) -> Outcome:
-    """What the runs of one variant (one a seed, in the order of the baseline's) amount to."""
+    """`Result` of the runs of one variant (one a seed, in the order of the baseline's)."""
     trained = next(iter(baseline[0]["losses"]))
     own = tuple(run["losses"][trained]["blocks"] for run in runs)
     base = [run["losses"][trained]["blocks"] for run in baseline]
@@ -155,28 +155,28 @@ def table(outcomes: Sequence[Outcome], baseline: Outcome) -> str:
         f"| axis | variant | parameters | FLOPs a token | tokens/s | {baseline.metric.label} (range over seeds) "
         f"| difference in {baseline.metric.quantity_unit} [95 %] |",
         "|---|---|---|---|---|---|---|",
-        f"| | **{wording.markdown(baseline.name)}** (baseline) | {_costs(baseline)} | {_ranged(baseline)} | |",
+        f"| | **{formatting.markdown(baseline.name)}** (baseline) | {_costs(baseline)} | {_ranged(baseline)} | |",
     ]
     for one in outcomes:
-        low, high = (wording.signed(f"{end:+.3f}") for end in (one.difference.low, one.difference.high))
-        middle = wording.signed(f"{one.difference.value:+.3f}")
+        low, high = (formatting.signed(f"{end:+.3f}") for end in (one.difference.low, one.difference.high))
+        middle = formatting.signed(f"{one.difference.value:+.3f}")
         verdict = "" if one.difference.beyond_noise else " (within noise)"
         lines.append(
-            f"| {wording.markdown(one.axis)} | {wording.markdown(one.name)} | {_costs(one)} | {_ranged(one)} "
+            f"| {formatting.markdown(one.axis)} | {formatting.markdown(one.name)} | {_costs(one)} | {_ranged(one)} "
             f"| {middle} [{low}, {high}]{verdict} |"
         )
     return "\n".join(lines)
 
 
 def _costs(one: Outcome) -> str:
-    rate = wording.MISSING if one.rate is None else f"{one.rate:,.0f}"
-    return f"{wording.parameters(one.parameters, one.active)} | {wording.flops(one.flops)} | {rate}"
+    rate = formatting.MISSING if one.rate is None else f"{one.rate:,.0f}"
+    return f"{formatting.parameters(one.parameters, one.active)} | {formatting.flops(one.flops)} | {rate}"
 
 
 def _ranged(one: Outcome) -> str:
     low, high = (one.metric.of(end) for end in (min(one.losses), max(one.losses)))
     if one.metric.relative:
-        return f"{wording.number(one.value)} ({wording.number(low, 3)} to {wording.number(high, 3)})"
+        return f"{formatting.number(one.value)} ({formatting.number(low, 3)} to {formatting.number(high, 3)})"
     return f"{one.metric.show(one.value)} ({one.metric.show(low)} to {one.metric.show(high)})"
 
 
@@ -189,12 +189,12 @@ def extrapolation(outcomes: Sequence[Outcome]) -> str:
     ]
     for one in outcomes:
         cells = [
-            " / ".join(wording.number(value, 3) for value in one.lengths[length])
+            " / ".join(formatting.number(value, 3) for value in one.lengths[length])
             if length in one.lengths
             else "ends before"
             for length in lengths
         ]
-        lines.append(f"| {wording.markdown(one.name)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {formatting.markdown(one.name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -219,7 +219,9 @@ def differences(outcomes: Sequence[Outcome], baseline: Outcome) -> Chart:
             label.set_fontweight("bold" if isinstance(row, str) else "normal")
         panel.set_ylim(len(rows) - 0.4, -0.8)
         panel.set_xscale("symlog", linthresh=0.1)  # most differences are small, and some are not
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.signed(f"{value:+g}" if value else "0")))
+        panel.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: formatting.signed(f"{value:+g}" if value else "0"))
+        )
         side = "left" if baseline.metric.better == "lower" else "right"
         unit = f"{baseline.metric.quantity_unit.capitalize()} per token"
         panel.set_title(f"{unit} against the baseline: {side} is better")

@@ -1,4 +1,4 @@
-"""How parameters move: optimizers and learning-rate schedules, each an object that a recipe chooses by name."""
+"""Optimizers and learning-rate schedules, each an object that a recipe chooses by name."""
 
 from app.optim.adamw import AdamW
 from app.optim.base import Optimization

@@ -1,4 +1,4 @@
-"""What a recipe chooses when it names an optimizer, and which parameters play which role.
+"""Base of optimizers in a recipe, and parameter groups by role.
 
 Weight decay and Muon act on matrices that map hidden states to hidden states. Everything else is left out of both:
 

@@ -1,4 +1,4 @@
-"""How a run is spread over devices and how its checkpoints reach the disk."""
+"""Strategies over devices, and the format of checkpoints on disk."""
 
 from app.strategies.checkpoint_io import WholeCheckpoints
 from app.strategies.fsdp import FSDP2

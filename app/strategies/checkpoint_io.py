@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.tensor import DTensor
 
 from models.errors import UserError
-from models.files import inside, sha256_of
+from models.io import inside, sha256_of
 
 METADATA = "meta.pt"  # of a sharded checkpoint: everything but the sharded tensors
 SHARDS = "shards"  # in METADATA: file -> SHA-256 (hex)
@@ -107,7 +107,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _read_archive(path: Path) -> Any:
-    """What `torch.save` wrote. Its own reader neither compares checksums nor notices that a record is compressed."""
+    """Read a file of `torch.save` with the checks that its own reader lacks: checksums, and no compressed records."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -33,7 +33,7 @@ from app.strategies.checkpoint_io import (
     without_sharded,
 )
 from models.errors import UserError
-from models.files import sha256_of
+from models.io import sha256_of
 
 
 class FSDP2(ModelParallelStrategy):

@@ -1,4 +1,4 @@
-"""What a model is trained for: a task gives the data, the losses, the metrics and all else that depends on it.
+"""Base class of tasks: data, losses, metrics, baselines, speed and samples of one objective.
 
 A task is an object that one LightningModule trains (app/tasks/training.py), one distils (app/tasks/distill.py), and
 that the model folder names (`config.json: task`), so that every stage and report takes it from there.
@@ -97,19 +97,19 @@ class Task:
         return self.losses(model, batch)
 
     def predictions(self, model: Forward, batch: Batch) -> Tensor:
-        """What the model says where it counts: log-probabilities (N, V) of the N targets of a batch, in their order."""
+        """Predictions: log-probabilities (N, V) at the N targets of a batch, in their order."""
         raise NotImplementedError
 
     def baselines(self, config: ModelConfig, blocks: Sequence[Batch], training: Any = None, **options: Any) -> dict:
-        """What costs nothing, by name: the `baselines` block of report.json; none by default."""
+        """Baselines by name, for the `baselines` block of report.json; none by default."""
         return {}
 
     def speed(self, rounds: int) -> SpeedProtocol:
-        """How a model of it is timed, in so many rounds."""
+        """Speed protocol of the task, in so many rounds."""
         return self.protocol(rounds=rounds)
 
     def samples(self, model: Transformer, tokenizer: "Tokenizer", prompts: Sequence[str], **options: Any) -> list[str]:
-        """What the model makes of the prompts, as texts; nothing by default.
+        """Samples: texts that the model generates from the prompts; none by default.
 
         Args:
             options: `max_new_tokens`, `temperature` and `seed`, of which a task uses what it can.

@@ -1,4 +1,4 @@
-"""What torch.compile is applied to: always parts of a model, in place, so that the names in a state dict stay."""
+"""Options of torch.compile: parts of a model, in place, so that the names in a state dict stay."""
 
 import shutil
 from abc import ABC, abstractmethod

@@ -21,14 +21,14 @@ from app.tasks.compile import Compile
 from app.tasks.precision import ComputeDtype, call_in
 from app.tasks.training import Training
 from compress.distillation.initialization import INITIALIZATIONS
-from compress.distillation.losses import Combine, parse_losses
+from compress.distillation.losses.loss import Combine, parse_losses
 from compress.distillation.objective import Objective, require_same_vocabulary
 from compress.pruning.masks import HeldMasks, masks_of
 from compress.quantization.qat import ORIGINAL, check_trainable, unpack
 from models.errors import UserError
-from models.forms import described
 from models.projection import IGNORED
 from models.transformer import Transformer
+from models.weight_formats import described
 
 
 class _Pair(nn.Module):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from app.data.blocks import PADDING, Batch, TokenBlocks
+from app.data.packing import PADDING, Batch, TokenBlocks
 from app.data.tokenizer import Tokenizer
 from app.evaluation.metrics import METRICS, Accuracy, Loss, Metric
 from app.evaluation.rows import IGNORED
@@ -90,7 +90,7 @@ class MaskedLM(TokenTask):
 
 
 class Masking:
-    """Which tokens of a block are hidden, and what stands in their place.
+    """Masking of a block: the tokens that are predicted, and their replacements (arXiv 1810.04805, section 3.1).
 
     Args:
         tokenizer: has a mask token. Its special tokens are never hidden.

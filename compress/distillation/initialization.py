@@ -1,4 +1,4 @@
-"""What a student starts from: random weights, or blocks of its teacher, a dense one's turned into experts or not.
+"""Initialization of a student: random, from blocks of its teacher, or upcycled to experts.
 
 Copying every k-th block starts a shallower student far below a random one's loss (DistilBERT, arXiv 1910.01108,
 section 3; PKD, arXiv 1908.09355). It needs blocks of equal shape; a student of another width starts at random.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.distillation.layer_map import LAYER_MAPS, LayerMap, Uniform
+from compress.distillation.layer_map import LAYER_MAPS, LayerMap, UniformLayers
 from models.errors import UserError
 from models.experts import MixtureOfExperts, StackedExperts
 from models.registry import Registry
@@ -37,7 +37,7 @@ class Layers:
         layer_map: which teacher block each student block is copied from; the default takes every k-th and the last.
     """
 
-    layer_map: LayerMap = field(default_factory=Uniform, metadata={"registry": LAYER_MAPS})
+    layer_map: LayerMap = field(default_factory=UniformLayers, metadata={"registry": LAYER_MAPS})
 
     @torch.no_grad()
     def apply(self, student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Layers:
         return {"kind": self.kind, "blocks": [list(pair) for pair in pairs], "copied": outside}
 
     def _state(self, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
-        """What the student's block is given of the teacher's."""
+        """State dict of a student's block from its teacher's."""
         return teacher.state_dict()
 
 

@@ -1,4 +1,4 @@
-"""Which block of the student learns from, or is copied from, which block of the teacher.
+"""Layer maps: pairs of student and teacher blocks for feature losses and initialization.
 
 A map is given as pairs (student block, teacher block), both counted from 0.
 """
@@ -13,7 +13,7 @@ LAYER_MAPS = Registry("layer map")
 
 
 class LayerMap(Protocol):
-    """How blocks of the student and the teacher are paired."""
+    """Base class of layer maps."""
 
     def pairs(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
         """Pairs (student block, teacher block) for models of these depths."""
@@ -21,7 +21,7 @@ class LayerMap(Protocol):
 
 @LAYER_MAPS.register("uniform")
 @dataclass(frozen=True)
-class Uniform:
+class UniformLayers:
     """Spread the student's blocks evenly over the teacher's: block m learns from (m + 1) * teacher / student - 1.
 
     The last block always learns from the last one (TinyBERT, arXiv 1909.10351, section 4.1: g(m) = m N / M).

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from compress.distillation import feature as _feature  # noqa: F401  registers its loss
-from compress.distillation.logit import IGNORED, Logit, logit_terms
-from compress.distillation.losses import Combine, DistillationLoss
+from compress.distillation.losses import feature as _feature  # noqa: F401  registers its loss
+from compress.distillation.losses.logit import IGNORED, Logit, logit_terms
+from compress.distillation.losses.loss import Combine, DistillationLoss
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer

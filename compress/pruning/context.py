@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from compress.calibration import Batch
-from compress.records import LayerRecord
-from compress.store import Store
+from compress.calibration.records import LayerRecord
+from compress.calibration.sequential import Batch
+from compress.calibration.store import Store
 from models.attention.selective import Selective
 from models.config import ModelConfig
 from models.errors import UserError
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Goal:
-    """How far budgets go down; at least one of the two bounds.
+    """Bounds of the search for budgets; at least one of the two.
 
     Args:
         step: tokens by which a budget is lowered at a time.
@@ -58,7 +58,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Step:
+class BudgetStep:
     """One lowered budget, and where that left the model.
 
     Attributes:
@@ -108,13 +108,13 @@ class BudgetSearch:
                 f"budget_ratio {ratio:g} lowers nothing: the budgets are at {self.memory(self.budgets):.3g} already"
             )
 
-    def run(self, store: Store | None = None, progress: Progress = lambda done, total: None) -> list[Step]:
+    def run(self, store: Store | None = None, progress: Progress = lambda done, total: None) -> list[BudgetStep]:
         """Lower budgets until the goal is reached, and return every step, the model as it came first."""
-        trace = [Step(**step) for step in ((store and store.load(ENTRY)) or ({}, {"trace": []}))[1]["trace"]]
+        trace = [BudgetStep(**step) for step in ((store and store.load(ENTRY)) or ({}, {"trace": []}))[1]["trace"]]
         for step in trace[1:]:
             self._lower(step)
         if not trace:
-            trace = [Step(None, None, self.loss(), self.memory(self.budgets))]
+            trace = [BudgetStep(None, None, self.loss(), self.memory(self.budgets))]
         while not self._reached(trace[-1]):
             tried = []
             for layer in [layer for layer, budget in self.budgets.items() if budget > SMALLEST]:
@@ -157,22 +157,22 @@ class BudgetSearch:
         left = sum(replace(self.specs[i], budget=budget).cache_elements(self.length) for i, budget in budgets.items())
         return left / sum(replace(spec, budget=None).cache_elements(self.length) for spec in self.specs.values())
 
-    def _try(self, layer: int) -> Step:
-        """What a lower budget of this layer would do."""
+    def _try(self, layer: int) -> BudgetStep:
+        """Loss and cache size with a lower budget of this layer."""
         before, attention = self.budgets[layer], self.model.blocks[layer].attention
         budget, held = max(SMALLEST, before - self.goal.step), attention.budget
         attention.budget = budget
         loss = self.loss()
         attention.budget = held
-        return Step(layer, budget, loss, self.memory(self.budgets | {layer: budget}))
+        return BudgetStep(layer, budget, loss, self.memory(self.budgets | {layer: budget}))
 
-    def _lower(self, step: Step) -> None:
+    def _lower(self, step: BudgetStep) -> None:
         self.budgets[step.layer] = self.model.blocks[step.layer].attention.budget = step.budget
 
-    def _reached(self, step: Step) -> bool:
+    def _reached(self, step: BudgetStep) -> bool:
         return self.goal.budget_ratio is not None and step.memory <= self.goal.budget_ratio
 
-    def _tolerated(self, step: Step, first: Step) -> bool:
+    def _tolerated(self, step: BudgetStep, first: BudgetStep) -> bool:
         return self.goal.tolerance is None or step.loss - first.loss <= self.goal.tolerance
 
     def _progress(self, tried: int) -> tuple[int, int]:
@@ -192,7 +192,7 @@ def prune_context(
     *,
     store: Store | None = None,
     progress: Progress = lambda done, total: None,
-) -> tuple[list[LayerRecord], list[Step]]:
+) -> tuple[list[LayerRecord], list[BudgetStep]]:
     """Give the selective layers of a model their budgets in place; `model.config` is true afterwards.
 
     Args:

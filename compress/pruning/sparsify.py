@@ -6,17 +6,20 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch, LayerMethod, Progress, calibrate_sequentially, steps_of
-from compress.coverage import left_out
-from compress.experts import apart
-from compress.pruning import magnitude, wanda  # noqa: F401  register their criteria
-from compress.pruning.criterion import CRITERIA, Criterion
+from compress.calibration.coverage import left_out
+from compress.calibration.experts import apart
+from compress.calibration.records import LayerRecord
+from compress.calibration.sequential import Batch, LayerMethod, Progress, calibrate_sequentially, steps_of
+from compress.calibration.statistics import Statistic, StatisticType
+from compress.calibration.store import Store
+from compress.pruning.criteria import (
+    magnitude,
+    wanda,  # noqa: F401  register their criteria
+)
+from compress.pruning.criteria.criterion import CRITERIA, Criterion
 from compress.pruning.patterns import Pattern, global_masks
-from compress.records import LayerRecord
-from compress.statistics import Statistic, StatisticType
-from compress.store import Store
 from models.errors import UserError
-from models.forms import described
+from models.weight_formats import described
 
 ENDS = ("embedding", "head")
 
@@ -122,7 +125,7 @@ def sparsify(
         pattern: as `compress.pruning.patterns.parse_pattern` reads it.
         batches: calibration tokens for a criterion that looks at data.
         include: which of `embedding` and `head` are pruned as well.
-        store, progress, device, autocast: see `compress.calibration.calibrate_sequentially`.
+        store, progress, device, autocast: see `compress.calibration.sequential.calibrate_sequentially`.
 
     Returns a record for every matrix, those left alone with their reason. The mask is the zeros of the weights:
     `compress.pruning.masks.masks_of` recovers it.

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import Batch
+from compress.calibration.sequential import Batch
 from models.errors import UserError
 from models.projection import IGNORED
 

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.calibration import Batch, BlockStep, Method, Progress, calibrate_sequentially, steps_of
-from compress.coverage import left_out
-from compress.experts import apart
-from compress.quantization.methods import Quantizer
-from compress.records import LayerRecord
-from compress.statistics import StatisticType
-from compress.store import Store
+from compress.calibration.coverage import left_out
+from compress.calibration.experts import apart
+from compress.calibration.records import LayerRecord
+from compress.calibration.sequential import Batch, BlockStep, Method, Progress, calibrate_sequentially, steps_of
+from compress.calibration.statistics import StatisticType
+from compress.calibration.store import Store
+from compress.quantization.quantizer import Quantizer
 from models.errors import UserError, did_you_mean
-from models.forms import described, form_of
+from models.weight_formats import described, form_of
 
 
 @dataclass(frozen=True)
-class Plan(Method):
+class QuantizationPlan(Method):
     """One method for the linear layers of the blocks, others for those that a pattern names, and for the two ends.
 
     Args:
@@ -118,8 +118,8 @@ def quantize_model(
         model: the model, in any floating-point dtype; left in evaluation mode. What stays dense keeps its dtype.
         method: `Rtn`, `Gptq` or another method for the linear layers of the blocks.
         batches: calibration tokens, for methods that look at data.
-        overrides, embedding, head, studying: see `Plan`.
-        store, progress, device, autocast, minimum_tokens: see `compress.calibration.calibrate_sequentially`.
+        overrides, embedding, head, studying: see `QuantizationPlan`.
+        store, progress, device, autocast, minimum_tokens: see `compress.calibration.sequential.calibrate_sequentially`.
 
     Returns:
         One record for every linear layer and embedding, whether it was quantized or left, with the reason.
@@ -129,7 +129,7 @@ def quantize_model(
     """
     packed = {name: module for name, module in model.named_modules() if form_of(module)}
     left = [LayerRecord.skip(name, one.shape, f"already stored as {form_of(one)}") for name, one in packed.items()]
-    plan = Plan(method, overrides or {}, embedding, head, studying)
+    plan = QuantizationPlan(method, overrides or {}, embedding, head, studying)
     how = {"store": store, "progress": progress, "device": device, "autocast": autocast}
     with apart(model):
         left += left_out(model, "in full precision")

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compress.quantization.grid import IntFormat, Quantized, encode, spread, stored
-from compress.quantization.linear import PackedInt, PackedIntEmbedding, PackedIntLinear
-from compress.quantization.packed import Packed
-from compress.quantization.rtn import bits_per_weight
-from compress.records import LayerRecord
+from compress.calibration.records import LayerRecord
+from compress.quantization.affine import IntFormat, Quantized, encode, spread, stored
+from compress.quantization.formats.linear import PackedInt, PackedIntEmbedding, PackedIntLinear
+from compress.quantization.formats.packed import Packed
+from compress.quantization.methods.rtn import bits_per_weight
 from models.errors import UserError
-from models.forms import described, form_of
 from models.linear import Embedding, Linear
 from models.transformer import Transformer
+from models.weight_formats import described, form_of
 
 ORIGINAL = "parametrizations.weight.original"  # where the weight that is trained lies in a module
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration import BlockStep, moved
-from compress.quantization.codebook import CODEWORD, Product, decode
+from compress.calibration.sequential import BlockStep, moved
+from compress.quantization.formats.codebook import CODEWORD, Product, decode
 from models.cpu.matmul import linear
 from models.errors import UserError
 from models.registry import Registry

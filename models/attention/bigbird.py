@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from models.attention.full import Full, FullAttention, token_distance
 from models.attention.gather import take, tokens_at
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend, logits
-from models.attention.protocol import Context, document_mask
+from models.attention.protocol import ForwardInputs, document_mask
 from models.attention.segments import document_ends, document_starts
 from models.cache import Kept
 from models.errors import UserError
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 
 SMALL = 3  # blocks of a document, up to which every one sees every other
 
@@ -46,7 +46,7 @@ class BigBird(Full):
             encoder, on the number of blocks there.
     """
 
-    sees_all = False
+    needs_mask = False
 
     block: int = 64
     random: int = 3
@@ -58,7 +58,7 @@ class BigBird(Full):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return BigBirdAttention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -66,8 +66,8 @@ class BigBird(Full):
         return super().flops_per_token(width, min(length, (5 + self.random) * self.block))
 
 
-class Blocks(NamedTuple):
-    """Where tokens are in the blocks of their documents, all int64 of one shape.
+class BlockNumbers(NamedTuple):
+    """Block number and place of tokens in their documents, all int64 of one shape.
 
     Attributes:
         start: first token of the document, by its number in the row; it stands for the document.
@@ -79,40 +79,42 @@ class Blocks(NamedTuple):
     number: Tensor
     count: Tensor
 
-    def at(self, columns: Tensor) -> "Blocks":
-        """Those of the tokens `columns` (B' or 1, ...), of tables (B', S)."""
-        return Blocks(*(take(table, columns) for table in self))
+    def at(self, columns: Tensor) -> "BlockNumbers":
+        """Block numbers of the tokens `columns` (B' or 1, ...), of tables (B', S)."""
+        return BlockNumbers(*(take(table, columns) for table in self))
 
 
 class BigBirdAttention(FullAttention):
     """The module of `BigBird`."""
 
-    def __init__(self, spec: BigBird, place: Place) -> None:
+    def __init__(self, spec: BigBird, place: LayerContext) -> None:
         super().__init__(spec, place)
         self.block, self.random, self.seed = spec.block, spec.random, spec.seed
 
-    def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
+    def mix(self, q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor:
         if kept.keys.shape[2] <= SMALL * self.block:
-            return self._at_once(q, kept, context)
-        blocks = self._blocks(context, kept)
-        y = self._tiles(q, kept, context, blocks)  # (B, H, T, d)
-        return self._with_global_rows(y, q, kept, context, blocks) if self.bidirectional else y
+            return self._at_once(q, kept, inputs)
+        blocks = self._blocks(inputs, kept)
+        y = self._tiles(q, kept, inputs, blocks)  # (B, H, T, d)
+        return self._with_global_rows(y, q, kept, inputs, blocks) if self.bidirectional else y
 
-    def _at_once(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
+    def _at_once(self, q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor:
         """So few tokens that every block sees every other."""
-        distance, mask = token_distance(q, kept, context), None
-        if context.documents is not None:
-            mask = document_mask(context.documents[:, context.past :], context.documents, not self.bidirectional)
+        distance, mask = token_distance(q, kept, inputs), None
+        if inputs.documents is not None:
+            mask = document_mask(inputs.documents[:, inputs.past :], inputs.documents, not self.bidirectional)
         elif not self.bidirectional:
             mask = (distance >= 0)[None, None]  # (1, 1, T, S)
-        scoring = self.scoring(q, kept.keys, distance, context)
+        scoring = self.scoring(q, kept.keys, distance, inputs)
         return attend(q, kept.keys, kept.values, AttentionMask(mask, causal=False), scoring, self.drop())
 
-    def _blocks(self, context: Context, kept: Kept) -> Blocks:
+    def _blocks(self, inputs: ForwardInputs, kept: Kept) -> BlockNumbers:
         """The block of every token, (B', S) each."""
         seen, device = kept.keys.shape[2], kept.keys.device
-        start, end = (find(context.documents, seen, device) for find in (document_starts, document_ends))
-        return Blocks(start, (torch.arange(seen, device=device) - start) // self.block, -((start - end) // self.block))
+        start, end = (find(inputs.documents, seen, device) for find in (document_starts, document_ends))
+        return BlockNumbers(
+            start, (torch.arange(seen, device=device) - start) // self.block, -((start - end) // self.block)
+        )
 
     def far_blocks(self, number: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks that a block sees beside its neighbours, and which of these entries count.
@@ -131,16 +133,16 @@ class BigBirdAttention(FullAttention):
             apart.append(count - 1 - number > 1)
         return torch.cat([torch.stack(far, -1), chosen], -1), torch.cat([torch.stack(apart, -1), valid], -1)
 
-    def _tiles(self, q: Tensor, kept: Kept, context: Context, blocks: Blocks) -> Tensor:
+    def _tiles(self, q: Tensor, kept: Kept, inputs: ForwardInputs, blocks: BlockNumbers) -> Tensor:
         """Every query over its neighbours and its far blocks: (B, H, T, d)."""
         batch, _, new, _ = q.shape
-        past, seen = context.past, kept.keys.shape[2]
+        past, seen = inputs.past, kept.keys.shape[2]
         size = min(self.block, new)
         tiles = -(-new // size)
         steps = torch.arange(size, device=q.device)
         firsts = past + size * torch.arange(tiles, device=q.device)  # (N,)
         own = (firsts[:, None] + steps).clamp(max=seen - 1)[None]  # (1, N, c), queries beyond the end are the last one
-        aligned = context.documents is None and past % self.block == 0
+        aligned = inputs.documents is None and past % self.block == 0
         owners = 1 if aligned or size == 1 else 2  # blocks of one document in a tile
         near, may_near = self._near(firsts, own, size, aligned, blocks)  # (1, N, K'), (B', N, c, K')
         far, may_far = self._far(firsts, own, owners, blocks)  # (B', N, K"), (B', N, c, K")
@@ -148,12 +150,14 @@ class BigBirdAttention(FullAttention):
         mask = torch.cat([may_near, may_far], dim=-1)  # (B', N, c, K)
         q = F.pad(q, (0, 0, 0, tiles * size - new)).unflatten(2, (tiles, size)).movedim(2, 1).flatten(0, 1)
         k, v = (tokens_at(x, columns).movedim(2, 1).flatten(0, 1) for x in (kept.keys, kept.values))  # (B * N, G, K, d)
-        scoring = self._scoring(q, k, own[..., :, None] - columns[..., None, :], context)
+        scoring = self._scoring(q, k, own[..., :, None] - columns[..., None, :], inputs)
         mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, c, K)
         y = attend(q, k, v, AttentionMask(mask, causal=False), scoring, self.drop())  # (B * N, H, c, d)
         return y.unflatten(0, (batch, tiles)).movedim(1, 2).flatten(2, 3)[:, :, :new]
 
-    def _near(self, firsts: Tensor, own: Tensor, size: int, aligned: bool, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    def _near(
+        self, firsts: Tensor, own: Tensor, size: int, aligned: bool, blocks: BlockNumbers
+    ) -> tuple[Tensor, Tensor]:
         """The columns of the window around each tile, and which queries see them for being in a neighbouring block."""
         reach = self.block if aligned else 2 * self.block - 1
         after = size + (reach if self.bidirectional else 0)
@@ -167,7 +171,7 @@ class BigBirdAttention(FullAttention):
             mask = mask & (columns[..., None, :] <= own[..., None])
         return columns, mask
 
-    def _far(self, firsts: Tensor, own: Tensor, owners: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    def _far(self, firsts: Tensor, own: Tensor, owners: int, blocks: BlockNumbers) -> tuple[Tensor, Tensor]:
         """The columns of the far blocks of the tile's first block and of the next, and which queries see them."""
         first = blocks.at(firsts[None])  # (B', N)
         number = first.number[..., None] + torch.arange(owners, device=firsts.device)  # (B', N, O)
@@ -183,7 +187,9 @@ class BigBirdAttention(FullAttention):
         mask = owned[..., None] & usable[..., None, :, :]  # (B', N, c, O, F * b)
         return columns.flatten(2), mask.flatten(3)
 
-    def _with_global_rows(self, y: Tensor, q: Tensor, kept: Kept, context: Context, blocks: Blocks) -> Tensor:
+    def _with_global_rows(
+        self, y: Tensor, q: Tensor, kept: Kept, inputs: ForwardInputs, blocks: BlockNumbers
+    ) -> Tensor:
         """y (B, H, T, d) with the first and the last block of each document replaced: they see all of it.
 
         Each tile of keys meets the global queries of its documents; their sums over the tiles are put together.
@@ -191,20 +197,20 @@ class BigBirdAttention(FullAttention):
         tokens = q.shape[2]
         firsts = torch.arange(0, tokens, self.block, device=q.device)  # (N,)
         columns = (firsts[:, None] + torch.arange(self.block, device=q.device))[None]  # (1, N, b)
-        rows, counted = self._global_rows(firsts, 1 if context.documents is None else 2, blocks)  # (B', N, R) both
+        rows, counted = self._global_rows(firsts, 1 if inputs.documents is None else 2, blocks)  # (B', N, R) both
         inside, columns = columns < tokens, columns.clamp(max=tokens - 1)
         same = take(blocks.start, rows)[..., None] == take(blocks.start, columns)[..., None, :]
         mask = counted[..., None] & inside[..., None, :] & same  # (B', N, R, b)
         asking = tokens_at(q, rows).movedim(2, 1).flatten(0, 1)  # (B * N, H, R, d)
         k, v = (tokens_at(x, columns).movedim(2, 1).flatten(0, 1) for x in (kept.keys, kept.values))  # (B * N, G, b, d)
-        scoring = self._scoring(asking, k, rows[..., None] - columns[..., None, :], context)
+        scoring = self._scoring(asking, k, rows[..., None] - columns[..., None, :], inputs)
         mask = mask.expand(q.shape[0], -1, -1, -1).flatten(0, 1)[:, None]  # (B * N, 1, R, b)
         scores = logits(asking, k, scoring).masked_fill(~mask, -math.inf)  # (B * N, H, R, b)
         found = self._put_together(scores, v, rows, scoring, tokens)  # (B, H, T, d)
         everything = ((blocks.number == 0) | (blocks.number == blocks.count - 1)) & (blocks.count >= SMALL)  # (B', T)
         return torch.where(everything[:, None, :, None], found.to(y.dtype), y)
 
-    def _global_rows(self, firsts: Tensor, owners: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    def _global_rows(self, firsts: Tensor, owners: int, blocks: BlockNumbers) -> tuple[Tensor, Tensor]:
         """The queries that see everything, of the documents in each tile, (B', N, R), and which of the entries count.
 
         Only documents of three blocks and more need this (in smaller ones all blocks are neighbours), and of those at
@@ -246,10 +252,10 @@ class BigBirdAttention(FullAttention):
             total = total + torch.exp(sink - top)
         return y / total.masked_fill(total == 0, 1.0)[..., None]
 
-    def _scoring(self, q: Tensor, k: Tensor, distance: Tensor, context: Context) -> ScoreMod:
+    def _scoring(self, q: Tensor, k: Tensor, distance: Tensor, inputs: ForwardInputs) -> ScoreMod:
         """`scoring` of tiles (B * N, ...) whose distances (B', N, rows, keys) are not all the same."""
         rows, keys = distance.shape[2:]
-        found = self.scoring(q, k, distance.reshape(-1, keys), context)
+        found = self.scoring(q, k, distance.reshape(-1, keys), inputs)
         if found.position is None:
             return found
         position = found.position.unflatten(1, (-1, rows)).movedim(1, 0)  # (B' * N, H, rows, keys)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.protocol import Attention, Context
+from models.attention.protocol import Attention, ForwardInputs
 from models.cache import RecurrentCache, beginnings
 from models.errors import UserError
 from models.linear import Drawn, Linear, residual_std
-from models.specs import ATTENTIONS, AttentionSpec, Place
+from models.specs import ATTENTIONS, AttentionSpec, LayerContext
 
 
 @ATTENTIONS.register("convolution")
@@ -46,7 +46,7 @@ class Convolution(AttentionSpec):
         """The same with its channels spelled out for a model of this width."""
         return replace(self, channels=self.channels or width)
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return GatedConvolution(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -61,15 +61,15 @@ class Convolution(AttentionSpec):
 class GatedConvolution(Attention):
     """The module of `Convolution`."""
 
-    def __init__(self, spec: Convolution, place: Place) -> None:
+    def __init__(self, spec: Convolution, place: LayerContext) -> None:
         super().__init__()
         self.kernel, self.channels = spec.kernel, spec.channels
         self.v, self.gate = (Linear(place.width, spec.channels, bias=False, std=0.02) for _ in range(2))
         self.taps = Taps(spec.kernel, spec.channels)
         self.o = Linear(spec.channels, place.width, bias=False, std=residual_std(0.02, place.branches))
 
-    def forward(self, x: Tensor, context: Context, cache: RecurrentCache | None = None) -> Tensor:
-        v, begins = self.v(x), beginnings(context.documents, context.past)  # (B, T, C)
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: RecurrentCache | None = None) -> Tensor:
+        v, begins = self.v(x), beginnings(inputs.documents, inputs.past)  # (B, T, C)
         if cache is None:
             y, _ = shifted(v, self.taps(), None, begins)  # (B, T, C)
         else:

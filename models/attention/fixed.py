@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from models.attention.gather import tokens_at
 from models.attention.kernels.banded import Band, Extra, attend_band
 from models.attention.kernels.sdpa import ScoreMod
-from models.attention.protocol import Context
+from models.attention.protocol import ForwardInputs
 from models.attention.segments import document_starts
 from models.attention.strided import TwoPatternAttention, TwoPatterns
 from models.cache import Kept
 from models.errors import UserError
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 
 
 @ATTENTIONS.register("fixed")
@@ -48,7 +48,7 @@ class Fixed(TwoPatterns):
         if not 1 <= self.summary <= self.block:
             raise UserError(f"summary must be between 1 and the {self.block} tokens of a block, got {self.summary}")
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return FixedAttention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -59,19 +59,19 @@ class Fixed(TwoPatterns):
 class FixedAttention(TwoPatternAttention):
     """The module of `Fixed`."""
 
-    def __init__(self, spec: Fixed, place: Place) -> None:
+    def __init__(self, spec: Fixed, place: LayerContext) -> None:
         super().__init__(spec, place)
         self.block, self.summary = spec.block, spec.summary
 
-    def near(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
-        begins = self._place_in_block(kept, context) == 0  # (B or 1, S)
-        return self.attend_behind(q, kept, context, scoring, self.block - 1, begins.cumsum(1))
+    def near(self, q: Tensor, kept: Kept, inputs: ForwardInputs, scoring: Callable[..., ScoreMod]) -> Tensor:
+        begins = self._place_in_block(kept, inputs) == 0  # (B or 1, S)
+        return self.attend_behind(q, kept, inputs, scoring, self.block - 1, begins.cumsum(1))
 
-    def far(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
-        past, seen = context.past, kept.keys.shape[2]
+    def far(self, q: Tensor, kept: Kept, inputs: ForwardInputs, scoring: Callable[..., ScoreMod]) -> Tensor:
+        past, seen = inputs.past, kept.keys.shape[2]
         numbers = torch.arange(seen, device=q.device)
-        starts = document_starts(context.documents, seen, q.device)  # (B or 1, S)
-        columns = self._columns(self._place_in_block(kept, context))  # (B or 1, X)
+        starts = document_starts(inputs.documents, seen, q.device)  # (B or 1, S)
+        columns = self._columns(self._place_in_block(kept, inputs))  # (B or 1, X)
         own, theirs = starts[:, past:], starts.gather(1, columns.clamp(max=seen - 1))  # (B or 1, T), (B or 1, X)
         visible = (columns[:, None] < numbers[past:, None]) & (own[..., None] == theirs[:, None])  # (B or 1, T, X)
         k, v = (tokens_at(x, columns.clamp(max=seen - 1)) for x in (kept.keys, kept.values))  # (B, G / 2, X, d)
@@ -83,10 +83,10 @@ class FixedAttention(TwoPatternAttention):
         extra = Extra(k, v, visible, position)
         return attend_band(q, *itself, Band(0, 0), scoring, extra=extra, dropout=self.drop())
 
-    def _place_in_block(self, kept: Kept, context: Context) -> Tensor:
+    def _place_in_block(self, kept: Kept, inputs: ForwardInputs) -> Tensor:
         """(B or 1, S): how many tokens of its block are before each token."""
         seen, device = kept.keys.shape[2], kept.keys.device
-        return (torch.arange(seen, device=device) - document_starts(context.documents, seen, device)) % self.block
+        return (torch.arange(seen, device=device) - document_starts(inputs.documents, seen, device)) % self.block
 
     def _columns(self, places: Tensor) -> Tensor:
         """(B or 1, X): the tokens at the ends of the blocks in order, then S where a row has fewer than X.

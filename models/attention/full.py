@@ -11,14 +11,14 @@ from models.attention.kernels.flash import tiled_attention
 from models.attention.kernels.flex import attend_flex
 from models.attention.kernels.sdpa import ScoreMod, ValueTerms, attend, reference_attention
 from models.attention.options import QK_NORMS, SINKS, check_dropout, head_width_of
-from models.attention.protocol import Attention, Context, Mixed, mixed_of
+from models.attention.protocol import Attention, ForwardInputs, Mixed, mixed_of
 from models.cache import ContiguousCache, Kept, KeyValueCache
 from models.cpu.bias_attention import attend_causal
 from models.cpu.dispatch import trains_bias
 from models.errors import UserError, did_you_mean
 from models.linear import Linear, residual_std
 from models.positions import Positional
-from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, Place
+from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, LayerContext
 
 KERNELS = ("sdpa", "flex", "tiled", "reference")
 
@@ -46,9 +46,9 @@ class Full(AttentionSpec):
             kernel fits. `reference` has all scores in memory, and is what others are compared with.
     """
 
-    sees_all = True
-    takes = ("rotation", "scores", "queries")
-    free_heads = True
+    needs_mask = True
+    position_types = ("rotation", "scores", "queries")
+    heads_prunable = True
 
     heads: int
     kv_heads: int | None = None
@@ -65,8 +65,8 @@ class Full(AttentionSpec):
 
     def __init_subclass__(cls) -> None:
         """A mechanism that hands its own queries and keys to `scoring`, and all of `ScoreMod` to `attend`, says so."""
-        if "takes" not in cls.__dict__:
-            cls.takes = ("rotation", "scores")
+        if "position_types" not in cls.__dict__:
+            cls.position_types = ("rotation", "scores")
 
     def __post_init__(self) -> None:
         if self.heads < 1:
@@ -94,15 +94,16 @@ class Full(AttentionSpec):
             if getattr(self, name):
                 raise UserError(f"kernel {self.kernel} has no {name}: leave it out, or take kernel sdpa")
         # it compares the documents of a tile, and knows no addends of the scores
-        object.__setattr__(self, "sees_all", False)
-        object.__setattr__(self, "takes", ("rotation",))
-        object.__setattr__(self, "takes_because", f"kernel {self.kernel} adds nothing to the scores; take kernel sdpa")
+        object.__setattr__(self, "needs_mask", False)
+        object.__setattr__(self, "position_types", ("rotation",))
+        because = f"kernel {self.kernel} adds nothing to the scores; take kernel sdpa"
+        object.__setattr__(self, "position_types_because", because)
 
     def resolve(self, width: int, layer: int = 0) -> Self:
         """The same attention with its head width spelled out for a model of this width."""
         return replace(self, head_width=head_width_of(self.head_width, self.heads, width))
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return FullAttention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -128,7 +129,7 @@ class FullAttention(Attention):
 
     reach: int | None = None
 
-    def __init__(self, spec: Full, place: Place) -> None:
+    def __init__(self, spec: Full, place: LayerContext) -> None:
         super().__init__()
         width = place.width
         self.heads, self.kv_heads, self.head_width = spec.heads, spec.kv_heads, spec.head_width
@@ -143,47 +144,47 @@ class FullAttention(Attention):
         self.normalises = spec.qk_norm is not None
         self.sink = None if spec.sink is None else SINKS[spec.sink](self.heads)
 
-    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor | Mixed:
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: KeyValueCache | None = None) -> Tensor | Mixed:
         batch, new, _ = x.shape
-        positional = context.positional[self.positional]
+        positional = inputs.positional[self.positional]
         q = self.q(x).view(batch, new, self.heads, self.head_width).transpose(1, 2)  # (B, H, T, head_width)
         k = self.k(x).view(batch, new, self.kv_heads, self.head_width).transpose(1, 2)  # (B, G, T, head_width)
         v = self.v(x).view(batch, new, self.kv_heads, self.head_width).transpose(1, 2)  # (B, G, T, head_width)
         if self.normalises:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = positional.rotate(q), positional.rotate(k)
-        result = self.mix(q, Kept(k, v, None) if cache is None else cache.append(k, v), context)
+        result = self.mix(q, Kept(k, v, None) if cache is None else cache.append(k, v), inputs)
         y, losses, state = mixed_of(result)  # (B, H, T, head_width)
         y = self.o(y.transpose(1, 2).reshape(batch, new, self.heads * self.head_width))  # (B, T, D)
         return Mixed(y, losses, state) if losses or state else y
 
-    def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor | Mixed:
+    def mix(self, q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor | Mixed:
         """Attention of the new queries (B, H, T, head_width) over what is kept: (B, H, T, head_width)."""
-        if self.kernel == "flex" and (mask := context.block_masks.get(None)) is not None:
+        if self.kernel == "flex" and (mask := inputs.block_masks.get(None)) is not None:
             return attend_flex(q, kept.keys, kept.values, mask, self.scale)
         if self.kernel in ("flex", "tiled"):
-            documents = None if context.documents is None else (context.documents[:, context.past :], context.documents)
+            documents = None if inputs.documents is None else (inputs.documents[:, inputs.past :], inputs.documents)
             causal = not self.bidirectional
             return tiled_attention(q, kept.keys, kept.values, causal=causal, scale=self.scale, documents=documents)
-        biases = context.positional[self.positional].biases
-        scoring = self.scoring(q, kept.keys, token_distance(q, kept, context) if biases else None, context)
+        biases = inputs.positional[self.positional].biases
+        scoring = self.scoring(q, kept.keys, token_distance(q, kept, inputs) if biases else None, inputs)
         if self.kernel == "reference":
-            return reference_attention(q, kept.keys, kept.values, context.visible, scoring, self.drop())
+            return reference_attention(q, kept.keys, kept.values, inputs.visible, scoring, self.drop())
         if scoring.additive and trains_bias(q, scoring.position) and not self.bidirectional and not self.drop():
-            seen = context.visible.dense(q, kept.keys)
+            seen = inputs.visible.dense(q, kept.keys)
             return attend_causal(q, kept.keys, kept.values, scoring.position, seen, scoring.scale)
-        return attend(q, kept.keys, kept.values, context.visible, scoring, self.drop())
+        return attend(q, kept.keys, kept.values, inputs.visible, scoring, self.drop())
 
-    def scoring(self, q: Tensor, k: Tensor, distance: Tensor | None, context: Context) -> ScoreMod:
-        """What is done to the scores of q (B, H, T, d), `distance` (T, S) tokens behind their keys k (B, G, S, d).
+    def scoring(self, q: Tensor, k: Tensor, distance: Tensor | None, inputs: ForwardInputs) -> ScoreMod:
+        """Score modification for q (B, H, T, d), `distance` (T, S) tokens behind their keys k (B, G, S, d).
 
         The distance is read only where the position encoding adds something to the scores.
         """
         sink = None if self.sink is None else self.sink(q)
-        positional = context.positional[self.positional]
+        positional = inputs.positional[self.positional]
         if not positional.biases:
             return ScoreMod(self.scale, None, self.softcap, sink)
-        position, values = positioned(positional, q, k, distance, self.scale, context.past, self.reach)
+        position, values = positioned(positional, q, k, distance, self.scale, inputs.past, self.reach)
         return ScoreMod(self.scale, position, self.softcap, sink, values)
 
     def flex_bands(self) -> tuple[Band | None, ...]:
@@ -205,7 +206,7 @@ def positioned(
     past: int,
     reach: int | None = None,
 ) -> tuple[Tensor, ValueTerms | None]:
-    """What an encoding that acts on the scores adds to them, and to the values; arguments as of `Positional.terms`."""
+    """Position bias of the scores, and relative values; arguments as of `Positional.terms`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     relative, values = positional.relative, None
     if relative is not None and relative.values is not None:
@@ -213,8 +214,8 @@ def positioned(
     return positional.terms(q, k, distance, scale, past, reach), values
 
 
-def token_distance(q: Tensor, kept: Kept, context: Context) -> Tensor:
+def token_distance(q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor:
     """Tokens from each key that is kept to each new query: (T, K)."""
-    rows = context.past + torch.arange(q.shape[2], device=q.device)
-    columns = torch.arange(kept.keys.shape[2], device=q.device) if kept.columns is None else kept.columns
+    rows = inputs.past + torch.arange(q.shape[2], device=q.device)
+    columns = torch.arange(kept.keys.shape[2], device=q.device) if kept.key_positions is None else kept.key_positions
     return rows[:, None] - columns

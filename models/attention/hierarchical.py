@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.kernels.sdpa import AttentionMask, attend
+from models.attention.multilevel import Level, Nodes, Tree, join_heads, split_heads
 from models.attention.pooling import POOLINGS, Han
-from models.attention.summaries import Summarising, SummaryAttention
-from models.attention.tree import Level, Nodes, Tree, join_heads, split_heads
+from models.attention.summary_attention import Summarising, SummaryAttention
 from models.cache import Entries
 from models.errors import UserError
 from models.linear import Linear
 from models.positions import Positional
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 
 
 @ATTENTIONS.register("hierarchical")
@@ -46,7 +46,7 @@ class Hierarchical(Summarising):
         segment_heads: heads of the attention between segments. Nothing: as many as `heads`.
     """
 
-    takes = ("rotation",)
+    position_types = ("rotation",)
 
     segment: int
     pooling: Any = field(default_factory=Han, metadata={"registry": POOLINGS})
@@ -66,7 +66,7 @@ class Hierarchical(Summarising):
     def resolve(self, width: int, layer: int = 0) -> Self:
         return replace(super().resolve(width, layer), segment_heads=self.segment_heads or self.heads)
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return HierarchicalAttention(self, place)
 
     def inner_channels(self, level: Level) -> int:
@@ -82,7 +82,7 @@ class Hierarchical(Summarising):
 class HierarchicalAttention(SummaryAttention):
     """The module of `Hierarchical`."""
 
-    def __init__(self, spec: Hierarchical, place: Place) -> None:
+    def __init__(self, spec: Hierarchical, place: LayerContext) -> None:
         super().__init__(spec, place)
         channels = spec.segment_heads * self.head_width
         self.segment_q, self.segment_k, self.segment_v = (

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
 from models.attention.options import check_dropout, head_width_of
-from models.attention.protocol import Attention, Context
+from models.attention.protocol import Attention, ForwardInputs
 from models.cache import LayerCache
 from models.errors import UserError, did_you_mean
 from models.linear import Drawn, Linear, residual_std
-from models.specs import ATTENTIONS, AttentionSpec, Place
+from models.specs import ATTENTIONS, AttentionSpec, LayerContext
 
 SHARINGS = ("none", "headwise", "key_value", "layerwise")
 SUMS = ("linear", "convolution", "mean", "max")
@@ -74,18 +74,18 @@ class Linformer(AttentionSpec):
         check_dropout(self.dropout)
 
     @property
-    def most_documents(self) -> int:
+    def max_documents(self) -> int:
         return self.documents
 
     def resolve(self, width: int, layer: int = 0) -> Self:
         """The same with its head width spelled out for a model of this width."""
         return replace(self, head_width=head_width_of(self.head_width, self.heads, width))
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return LinformerAttention(self, place)
 
     def shared(self, context: int) -> "Columns | None":
-        """What the layers of a model of this context have in common."""
+        """Projection that the layers of a model of this context share."""
         return self.columns(context) if self.sharing == "layerwise" else None
 
     def columns(self, context: int) -> "Columns | None":
@@ -141,7 +141,7 @@ class Projection(Drawn):
 
 
 class Spans(NamedTuple):
-    """Where the tokens of a row stand.
+    """Positions of the tokens of a row in its documents and projected parts.
 
     Attributes:
         position: (B or 1, T) of each token in its document.
@@ -159,7 +159,7 @@ class Spans(NamedTuple):
 class LinformerAttention(Attention):
     """The module of `Linformer`."""
 
-    def __init__(self, spec: Linformer, place: Place) -> None:
+    def __init__(self, spec: Linformer, place: LayerContext) -> None:
         super().__init__()
         self.spec, self.place, self.part = spec, place, part(place.context, spec.rank)
         inner = spec.heads * spec.head_width
@@ -171,7 +171,7 @@ class LinformerAttention(Attention):
             self.e = columns.build()
             self.f = columns.build() if spec.sharing != "key_value" else None
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: LayerCache | None = None) -> Tensor:
         batch, tokens, _ = x.shape
         spec = self.spec
         if tokens > self.place.context:
@@ -182,8 +182,8 @@ class LinformerAttention(Attention):
             linear(x).view(batch, tokens, spec.heads, spec.head_width).transpose(1, 2)
             for linear in (self.q, self.k, self.v)
         )  # (B, H, T, d) each
-        spans = spans_of(context.documents, spec.documents, x)
-        e = context.shared[self.place.shared] if spec.sharing == "layerwise" else None
+        spans = spans_of(inputs.documents, spec.documents, x)
+        e = inputs.shared[self.place.shared] if spec.sharing == "layerwise" else None
         e = e if self.e is None else self.e()  # (H or 1, k, n)
         f = e if self.f is None else self.f()
         k, v = self._sums(k, e, spans), self._sums(v, f, spans)  # (B, H, M * k, d) each
@@ -216,16 +216,16 @@ class LinformerAttention(Attention):
         return own * table[:, 0].to(dtype)[:, spans.position % self.part].movedim(1, 0)[:, :, None]
 
     def _cells(self, spans: Spans) -> Tensor:
-        """Which of the M * k parts each token is in, (B or 1, T); M * k for padding."""
+        """Index of the part of each token among M * k, (B or 1, T); M * k for padding."""
         cell = spans.slot * self.spec.rank + spans.position // self.part
         return torch.where(spans.slot < 0, spans.count * self.spec.rank, cell)
 
     def _filled(self, spans: Spans) -> Tensor:
-        """Which of the M * k sums have anything in them, (B or 1, M * k) bool."""
+        """Mask of the M * k sums that are not empty, (B or 1, M * k) bool."""
         return F.one_hot(self._cells(spans), spans.count * self.spec.rank + 1)[..., :-1].amax(1) > 0
 
     def _visible(self, spans: Spans) -> Tensor | None:
-        """Which sums each token sees, (B or 1, 1, T, M * k) bool: those of its document that are not empty.
+        """Mask of the sums that each token sees, (B or 1, 1, T, M * k) bool: those of its document that are not empty.
 
         Padding sees them all, as no row may be empty.
         """
@@ -242,7 +242,7 @@ class LinformerAttention(Attention):
 
 
 def spans_of(documents: Tensor | None, most: int, x: Tensor) -> Spans:
-    """Where the tokens x (B, T, D) stand, whose documents (B, T) are runs, at most so many in a row."""
+    """Positions of the tokens x (B, T, D), whose documents (B, T) are runs, at most so many in a row."""
     steps = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
     if documents is None:
         return Spans(steps, torch.zeros_like(steps), 1, whole=True)

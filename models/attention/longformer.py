@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from models.attention.full import Full, FullAttention
 from models.attention.kernels.banded import Anchors, Band, Extra, attend_band
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
-from models.attention.protocol import Context
+from models.attention.protocol import ForwardInputs
 from models.attention.segments import document_starts
 from models.attention.window import Window
 from models.cache import Anchored, AnchoredCache, Kept
 from models.errors import UserError
 from models.linear import Linear
 from models.positions import Positional
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 
 
 @ATTENTIONS.register("longformer")
@@ -41,7 +41,7 @@ class Longformer(Window):
         globals: tokens at the beginning of each document that all others see, and that in an encoder see all others.
     """
 
-    free_heads = False
+    heads_prunable = False
     heads_because = "its global tokens have maps of their own for each of them"
 
     globals: int
@@ -51,7 +51,7 @@ class Longformer(Window):
         if self.globals < 1:
             raise UserError(f"globals must be at least 1 token, got {self.globals}; without any it is a window")
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return LongformerAttention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -80,16 +80,16 @@ class CopiedLinear(Linear):
 class LongformerAttention(FullAttention):
     """The module of `Longformer`."""
 
-    def __init__(self, spec: Longformer, place: Place) -> None:
+    def __init__(self, spec: Longformer, place: LayerContext) -> None:
         super().__init__(spec, place)
         self.window, self.span, self.globals = spec.window, spec.span(), spec.globals
         self.band = spec.band(place.bidirectional)
         self.q_global, self.k_global, self.v_global = (CopiedLinear(x) for x in (self.q, self.k, self.v))
 
-    def forward(self, x: Tensor, context: Context, cache: AnchoredCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: AnchoredCache | None = None) -> Tensor:
         batch, new, _ = x.shape
-        past, packed, positional = context.past, context.documents is not None, context.positional[self.positional]
-        starts = document_starts(context.documents, past + new, x.device)[:, past:]  # (B or 1, T)
+        past, packed, positional = inputs.past, inputs.documents is not None, inputs.positional[self.positional]
+        starts = document_starts(inputs.documents, past + new, x.device)[:, past:]  # (B or 1, T)
         rows = new if packed else min(max(self.globals - past, 0), new)  # M
         seen = new if self.bidirectional else rows
         q, k, v = self._heads((self.q, self.k, self.v), x, new, new, positional)  # (B, ., T, d)
@@ -97,12 +97,12 @@ class LongformerAttention(FullAttention):
         earlier = None if cache is None or past == 0 else cache.anchored()
         kept = Kept(k, v, None) if cache is None else cache.append(k, v, *own[1:], starts)
         if earlier is None and new > self.window:
-            y = self._in_band(q, k, v, starts, context)  # (B, H, T, d)
+            y = self._in_band(q, k, v, starts, inputs)  # (B, H, T, d)
         else:
-            y = self._at_once(q, kept, earlier, starts, context)
+            y = self._at_once(q, kept, earlier, starts, inputs)
         if rows:
             places = past + torch.arange(rows, device=x.device) - starts[:, :rows]  # (B or 1, M)
-            of_globals = self._global_rows(*own, earlier, starts, context)  # (B, H, M, d)
+            of_globals = self._global_rows(*own, earlier, starts, inputs)  # (B, H, M, d)
             first = torch.where((places < self.globals)[:, None, :, None], of_globals, y[:, :, :rows])
             y = torch.cat([first, y[:, :, rows:]], dim=2)
         return self.o(y.transpose(1, 2).reshape(batch, new, self.heads * self.head_width))  # (B, T, D)
@@ -120,12 +120,12 @@ class LongformerAttention(FullAttention):
             q, k = self.q_norm(q), self.k_norm(k)
         return beginning(positional, rows).rotate(q), beginning(positional, seen).rotate(k), v
 
-    def _in_band(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, context: Context) -> Tensor:
+    def _in_band(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, inputs: ForwardInputs) -> Tensor:
         """All ordinary rows of a whole sequence: (B, H, T, d)."""
-        positional, scoring = context.positional[self.positional], partial(self.scoring, context=context)
+        positional, scoring = inputs.positional[self.positional], partial(self.scoring, inputs=inputs)
         bias = positional.bias if positional.biases else None
-        if context.documents is not None:
-            anchors, documents = Anchors(starts, self.globals, bias), (context.documents, context.documents)
+        if inputs.documents is not None:
+            anchors, documents = Anchors(starts, self.globals, bias), (inputs.documents, inputs.documents)
             return attend_band(q, k, v, self.band, scoring, documents, None, self.drop(), anchors)
         count = min(self.globals, q.shape[2])
         rows = torch.arange(q.shape[2], device=q.device)
@@ -134,53 +134,55 @@ class LongformerAttention(FullAttention):
         extra = Extra(k[:, :, :count], v[:, :, :count], visible[None], None if bias is None else bias(distance))
         return attend_band(q, k, v, self.band, scoring, None, extra, self.drop())
 
-    def _at_once(self, q: Tensor, kept: Kept, earlier: Anchored | None, starts: Tensor, context: Context) -> Tensor:
+    def _at_once(
+        self, q: Tensor, kept: Kept, earlier: Anchored | None, starts: Tensor, inputs: ForwardInputs
+    ) -> Tensor:
         """The ordinary rows of few tokens, or of those behind a cache: (B, H, T, d)."""
-        keys, end = kept.keys.shape[2], context.past + q.shape[2]
-        whole = q.shape[2] == 1 and keys <= self.window and self.band.dilation == 1 and context.documents is None
-        columns = torch.arange(keys, device=q.device) if kept.columns is None else kept.columns  # (K,)
-        distance = torch.arange(context.past, end, device=q.device)[:, None] - columns  # (T, K)
+        keys, end = kept.keys.shape[2], inputs.past + q.shape[2]
+        whole = q.shape[2] == 1 and keys <= self.window and self.band.dilation == 1 and inputs.documents is None
+        columns = torch.arange(keys, device=q.device) if kept.key_positions is None else kept.key_positions  # (K,)
+        distance = torch.arange(inputs.past, end, device=q.device)[:, None] - columns  # (T, K)
         place = columns - starts[..., None]  # (B or 1, T, K), in the document of the query
         seen = self.band.holds(distance) | ((place >= 0) & (place < self.globals) & (distance >= 0))
-        if context.documents is not None:
-            own, theirs = context.documents[:, context.past :], context.documents[:, columns]
+        if inputs.documents is not None:
+            own, theirs = inputs.documents[:, inputs.past :], inputs.documents[:, columns]
             seen = seen & (own[..., None] == theirs[:, None])
         if earlier is None:
-            return self._masked(q, kept.keys, kept.values, columns[None], seen, context)
+            return self._masked(q, kept.keys, kept.values, columns[None], seen, inputs)
         if whole:  # only anchors that the window does not hold: then the next token sees all there is
             outside = min(self.globals, end - keys)
             earlier = Anchored(*(x[:, :, :outside] for x in earlier[:4]), earlier.starts)
         k, v = torch.cat([earlier.keys, kept.keys], dim=2), torch.cat([earlier.values, kept.values], dim=2)
         numbers, seen = _behind(earlier, columns, seen, end - keys, starts)
-        return self._masked(q, k, v, numbers, None if whole else seen, context)
+        return self._masked(q, k, v, numbers, None if whole else seen, inputs)
 
     def _global_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, earlier: Anchored | None, starts: Tensor, context: Context
+        self, q: Tensor, k: Tensor, v: Tensor, earlier: Anchored | None, starts: Tensor, inputs: ForwardInputs
     ) -> Tensor:
         """The rows of the first M tokens as if they were global, of their own q (B, H, M, d), k, v: (B, H, M, d)."""
-        rows = torch.arange(context.past, context.past + q.shape[2], device=q.device)
-        scoring = partial(self.scoring, context=context)
+        rows = torch.arange(inputs.past, inputs.past + q.shape[2], device=q.device)
+        scoring = partial(self.scoring, inputs=inputs)
         if earlier is not None:
             starts = starts[:, : len(rows)]
             seen = (rows >= starts[..., None]) & (rows <= rows[:, None])  # (B or 1, M, M)
-            behind = _behind(earlier, rows, seen, context.past, starts)
+            behind = _behind(earlier, rows, seen, inputs.past, starts)
             k, v = torch.cat([earlier.own_keys, k], dim=2), torch.cat([earlier.own_values, v], dim=2)
-            return self._masked(q, k, v, *behind, context)
-        if context.documents is None:
+            return self._masked(q, k, v, *behind, inputs)
+        if inputs.documents is None:
             distance = rows[:, None] - torch.arange(k.shape[2], device=q.device)  # (M, M or T)
             return attend(q, k, v, AttentionMask(None, not self.bidirectional), scoring(q, k, distance), self.drop())
         if self.bidirectional:
             return attend_documents(q, k, v, starts, self.globals, scoring, self.drop())
-        documents = (context.documents, context.documents)
+        documents = (inputs.documents, inputs.documents)
         return attend_band(q, k, v, Band(self.globals - 1, 0), scoring, documents, dropout=self.drop())
 
     def _masked(
-        self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, seen: Tensor | None, context: Context
+        self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, seen: Tensor | None, inputs: ForwardInputs
     ) -> Tensor:
         """Attention of the first tokens over keys numbered (B or 1, S), where `seen` (B or 1, T, S); None: over all."""
-        rows = context.past + torch.arange(q.shape[2], device=q.device)
+        rows = inputs.past + torch.arange(q.shape[2], device=q.device)
         distance = rows[:, None] - numbers[:, None]  # (B or 1, T, S)
-        scoring = self.scoring(q, k, distance.flatten(0, 1), context)
+        scoring = self.scoring(q, k, distance.flatten(0, 1), inputs)
         if scoring.position is not None:
             position = scoring.position.unflatten(1, distance.shape[:2]).movedim(0, 1)  # (B or 1, H, T, S)
             scoring = replace(scoring, position=position)

@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from models.attention.gather import of_heads
 from models.attention.kernels.bucketed import SELF, Layout, Weighing, bucketed_attention
 from models.attention.options import check_dropout, head_width_of
-from models.attention.protocol import NOTHING, Attention, Context, Mixed
+from models.attention.protocol import NOTHING, Attention, ForwardInputs, Mixed
 from models.cache.hashed import HashedCache
 from models.errors import UserError
 from models.fp32 import without_autocast
 from models.linear import Linear, residual_std
-from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, Place
+from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, LayerContext
 
 
 @ATTENTIONS.register("lsh")
@@ -62,7 +62,7 @@ class Lsh(AttentionSpec):
         layer_seed: the layer's own seed. Nothing: it follows from `seed` and the number of the layer.
     """
 
-    takes = ("rotation",)
+    position_types = ("rotation",)
     heads_because = "each of them has a hash of its own"
 
     heads: int
@@ -103,7 +103,7 @@ class Lsh(AttentionSpec):
         layer_seed = self.seed * 65537 + layer if self.layer_seed is None else self.layer_seed
         return replace(self, head_width=head_width_of(self.head_width, self.heads, width), layer_seed=layer_seed)
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return LshAttention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -129,7 +129,7 @@ class Lsh(AttentionSpec):
 class LshAttention(Attention):
     """The module of `Lsh`."""
 
-    def __init__(self, spec: Lsh, place: Place) -> None:
+    def __init__(self, spec: Lsh, place: LayerContext) -> None:
         super().__init__()
         self.spec, self.place = spec, place
         inner = spec.heads * spec.head_width
@@ -148,19 +148,19 @@ class LshAttention(Attention):
         drawn = torch.randn(self.rotations.shape, generator=generator, device="cpu")
         self.rotations.copy_(drawn)
 
-    def forward(self, x: Tensor, context: Context, cache: HashedCache | None = None) -> Tensor | Mixed:
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: HashedCache | None = None) -> Tensor | Mixed:
         batch, new, _ = x.shape
-        spec, positional = self.spec, context.positional[self.place.positional]
+        spec, positional = self.spec, inputs.positional[self.place.positional]
         q = self.qk(x).view(batch, new, spec.heads, spec.head_width).transpose(1, 2)  # (B, H, T, d)
         v = self.v(x).view(batch, new, spec.heads, spec.head_width).transpose(1, 2)  # (B, H, T, d)
         key = self.place.layer, "buckets"  # near ties: those of the forward where the backward computes it again
-        buckets = context.state[key].long() if key in context.state else self._buckets(q)  # (B, H, R, T)
-        state = {key: buckets.int()} if context.recomputed else NOTHING
+        buckets = inputs.state[key].long() if key in inputs.state else self._buckets(q)  # (B, H, R, T)
+        state = {key: buckets.int()} if inputs.recomputed else NOTHING
         q, k = positional.rotate(q), positional.rotate(unit(q))  # (B, H, T, d)
         if cache is not None:
             kept, buckets = cache.append_hashed(k, v, buckets)  # (B, H, S, d), (B, H, R, S)
             k, v = kept.keys.to(q.dtype), kept.values.to(q.dtype)
-        y = self._mix(q, k, v, buckets, context.documents)  # (B, H, T, d)
+        y = self._mix(q, k, v, buckets, inputs.documents)  # (B, H, T, d)
         y = self.o(y.transpose(1, 2).reshape(batch, new, spec.heads * spec.head_width))  # (B, T, D)
         return Mixed(y, NOTHING, state) if state else y
 
@@ -267,7 +267,7 @@ def _unsorted(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _changes(x: Tensor) -> Tensor:
-    """How often x (..., T) has changed up to each place."""
+    """Number of changes in x (..., T) up to each place."""
     return F.pad(x[..., 1:] != x[..., :-1], (1, 0)).cumsum(-1)
 
 
@@ -299,7 +299,7 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, group: Tensor, chunk: int, scor
 
 
 def last_of_bucket(buckets: Tensor, documents: Tensor | None, chunk: int, new: int) -> Tensor:
-    """What the `new` last of S tokens see in each round of a decoder: of buckets (B, H, R, S), (B, H, R, T, S) bool."""
+    """Causal mask of the `new` last of S tokens in each round: of buckets (B, H, R, S), (B, H, R, T, S) bool."""
     group, seen = group_of(buckets, documents), buckets.shape[-1]
     earlier = torch.ones(new, seen, dtype=torch.bool, device=buckets.device).tril(seen - new)  # (T, S)
     same = (group[..., -new:, None] == group[..., None, :]) & earlier

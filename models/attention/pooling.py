@@ -1,4 +1,4 @@
-"""How many vectors become few: what a chunk or a segment of tokens is summarised by.
+"""Pooling: m summary vectors of a chunk or a segment of tokens.
 
 B batch, X pieces of the sequence, K vectors of each, m summaries of each, D width.
 
@@ -19,7 +19,7 @@ POOLINGS = Registry("pooling")
 
 
 class PoolingSpec(Protocol):
-    """What a pooling in a config offers; `summaries` is m."""
+    """Interface of a pooling in a config; `summaries` is m."""
 
     summaries: int
 

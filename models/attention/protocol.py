@@ -1,4 +1,4 @@
-"""What every attention mechanism gets and gives.
+"""Protocol of attention mechanisms: the inputs of a forward, and the output with losses and state.
 
 B batch, T new tokens, S tokens that can be seen (cached and new), D model width, H query heads, G key/value heads.
 """
@@ -22,12 +22,13 @@ NOTHING: dict = {}  # never written to
 
 
 class Mixed(NamedTuple):
-    """What a sub-layer gives where there is more than its output.
+    """Output of a sub-layer with training losses or state beside it.
 
     Attributes:
         y: (B, T, D).
         losses: name -> weighted training loss of the mechanism, a scalar; empty in evaluation.
-        state: (layer, name) -> what later layers, or this one's recomputation in the backward, read in `Context.state`.
+        state: (layer, name) -> tensor that later layers, or this one's recomputation in the backward, read in
+            `ForwardInputs.state`.
     """
 
     y: Tensor
@@ -35,8 +36,8 @@ class Mixed(NamedTuple):
     state: dict[tuple[int, str], Tensor] = NOTHING
 
 
-class Context(NamedTuple):
-    """What one forward knows about its tokens; made once, read by every block.
+class ForwardInputs(NamedTuple):
+    """Inputs of a forward beside the residual stream; made once, read by every block.
 
     Attributes:
         positional: this forward's tables of each position encoding of the model.
@@ -85,7 +86,7 @@ def summed(losses: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tens
 class Attention(Drawn):
     """A built mechanism: new tokens in, new tokens out."""
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor | Mixed:
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: LayerCache | None = None) -> Tensor | Mixed:
         """Mix x (B, T, D) over the tokens that it may see; append to the cache when there is one.
 
         Returns (B, T, D), or `Mixed` where the mechanism has a training loss or leaves something for later layers.
@@ -97,7 +98,7 @@ class Attention(Drawn):
         raise NotImplementedError
 
     def flex_bands(self) -> tuple[Band | None, ...]:
-        """How far a query sees, where the kernel is `flex`, None being all of its document; empty for other kernels."""
+        """Bands of the `flex` kernel: how far a query sees, None for all of its document; empty for other kernels."""
         return ()
 
 

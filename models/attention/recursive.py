@@ -5,20 +5,20 @@ B batch, X new nodes of a level, m summaries of a node, D width.
 A chunk of tokens becomes m summaries; as many summaries as a chunk has tokens become m again, and so on up, as in
 recursive summarisation (arXiv 2109.10862). That a token sees near tokens one by one and far ones pooled, in O(log T)
 levels, is H-Transformer-1D's hierarchy (arXiv 2107.11906, section 4), here with other poolings, in one softmax, and so
-that a decoder sees only what is complete (models/attention/tree.py).
+that a decoder sees only what is complete (models/attention/multilevel.py).
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.attention.summaries import Summarising, SummaryAttention
-from models.attention.tree import Level, Nodes, Tree
+from models.attention.multilevel import Level, Nodes, Tree
+from models.attention.summary_attention import Summarising, SummaryAttention
 from models.cache import Entries
 from models.errors import UserError
 from models.linear import Embedding
 from models.positions import Positional
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 
 
 @ATTENTIONS.register("recursive")
@@ -37,7 +37,7 @@ class Recursive(Summarising):
         level_embedding: whether the summaries of each level get a learned vector before the key and value maps.
     """
 
-    takes = ("rotation",)
+    position_types = ("rotation",)
 
     chunk: int
     levels: int | None = None
@@ -59,14 +59,14 @@ class Recursive(Summarising):
     def tree(self) -> Tree:
         return Tree(self.chunk, self.pooling.summaries, self.levels)
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return RecursiveAttention(self, place)
 
 
 class RecursiveAttention(SummaryAttention):
     """The module of `Recursive`."""
 
-    def __init__(self, spec: Recursive, place: Place) -> None:
+    def __init__(self, spec: Recursive, place: LayerContext) -> None:
         super().__init__(spec, place)
         self.level_embedding = None
         if spec.level_embedding:

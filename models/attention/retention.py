@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.options import head_width_of
-from models.attention.protocol import Attention, Context
+from models.attention.protocol import Attention, ForwardInputs
 from models.cache import RecurrentCache, beginnings
 from models.errors import UserError
 from models.fp32 import without_autocast
 from models.linear import Linear, residual_std
 from models.registry import Registry
-from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, Place
+from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, LayerContext
 
 DECAYS = Registry("decay")
 GAIN = 2**-2.5  # of Xavier's distribution, for all maps that read the stream (torchscale, the authors' code)
@@ -40,7 +40,7 @@ class Powers:
     """Head h forgets 2^-(5 + h) of its memory with every token (paper, section 2.2)."""
 
     def rates(self, heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """What each head forgets with a token: (H,)."""
+        """Decay of each head per token: (H,)."""
         return 2.0 ** -(5 + torch.arange(heads, device=device, dtype=dtype))
 
 
@@ -64,7 +64,7 @@ class Range:
                 raise UserError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
     def rates(self, heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """What each head forgets with a token: (H,)."""
+        """Decay of each head per token: (H,)."""
         ends = math.log(self.first), math.log(self.last)
         return torch.linspace(*ends, heads, device=device, dtype=dtype).exp()
 
@@ -86,7 +86,7 @@ class Retention(AttentionSpec):
 
     directions = ("causal",)
     directions_because = "it remembers what lies behind the token"
-    takes = ("rotation",)
+    position_types = ("rotation",)
     heads_because = "how fast each of them forgets follows from its number"
 
     heads: int
@@ -109,7 +109,7 @@ class Retention(AttentionSpec):
         head_width = head_width_of(self.head_width, self.heads, width)
         return replace(self, head_width=head_width, value_width=self.value_width or 2 * head_width)
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return GatedRetention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -131,7 +131,7 @@ class Retention(AttentionSpec):
 class GatedRetention(Attention):
     """The module of `Retention`."""
 
-    def __init__(self, spec: Retention, place: Place) -> None:
+    def __init__(self, spec: Retention, place: LayerContext) -> None:
         super().__init__()
         width, self.positional = place.width, place.positional
         self.heads, self.head_width, self.value_width = spec.heads, spec.head_width, spec.value_width
@@ -141,19 +141,17 @@ class GatedRetention(Attention):
         self.v, self.gate = (Linear(width, values, bias=False, std=_xavier(width, values)) for _ in range(2))
         self.o = Linear(values, width, bias=False, std=residual_std(0.02, place.branches))
 
-    def forward(self, x: Tensor, context: Context, cache: RecurrentCache | None = None) -> Tensor:
-        positional = context.positional[self.positional]
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: RecurrentCache | None = None) -> Tensor:
+        positional = inputs.positional[self.positional]
         q = positional.rotate(self._split(self.q(x)))  # (B, H, T, d)
         k = positional.rotate(self._split(self.k(x))) * self.head_width**-0.5  # (B, H, T, d)
         v = self._split(self.v(x))  # (B, H, T, e)
         rate = self.decay.rates(self.heads, q.device, torch.promote_types(q.dtype, torch.float32))  # (H,)
         if cache is None:
-            y, _ = chunkwise(
-                q, k, v, rate, None, beginnings(context.documents, context.past), self.chunk
-            )  # (B, H, T, e)
+            y, _ = chunkwise(q, k, v, rate, None, beginnings(inputs.documents, inputs.past), self.chunk)  # (B, H, T, e)
         else:
             form = recurrent if x.shape[1] == 1 else partial(chunkwise, chunk=self.chunk)
-            y, cache.state = form(q, k, v, rate, cache.state, beginnings(context.documents, context.past))
+            y, cache.state = form(q, k, v, rate, cache.state, beginnings(inputs.documents, inputs.past))
         y = F.rms_norm(y, (self.value_width,), eps=self.eps).to(v.dtype)
         return self.o(F.silu(self.gate(x)) * y.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -252,7 +250,7 @@ def chunkwise(
 
 
 def _between(rate: Tensor, tokens: int, chunk: int, run: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """How much a token sees of the memory before its chunk, how much of it is in the one behind, and what stays.
+    """Decay factors of a chunk: of the state that its tokens read, of tokens in the next state, of the state itself.
 
     Args:
         rate: (H,).

@@ -1,4 +1,4 @@
-"""Where the documents of packed rows begin and end, for patterns that count tokens within a document.
+"""Packing boundaries: where the documents of packed rows begin and end.
 
 B batch, S tokens.
 """

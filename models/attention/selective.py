@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from models.attention.full import Full, FullAttention
 from models.attention.gather import take
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
-from models.attention.protocol import NOTHING, Context, Mixed
+from models.attention.protocol import NOTHING, ForwardInputs, Mixed
 from models.cache import Kept, Remembered, SelectiveCache
 from models.cpu.bias_attention import attend_causal
 from models.cpu.dispatch import trains_bias
 from models.errors import UserError
 from models.fp32 import without_autocast
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 
 NOTE = "selection"  # under which a layer leaves its F for the layers above
 RUN = 64  # queries
@@ -50,11 +50,11 @@ class Selective(Full):
             F_below. An extension without published results; what the layer below has dropped adds nothing.
     """
 
-    sees_all = False
+    needs_mask = False
     directions = ("causal",)
     directions_because = "a token is masked by those behind it"
-    takes = Full.takes
-    free_heads = False
+    position_types = Full.position_types
+    heads_prunable = False
     heads_because = "head 0 selects for all of them"
 
     budget: int | None = None
@@ -74,7 +74,7 @@ class Selective(Full):
         """Whether the layer leaves its F for those above."""
         return self.carry > 0
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return SelectiveAttention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -90,12 +90,12 @@ class Selective(Full):
         return self.kept(tokens)
 
     def kept(self, tokens: int) -> int:
-        """How many of so many tokens the cache holds."""
+        """Number of tokens that the cache holds of so many."""
         return tokens if self.budget is None else min(tokens, self.budget)
 
 
 class Selection(NamedTuple):
-    """How far each token is masked for each query, and which it sees.
+    """Accumulated mask of each token for each query, and the tokens that it sees (arXiv 2410.02703, eq. 2).
 
     Attributes:
         masked: (B, T, K) F, with what the layer below adds.
@@ -113,20 +113,20 @@ class Selection(NamedTuple):
 class SelectiveAttention(FullAttention):
     """The module of `Selective`."""
 
-    def __init__(self, spec: Selective, place: Place) -> None:
+    def __init__(self, spec: Selective, place: LayerContext) -> None:
         super().__init__(spec, place)
         self.budget, self.carry, self.memory_loss = spec.budget, spec.carry, spec.memory_loss
         self.layer, self.layers = place.layer, place.layers
 
-    def mix(self, q: Tensor, kept: Kept | Remembered, context: Context) -> Mixed:
+    def mix(self, q: Tensor, kept: Kept | Remembered, inputs: ForwardInputs) -> Mixed:
         memory = kept if isinstance(kept, Remembered) else self._whole(kept)
-        scoring = self._scoring_of(q, memory, context)
-        chosen = self.select(q, memory, scoring, context)
+        scoring = self._scoring_of(q, memory, inputs)
+        chosen = self.select(q, memory, scoring, inputs)
         if memory.cache is not None:
             memory.cache.keep(memory, chosen.after, chosen.worthy)
-        losses, state = NOTHING, self._left(chosen, memory.columns, context) if self.carry else NOTHING
+        losses, state = NOTHING, self._left(chosen, memory.columns, inputs) if self.carry else NOTHING
         if self.training and self.memory_loss:
-            losses = {"memory": self.memory_loss / self.layers * held(chosen, context.documents)}
+            losses = {"memory": self.memory_loss / self.layers * held(chosen, inputs.documents)}
         position = -chosen.masked[:, None]  # (B, 1, T, K)
         scoring = replace(scoring, position=position if scoring.position is None else scoring.position + position)
         k, v, seen, dropout = memory.keys, memory.values, chosen.seen[:, None], self.drop()
@@ -144,23 +144,23 @@ class SelectiveAttention(FullAttention):
         columns = torch.arange(tokens, device=kept.keys.device)[None]  # (1, T)
         return Remembered(kept.keys, kept.values, columns, kept.keys.new_zeros(batch, tokens, dtype=wide))
 
-    def _scoring_of(self, q: Tensor, memory: Remembered, context: Context) -> ScoreMod:
-        """What becomes of the scores before anything is selected: row by row where the rows remember other tokens."""
-        rows = context.past + torch.arange(q.shape[2], device=q.device)
+    def _scoring_of(self, q: Tensor, memory: Remembered, inputs: ForwardInputs) -> ScoreMod:
+        """Score modification before selection: row by row where the rows remember other tokens."""
+        rows = inputs.past + torch.arange(q.shape[2], device=q.device)
         distance = rows[:, None] - memory.columns[:, None]  # (B or 1, T, K)
-        if len(distance) == 1 or not context.positional[self.positional].biases:
-            return self.scoring(q, memory.keys, distance[0], context)
-        each = [self.scoring(q[i : i + 1], memory.keys[i : i + 1], distance[i], context) for i in range(len(q))]
+        if len(distance) == 1 or not inputs.positional[self.positional].biases:
+            return self.scoring(q, memory.keys, distance[0], inputs)
+        each = [self.scoring(q[i : i + 1], memory.keys[i : i + 1], distance[i], inputs) for i in range(len(q))]
         position = torch.stack([one.position.view(one.position.shape[-3:]) for one in each])  # (B, H, T, K)
         values = each[0].values
         if values is not None:
             values = replace(values, index=torch.stack([one.values.index for one in each])[:, None])  # (B, 1, T, K)
         return replace(each[0], position=position, values=values)
 
-    def select(self, q: Tensor, memory: Remembered, scoring: ScoreMod, context: Context) -> Selection:
+    def select(self, q: Tensor, memory: Remembered, scoring: ScoreMod, inputs: ForwardInputs) -> Selection:
         """F for the queries q (B, H, T, d) over what is remembered, and what is dropped meanwhile."""
-        columns, documents = memory.columns, context.documents
-        rows = context.past + torch.arange(q.shape[2], device=q.device)  # (T,)
+        columns, documents = memory.columns, inputs.documents
+        rows = inputs.past + torch.arange(q.shape[2], device=q.device)  # (T,)
         seen = (columns[:, None] <= rows[:, None]) & (columns[:, None] >= 0)  # (B or 1, T, K)
         first = columns == 0  # (B or 1, K)
         if documents is not None:
@@ -172,7 +172,7 @@ class SelectiveAttention(FullAttention):
         picks = picks.masked_fill(~(free if documents is None else free & (documents[:, rows, None] >= 0)), 0.0)
         masked = running_sum(torch.cat([memory.selected[:, None], picks[:, :-1]], dim=1))  # (B, T, K)
         after = masked[:, -1] + picks[:, -1]
-        if self.carry and (below := self._below(context)) is not None:
+        if self.carry and (below := self._below(inputs)) is not None:
             masked = masked + self.carry * at_columns(below, columns)
         if self.budget is None:
             return Selection(masked, seen, after.detach(), None)
@@ -183,19 +183,19 @@ class SelectiveAttention(FullAttention):
         seen = seen & (steps[:, None] <= last[:, None])  # (B, T, K)
         return Selection(masked, seen, after.detach(), seen[:, -1] & (last == q.shape[2]))
 
-    def _left(self, chosen: Selection, columns: Tensor, context: Context) -> dict[tuple[int, str], Tensor]:
+    def _left(self, chosen: Selection, columns: Tensor, inputs: ForwardInputs) -> dict[tuple[int, str], Tensor]:
         """F (B, T, S) of all tokens for the layers above, 0 for those that a query does not see."""
         masked = chosen.masked.masked_fill(~chosen.seen, 0.0)
         if self.budget is not None:
-            spread = masked.new_zeros(*masked.shape[:2], 1 + context.past + masked.shape[1])  # the first: empty slots
+            spread = masked.new_zeros(*masked.shape[:2], 1 + inputs.past + masked.shape[1])  # the first: empty slots
             index = (columns + 1)[:, None].expand_as(masked)
             masked = spread.scatter(2, index, masked)[..., 1:]
         return {(self.layer, NOTE): masked}
 
-    def _below(self, context: Context) -> Tensor | None:
+    def _below(self, inputs: ForwardInputs) -> Tensor | None:
         """F (B, T, S) of the nearest layer below that left it, None in the lowest."""
-        layers = [layer for layer in range(self.layer) if (layer, NOTE) in context.state]
-        return context.state[layers[-1], NOTE] if layers else None
+        layers = [layer for layer in range(self.layer) if (layer, NOTE) in inputs.state]
+        return inputs.state[layers[-1], NOTE] if layers else None
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> SelectiveCache:
         return SelectiveCache(batch, self.kv_heads, capacity, self.head_width, self.budget, device, dtype)

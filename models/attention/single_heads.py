@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from models.attention.full import positioned, token_distance
 from models.attention.kernels.sdpa import PLAIN, ScoreMod, attend
 from models.attention.options import check_dropout
-from models.attention.protocol import Attention, Context
+from models.attention.protocol import Attention, ForwardInputs
 from models.cache import ContiguousCache, Kept, KeyValueCache
 from models.errors import UserError
 from models.linear import Linear, residual_std
-from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, Place
+from models.specs import ATTENTIONS, POSITIONS, AttentionSpec, LayerContext
 
 
 @ATTENTIONS.register("single_heads")
@@ -36,8 +36,8 @@ class SingleHeads(AttentionSpec):
         position: this layer's own position encoding. Nothing: the model's.
     """
 
-    sees_all = True
-    takes = ("rotation", "scores", "queries")
+    needs_mask = True
+    position_types = ("rotation", "scores", "queries")
     heads_because = "without an output map each of them is a part of the model's width"
 
     heads: int
@@ -61,7 +61,7 @@ class SingleHeads(AttentionSpec):
             )
         return replace(self, head_width=head_width)
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return SingleHeadsAttention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -76,7 +76,7 @@ class SingleHeads(AttentionSpec):
 class SingleHead(nn.Module):
     """The maps of one head: x (B, T, D) -> its queries, keys and values (B, T, d)."""
 
-    def __init__(self, spec: SingleHeads, place: Place) -> None:
+    def __init__(self, spec: SingleHeads, place: LayerContext) -> None:
         super().__init__()
         self.q = Linear(place.width, spec.head_width, bias=spec.bias, std=0.02)
         self.k = Linear(place.width, spec.head_width, bias=spec.bias, std=0.02)
@@ -89,23 +89,23 @@ class SingleHead(nn.Module):
 class SingleHeadsAttention(Attention):
     """The module of `SingleHeads`."""
 
-    def __init__(self, spec: SingleHeads, place: Place) -> None:
+    def __init__(self, spec: SingleHeads, place: LayerContext) -> None:
         super().__init__()
         self.head_width, self.dropout, self.positional = spec.head_width, spec.dropout, place.positional
         self.heads = nn.ModuleList(SingleHead(spec, place) for _ in range(spec.heads))
 
-    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: KeyValueCache | None = None) -> Tensor:
         found = (head(x) for head in self.heads)
         q, k, v = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))  # (B, H, T, d) each
-        positional, scoring = context.positional[self.positional], PLAIN
+        positional, scoring = inputs.positional[self.positional], PLAIN
         q, k = positional.rotate(q), positional.rotate(k)
         kept = Kept(k, v, None) if cache is None else cache.append(k, v)
         if positional.biases:
-            distance = token_distance(q, kept, context)  # (T, S)
-            position, values = positioned(positional, q, kept.keys, distance, None, context.past)
+            distance = token_distance(q, kept, inputs)  # (T, S)
+            position, values = positioned(positional, q, kept.keys, distance, None, inputs.past)
             scoring = ScoreMod(position=position, values=values)
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, kept.keys, kept.values, context.visible, scoring, dropout)  # (B, H, T, d)
+        y = attend(q, kept.keys, kept.values, inputs.visible, scoring, dropout)  # (B, H, T, d)
         return y.transpose(1, 2).flatten(2)  # (B, T, D)
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:

@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from models.attention.full import Full, FullAttention
 from models.attention.kernels.banded import OUTSIDE, Band, attend_band
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, attend
-from models.attention.protocol import Context
+from models.attention.protocol import ForwardInputs
 from models.cache import Kept
 from models.errors import UserError
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoPatterns(Full):
-    """What `strided` and `fixed` share: the first half of the heads has one pattern, the second half another."""
+    """Base spec of `strided` and `fixed`: the first half of the heads has one pattern, the second half another."""
 
-    sees_all = False
+    needs_mask = False
     directions = ("causal",)
     directions_because = "its patterns are made of tokens behind the token"
-    free_heads = False
+    heads_prunable = False
     heads_because = "the first half of them has one pattern and the second half another"
 
     def __post_init__(self) -> None:
@@ -54,28 +54,28 @@ class TwoPatterns(Full):
 class TwoPatternAttention(FullAttention):
     """The module of a `TwoPatterns`: subclasses give `near`, for the first half of the heads, and `far`."""
 
-    def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
+    def mix(self, q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor:
         halves = []
         for number, pattern in enumerate((self.near, self.far)):
             heads, groups = (
                 slice(number * count // 2, (number + 1) * count // 2) for count in (self.heads, self.kv_heads)
             )
             seen = Kept(kept.keys[:, groups], kept.values[:, groups], None)
-            halves.append(pattern(q[:, heads], seen, context, partial(self.half_scoring, heads, context)))
+            halves.append(pattern(q[:, heads], seen, inputs, partial(self.half_scoring, heads, inputs)))
         return torch.cat(halves, dim=1)  # (B, H, T, d)
 
-    def half_scoring(self, heads: slice, context: Context, q: Tensor, k: Tensor, distance: Tensor) -> ScoreMod:
+    def half_scoring(self, heads: slice, inputs: ForwardInputs, q: Tensor, k: Tensor, distance: Tensor) -> ScoreMod:
         """`scoring` of half of the heads."""
         all_heads = q.new_empty(0, self.heads, 0, self.head_width)  # of the queries no more is read than their number
-        scoring = self.scoring(all_heads, k, distance, context)
+        scoring = self.scoring(all_heads, k, distance, inputs)
         position, sink = (None if x is None else x[heads] for x in (scoring.position, scoring.sink))
         return replace(scoring, position=position, sink=sink)
 
-    def near(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
+    def near(self, q: Tensor, kept: Kept, inputs: ForwardInputs, scoring: Callable[..., ScoreMod]) -> Tensor:
         """The first half: q (B, H / 2, T, d) over what is kept of G / 2 heads, with the scores of `scoring`."""
         raise NotImplementedError
 
-    def far(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
+    def far(self, q: Tensor, kept: Kept, inputs: ForwardInputs, scoring: Callable[..., ScoreMod]) -> Tensor:
         """The second half, likewise."""
         raise NotImplementedError
 
@@ -83,7 +83,7 @@ class TwoPatternAttention(FullAttention):
         self,
         q: Tensor,
         kept: Kept,
-        context: Context,
+        inputs: ForwardInputs,
         scoring: Callable[..., ScoreMod],
         before: int,
         spans: Tensor | None,
@@ -93,23 +93,23 @@ class TwoPatternAttention(FullAttention):
         Args:
             q: (B, ., T, d).
             kept: the keys and values of all tokens so far.
-            context: of this forward.
+            inputs: of this forward.
             scoring: of queries, keys and distances.
             before: tokens behind the query.
             spans: (B or 1, S), the number of each token's span; None: there is one.
         """
         band, new = Band(before, after=0), q.shape[2]
-        if context.past == 0 and new > before + 1:
+        if inputs.past == 0 and new > before + 1:
             return attend_band(
                 q, kept.keys, kept.values, band, scoring, None if spans is None else (spans, spans), dropout=self.drop()
             )
-        first = max(0, context.past - before)
+        first = max(0, inputs.past - before)
         keys, values = kept.keys[:, :, first:], kept.values[:, :, first:]  # (B, ., K, d)
-        rows = context.past + torch.arange(new, device=q.device)
-        distance = rows[:, None] - torch.arange(first, context.past + new, device=q.device)  # (T, K)
+        rows = inputs.past + torch.arange(new, device=q.device)
+        distance = rows[:, None] - torch.arange(first, inputs.past + new, device=q.device)  # (T, K)
         mask = band.holds(distance)[None]  # (1, T, K)
         if spans is not None:
-            mask = mask & (spans[:, context.past :, None] == spans[:, None, first:])  # (B or 1, T, K)
+            mask = mask & (spans[:, inputs.past :, None] == spans[:, None, first:])  # (B or 1, T, K)
         return attend(q, keys, values, AttentionMask(mask[:, None], False), scoring(q, keys, distance), self.drop())
 
 
@@ -129,7 +129,7 @@ class Strided(TwoPatterns):
         if self.stride < 1:
             raise UserError(f"stride must be at least 1 token, got {self.stride}")
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return StridedAttention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -139,24 +139,24 @@ class Strided(TwoPatterns):
 class StridedAttention(TwoPatternAttention):
     """The module of `Strided`."""
 
-    def __init__(self, spec: Strided, place: Place) -> None:
+    def __init__(self, spec: Strided, place: LayerContext) -> None:
         super().__init__(spec, place)
         self.stride = spec.stride
 
-    def near(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
-        return self.attend_behind(q, kept, context, scoring, self.stride, context.documents)
+    def near(self, q: Tensor, kept: Kept, inputs: ForwardInputs, scoring: Callable[..., ScoreMod]) -> Tensor:
+        return self.attend_behind(q, kept, inputs, scoring, self.stride, inputs.documents)
 
-    def far(self, q: Tensor, kept: Kept, context: Context, scoring: Callable[..., ScoreMod]) -> Tensor:
+    def far(self, q: Tensor, kept: Kept, inputs: ForwardInputs, scoring: Callable[..., ScoreMod]) -> Tensor:
         """Lane a holds the queries a, a + l, ... of the new ones, and the keys of their residue."""
         batch, _, new, _ = q.shape
-        past, stride, seen = context.past, self.stride, kept.keys.shape[2]
+        past, stride, seen = inputs.past, self.stride, kept.keys.shape[2]
         lanes = min(new, stride)
         steps = -(-new // lanes)  # queries in a lane, M
         count = (past + lanes - 1) // stride + steps  # keys in a lane, N
         firsts = past + torch.arange(lanes, device=q.device)  # (w,)
         queries = firsts[:, None] + stride * torch.arange(steps, device=q.device)  # (w, M)
         columns = (firsts % stride)[:, None] + stride * torch.arange(count, device=q.device)  # (w, N)
-        mask = self._lane_mask(queries, columns, context, seen)
+        mask = self._lane_mask(queries, columns, inputs, seen)
         q = F.pad(q, (0, 0, 0, steps * lanes - new)).unflatten(2, (steps, lanes))  # (B, H / 2, M, w, d)
         q = q.movedim(3, 1).flatten(0, 1)  # (B * w, H / 2, M, d)
         k, v = (
@@ -175,15 +175,15 @@ class StridedAttention(TwoPatternAttention):
         y = attend(q, k, v, visible, found, self.drop())  # (B * w, H / 2, M, d)
         return y.unflatten(0, (batch, lanes)).movedim(1, 3).flatten(2, 3)[:, :, :new]
 
-    def _lane_mask(self, queries: Tensor, columns: Tensor, context: Context, seen: int) -> Tensor | None:
+    def _lane_mask(self, queries: Tensor, columns: Tensor, inputs: ForwardInputs, seen: int) -> Tensor | None:
         """(B or 1, w, M, N) bool, or None where it is that of plain causality; no row of a padded query is empty."""
-        if context.past == 0 and context.documents is None:
+        if inputs.past == 0 and inputs.documents is None:
             return None
         mask = (columns[:, None] <= queries[:, :, None])[None]  # (1, w, M, N)
-        if context.documents is None:
+        if inputs.documents is None:
             return mask
         own, theirs = (
-            context.documents[:, numbers.clamp(max=seen - 1)].masked_fill(numbers >= seen, OUTSIDE)
+            inputs.documents[:, numbers.clamp(max=seen - 1)].masked_fill(numbers >= seen, OUTSIDE)
             for numbers in (queries, columns)
         )  # (B or 1, w, M), (B or 1, w, N)
         return mask & (own[..., None] == theirs[..., None, :])

@@ -18,10 +18,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from models.attention.full import Full, FullAttention, token_distance
 from models.attention.kernels.backward import per_group, tile_gradients
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, logits, weigh
-from models.attention.protocol import Context
+from models.attention.protocol import ForwardInputs
 from models.cache import Kept
 from models.errors import UserError
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 
 ROWS = 256  # queries of a causal block: fewer skip more keys and make more calls
 
@@ -35,7 +35,7 @@ class TopK(Full):
         keep: k, how many keys a query reads, fewer where it sees fewer. Of equal logits the earlier keys' are kept.
     """
 
-    takes = Full.takes
+    position_types = Full.position_types
 
     keep: int
 
@@ -44,21 +44,21 @@ class TopK(Full):
         if self.keep < 1:
             raise UserError(f"keep must be at least 1 key, got {self.keep}")
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return TopKAttention(self, place)
 
 
 class TopKAttention(FullAttention):
     """The module of `TopK`."""
 
-    def __init__(self, spec: TopK, place: Place) -> None:
+    def __init__(self, spec: TopK, place: LayerContext) -> None:
         super().__init__(spec, place)
         self.keep = spec.keep
 
-    def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
-        biases = context.positional[self.positional].biases
-        scoring = self.scoring(q, kept.keys, token_distance(q, kept, context) if biases else None, context)
-        return top_k_attention(q, kept.keys, kept.values, self.keep, context.visible, scoring, self.drop())
+    def mix(self, q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor:
+        biases = inputs.positional[self.positional].biases
+        scoring = self.scoring(q, kept.keys, token_distance(q, kept, inputs) if biases else None, inputs)
+        return top_k_attention(q, kept.keys, kept.values, self.keep, inputs.visible, scoring, self.drop())
 
 
 def top_k_attention(
@@ -88,7 +88,7 @@ def top_k_attention(
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Which `count` of each row's scores (..., S) are its largest, of equal ones the first: (..., S) bool.
+    """Mask of the `count` largest scores of each row (..., S), of equal ones the first: (..., S) bool.
 
     `count` is below S. Where fewer scores are finite, it is these and any others.
     """
@@ -105,7 +105,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def _first(scores: Tensor, bound: Tensor, count: int) -> Tensor:
-    """Those of scores (..., S) above bound (..., 1), and of those at it the first, `count` in all: (..., S) bool."""
+    """Mask of the scores (..., S) above bound (..., 1) and the first of those at it, `count` in all: (..., S) bool."""
     above, level = scores > bound, scores == bound
     room = count - above.sum(-1, keepdim=True)
     return above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))

@@ -19,10 +19,10 @@ from models.attention.full import Full, FullAttention, token_distance
 from models.attention.kernels.banded import Band, attend_band
 from models.attention.kernels.flex import attend_flex
 from models.attention.kernels.sdpa import AttentionMask, attend
-from models.attention.protocol import Context
+from models.attention.protocol import ForwardInputs
 from models.cache import Kept, KeyValueCache, RollingCache
 from models.errors import UserError
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 
 
 @ATTENTIONS.register("window")
@@ -36,8 +36,8 @@ class Window(Full):
         dilation: distance between the tokens that it sees.
     """
 
-    sees_all = False
-    takes = ("rotation", "scores", "queries")
+    needs_mask = False
+    position_types = ("rotation", "scores", "queries")
 
     window: int
     dilation: int = 1
@@ -48,7 +48,7 @@ class Window(Full):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1 token, got {getattr(self, name)}")
 
-    def build(self, place: Place) -> nn.Module:
+    def build(self, place: LayerContext) -> nn.Module:
         return WindowAttention(self, place)
 
     def flops_per_token(self, width: int, length: int) -> int:
@@ -79,7 +79,7 @@ class Window(Full):
 class WindowAttention(FullAttention):
     """The module of `Window`."""
 
-    def __init__(self, spec: Window, place: Place) -> None:
+    def __init__(self, spec: Window, place: LayerContext) -> None:
         super().__init__(spec, place)
         self.window, self.span, self.band = spec.window, spec.span(), spec.band(place.bidirectional)
         self.reach = self.band.before * self.band.dilation
@@ -87,36 +87,38 @@ class WindowAttention(FullAttention):
     def flex_bands(self) -> tuple[Band | None, ...]:
         return (self.band,) if self.kernel == "flex" else ()
 
-    def mix(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
-        if self.kernel == "flex" and (mask := context.block_masks.get(self.band)) is not None:
+    def mix(self, q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor:
+        if self.kernel == "flex" and (mask := inputs.block_masks.get(self.band)) is not None:
             return attend_flex(q, kept.keys, kept.values, mask, self.scale)
         if q.shape[2] <= self.window:
-            return self._at_once(q, kept, context)
+            return self._at_once(q, kept, inputs)
         keys = kept.keys.shape[2]
         early = keys - q.shape[2]  # tokens that are kept from before the new ones, which now ask nothing
-        documents = None if context.documents is None else (context.documents[:, -keys:],) * 2  # (B or 1, K)
+        documents = None if inputs.documents is None else (inputs.documents[:, -keys:],) * 2  # (B or 1, K)
         q = F.pad(q, (0, 0, early, 0))  # (B, H, K, d)
-        scoring = partial(self.scoring, context=context)
+        scoring = partial(self.scoring, inputs=inputs)
         y = attend_band(q, kept.keys, kept.values, self.band, scoring, documents, dropout=self.drop())
         return y[:, :, early:]
 
-    def _at_once(self, q: Tensor, kept: Kept, context: Context) -> Tensor:
+    def _at_once(self, q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor:
         """All queries over all keys that are kept: for few tokens, and for the next one behind a cache."""
-        distance = token_distance(q, kept, context)  # (T, K)
-        scoring = self.scoring(q, kept.keys, distance, context)
-        visible = AttentionMask(self._mask(distance, kept, context), causal=False)
+        distance = token_distance(q, kept, inputs)  # (T, K)
+        scoring = self.scoring(q, kept.keys, distance, inputs)
+        visible = AttentionMask(self._mask(distance, kept, inputs), causal=False)
         return attend(q, kept.keys, kept.values, visible, scoring, self.drop())
 
-    def _mask(self, distance: Tensor, kept: Kept, context: Context) -> Tensor | None:
-        """Which of the kept keys, `distance` (T, K) tokens before them, the new queries see: (B or 1, 1, T, K)."""
+    def _mask(self, distance: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor | None:
+        """Mask of the kept keys, `distance` (T, K) tokens before the new queries: (B or 1, 1, T, K)."""
         new, keys = distance.shape
-        if new == 1 and keys <= self.window and self.band.dilation == 1 and context.documents is None:
+        if new == 1 and keys <= self.window and self.band.dilation == 1 and inputs.documents is None:
             return None  # a cache keeps nothing that the next token does not see
         mask = self.band.holds(distance)[None, None]  # (1, 1, T, K)
-        if context.documents is None:
+        if inputs.documents is None:
             return mask
-        own = context.documents[:, context.past :]  # (B or 1, T)
-        theirs = context.documents if kept.columns is None else context.documents[:, kept.columns]  # (B or 1, K)
+        own = inputs.documents[:, inputs.past :]  # (B or 1, T)
+        theirs = (
+            inputs.documents if kept.key_positions is None else inputs.documents[:, kept.key_positions]
+        )  # (B or 1, K)
         return mask & (own[:, :, None] == theirs[:, None, :])[:, None]
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:

@@ -9,7 +9,7 @@ from models.cache.recurrent import RecurrentCache, beginnings
 from models.cache.rolling import RollingCache
 from models.cache.selective import Remembered, SelectiveCache
 from models.cache.summaries import Entries, SummaryCache, Tail
-from models.cache.transient import TransientCache
+from models.cache.transient_global import TransientCache
 
 __all__ = [
     "Anchored",

@@ -128,5 +128,5 @@ class PagedCache(KeyValueCache):
         return torch.tensor(self.tables, dtype=torch.int64, device=self.keys.device)
 
     def _gather(self, pool: Tensor) -> Tensor:
-        """What the rows have stored in a pool (P, G, page, d), as (B, G, tokens, d)."""
+        """Stored keys or values of the rows from a pool (P, G, page, d), as (B, G, tokens, d)."""
         return pool[self._table].transpose(1, 2).flatten(2, 3)[:, :, : self.length]

@@ -1,4 +1,4 @@
-"""What the cache of one layer offers to its attention, whichever tokens it keeps."""
+"""Protocol of layer caches, whichever tokens they keep."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 class Kept(NamedTuple):
-    """What a cache holds after the new tokens.
+    """Keys and values in a cache after the new tokens.
 
     Attributes:
         keys, values: (B, G, K, head_width).
-        columns: (K,) int64, which of the S tokens so far these are, in any order; None: all of them, in order.
+        key_positions: (K,) int64, which of the S tokens so far these are, in any order; None: all of them, in order.
     """
 
     keys: Tensor
     values: Tensor
-    columns: Tensor | None
+    key_positions: Tensor | None
 
 
 class LayerCache:
-    """What one layer remembers of the tokens so far. Only the layer's own attention knows more about it than this.
+    """State of one layer over the tokens so far. Only the layer's own attention knows more about it than this.
 
     Attributes:
         forks: whether rows can go on from other rows (`fork`).

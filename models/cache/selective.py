@@ -15,7 +15,7 @@ NOTHING = -1  # the column of an empty slot
 
 
 class Remembered(NamedTuple):
-    """What a cache holds after the new tokens, in the order of the sequence.
+    """Keys and values of a selective cache after the new tokens, in the order of the sequence.
 
     Attributes:
         keys, values: (B, G, K, head_width).
@@ -60,7 +60,7 @@ class SelectiveCache(KeyValueCache):
         self.filled = 0  # slots in use, from the left
 
     def append(self, k: Tensor, v: Tensor) -> Remembered:
-        """What is kept, and behind it k, v (B, G, T, head_width) of the next T tokens."""
+        """Append k, v (B, G, T, head_width) of the next T tokens to the keys and values that are kept."""
         new = k.shape[2]
         columns = torch.arange(self.length, self.length + new, device=k.device).expand(len(self.columns), -1)  # (., T)
         self.length += new

@@ -57,7 +57,7 @@ class Tail:
         self.capacity, self.count = capacity, 0
 
     def kept(self) -> Entries:
-        """What is there."""
+        """The entries that are stored."""
         return Entries(*(buffer[:, self.capacity - self.count :] for buffer in self.buffers))
 
     def keep(self, whole: Entries, added: Tensor, count: int) -> None:

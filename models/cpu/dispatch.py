@@ -13,7 +13,7 @@ from models.cpu.features import has_bf16, isa_cap, read_cpuinfo
 
 
 class CpuPath(NamedTuple):
-    """One path.
+    """One CPU path of the dispatch table.
 
     Attributes:
         function: what computes.

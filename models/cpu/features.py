@@ -1,4 +1,4 @@
-"""What Linux says about bf16 on this processor, and one guard: AMX that is offered but not described.
+"""CPU features for bf16 as Linux lists them, and a guard for oneDNN: AMX without its CPUID leaf.
 
 Some hypervisors pass the AMX flags of the processor through and cut CPUID off below leaf 0x1D, which describes the
 tile palettes. oneDNN (behind every bf16 matrix product of PyTorch on CPU) then configures its tiles from zeros, and the
@@ -14,7 +14,7 @@ TILE_PALETTE_LEAF = 0x1D
 
 
 def _fields(cpuinfo: str) -> dict[str, str]:
-    """What the text of /proc/cpuinfo says about the first processor."""
+    """CPU flags of the first processor in the text of /proc/cpuinfo."""
     lines = (line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in lines}
 
@@ -39,7 +39,7 @@ def has_bf16(cpuinfo: str) -> bool:
 
 
 def read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> str:
-    """What Linux says about the processor; empty on other systems."""
+    """CPU flags of this machine; empty on other systems than Linux."""
     return path.read_text() if path.is_file() else ""
 
 

@@ -19,7 +19,7 @@ from models.cpu.dispatch import takes_short_attention
 
 
 def training_bias(x: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-    """What is added to the scores of a training step that `ShortAttention` should compute, None for any other.
+    """Bias of the scores in a training step that `ShortAttention` should compute, None for any other.
 
     Args:
         x: (B, T, D) embedded tokens, none of them cached.

@@ -1,9 +1,9 @@
 """Mixtures of experts: routers, balancing and capacity as objects of their own, and the experts they send tokens to."""
 
+from models.experts.assignments import Assignments
 from models.experts.balancing import BALANCES, Auxiliary, Bias, ImportanceAndLoad, ZLoss
 from models.experts.capacity import Capacity
 from models.experts.mixture import MixtureOfExperts, Statistics
-from models.experts.pairs import Pairs
 from models.experts.router import ROUTERS, Router, Routing
 from models.experts.router_expert_choice import ExpertChoice
 from models.experts.router_noisy import NoisyTopK
@@ -17,6 +17,7 @@ __all__ = [
     "BALANCES",
     "LAYOUTS",
     "ROUTERS",
+    "Assignments",
     "Auxiliary",
     "Bias",
     "Capacity",
@@ -26,7 +27,6 @@ __all__ = [
     "ImportanceAndLoad",
     "MixtureOfExperts",
     "NoisyTopK",
-    "Pairs",
     "Router",
     "Routing",
     "SeparateExperts",

@@ -1,4 +1,4 @@
-"""What keeps the load of the experts even: training losses, and a bias that follows the load without one.
+"""Load balancing of experts: auxiliary losses, and the loss-free bias.
 
     auxiliary             E sum_e f_e P_e: 1 at an even load, E where one expert gets everything
     importance_and_load   CV(importance)^2 + CV(load)^2, the squared coefficients of variation over the experts
@@ -32,7 +32,7 @@ OVER = ("micro_batch", "step")
 
 
 class Routed(NamedTuple):
-    """What a loss is measured on.
+    """Quantities that a balancing loss is computed from.
 
     Attributes:
         routing: of a micro-batch, before anything was dropped.
@@ -50,7 +50,7 @@ class Routed(NamedTuple):
         return torch.tensordot(real, values, dims=1) / real.sum().clamp(min=1)
 
     def counts(self, groups: int = 1, choices: str = "all") -> Tensor:
-        """How often each expert was chosen in each of so many equal groups of tokens: (G, E), in the scores' dtype."""
+        """Number of times that each expert was chosen in each of so many equal groups of tokens: (G, E)."""
         chosen, probabilities = self.routing.chosen, self.routing.probabilities
         chosen = chosen[:, :1] if choices == "first" else chosen
         real = self.real.flatten()[:, None].expand_as(chosen).to(probabilities.dtype)

@@ -1,4 +1,4 @@
-"""How many tokens an expert takes in training, and which of them where more want it.
+"""Expert capacity: the number of tokens that an expert takes in training, and their order of priority.
 
 G groups that share the places (sequences, or the whole batch), L tokens of a group, E experts, k experts of a token.
 """
@@ -52,7 +52,7 @@ class Capacity:
         return max(1, math.ceil(round(self.factor * tokens * top_k / count, 6)))
 
     def keep(self, chosen: Tensor, probabilities: Tensor, real: Tensor | None, count: int) -> Tensor:
-        """Which pairs find a place.
+        """Mask of the assignments within the capacity.
 
         Args:
             chosen: (B, T, k) experts.
@@ -79,7 +79,7 @@ class Capacity:
 
 
 def within(wanted: Tensor, places: int, count: int) -> Tensor:
-    """Which of the queue (G, P) of wanted experts, E for none, are among the first `places` of their expert."""
+    """Mask of the entries of a queue (G, P) of experts, E for none, among the first `places` of their expert."""
     takes = wanted[..., None] == torch.arange(count, device=wanted.device)  # (G, P, E)
     position = takes.cumsum(1, dtype=torch.int32)  # (G, P, E), from 1
     return (takes & (position <= places)).any(-1)

@@ -25,7 +25,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from models.cpu import dispatch
 from models.cpu.matmul import product
-from models.experts.pairs import Pairs
+from models.experts.assignments import Assignments
 
 ALIGNMENT = 16  # bytes: where rows begin that grouped_mm reads
 GROUPED_CAPABILITY = (8, 0)
@@ -54,7 +54,7 @@ class Groups(NamedTuple):
         return (self.experts < self.ends.numel())[:, None]
 
 
-def group(pairs: Pairs, count: int) -> Groups:
+def group(pairs: Assignments, count: int) -> Groups:
     """Sort the pairs by expert, for `count` experts."""
     experts, order = pairs.experts.sort(stable=True)
     numbers = torch.arange(count, device=experts.device)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.attention.protocol import NOTHING, Context, Mixed
+from models.attention.protocol import NOTHING, ForwardInputs, Mixed
+from models.experts.assignments import Assignments, token_pairs
 from models.experts.balancing import Auxiliary, Routed
-from models.experts.pairs import Pairs, token_pairs
 from models.experts.router import Routing
 from models.experts.separate import SeparateExperts
 from models.experts.stacked import StackedExperts
@@ -20,7 +20,7 @@ DECISIONS = ("experts", "kept")  # names of the state that a recomputation repea
 
 
 class Statistics(NamedTuple):
-    """What the latest forward did with its tokens, padding apart; detached.
+    """Statistics of the latest forward: load, dropped tokens, entropy; without padding, detached.
 
     Attributes:
         load: (E,) share of the pairs that each expert got, dropped ones apart.
@@ -63,38 +63,38 @@ class MixtureOfExperts(FeedForward):
         self._counts: Tensor | None = None  # (E,) choices of the latest forward in training
         self._seen: Tensor | None = None  # (E,) choices of the forwards before it since the last step
 
-    def forward(self, x: Tensor, context: Context) -> Mixed:
-        real = self._real(x, context.documents)  # (B, T) or None
-        routing, kept, state = self._route(x, real, context)
+    def forward(self, x: Tensor, inputs: ForwardInputs) -> Mixed:
+        real = self._real(x, inputs.documents)  # (B, T) or None
+        routing, kept, state = self._route(x, real, inputs)
         if kept is not None:
             chosen = torch.where(kept, routing.chosen, self.spec.count)
         else:
             chosen = routing.chosen
         pairs = token_pairs(chosen, routing.weights)
         if routing.tokens is not None:
-            pairs = Pairs(routing.tokens, pairs.experts, pairs.weights)
+            pairs = Assignments(routing.tokens, pairs.experts, pairs.weights)
         losses = self._observe(routing, real, pairs, x)
         y = self.experts(x.flatten(0, 1), pairs).view(x.shape)
-        return Mixed(y if self.shared is None else y + self.shared(x, context), losses, state)
+        return Mixed(y if self.shared is None else y + self.shared(x, inputs), losses, state)
 
     @staticmethod
     def _real(x: Tensor, documents: Tensor | None) -> Tensor | None:
-        """Which tokens (B, T) of x (B, T, D) are no padding; None: all."""
+        """Mask (B, T) of the tokens of x (B, T, D) that are no padding; None: all."""
         return None if documents is None else (documents[:, -x.shape[1] :] >= 0).expand(x.shape[:2])
 
     def _route(
-        self, x: Tensor, real: Tensor | None, context: Context
+        self, x: Tensor, real: Tensor | None, inputs: ForwardInputs
     ) -> tuple[Routing, Tensor | None, dict[tuple[int, str], Tensor]]:
         """The choices for x (B, T, D), which of them hold (as `Routing.chosen`; None: all), and both as state.
 
         A reversible model computes x again in the backward, with other rounding: it repeats what was decided.
         """
         decided, held = ((self.layer, name) for name in DECISIONS)
-        if decided in context.state:
-            return self.router(x, real, context.state[decided]), context.state.get(held), NOTHING
+        if decided in inputs.state:
+            return self.router(x, real, inputs.state[decided]), inputs.state.get(held), NOTHING
         routing = self.router(x, real)
         kept = self._kept(routing, real, x)
-        if not context.recomputed:
+        if not inputs.recomputed:
             return routing, kept, NOTHING
         return routing, kept, {decided: routing.decision, **({} if kept is None else {held: kept})}
 
@@ -112,7 +112,7 @@ class MixtureOfExperts(FeedForward):
             kept = within if kept is None else kept & within
         return kept
 
-    def _observe(self, routing: Routing, real: Tensor | None, pairs: Pairs, x: Tensor) -> dict[str, Tensor]:
+    def _observe(self, routing: Routing, real: Tensor | None, pairs: Assignments, x: Tensor) -> dict[str, Tensor]:
         """The weighted losses by name, in training; keeps what the statistics are computed from."""
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
         routed, losses = Routed(routing, real, self._seen), {}

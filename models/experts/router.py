@@ -1,4 +1,4 @@
-"""What every router gets and gives: it chooses the experts of each token and says what their outputs count.
+"""Protocol of routers: the experts of each token and the weights of their outputs.
 
 What keeps the load of the experts even is apart (models/experts/balancing.py), and so is how many tokens an expert
 takes (models/experts/capacity.py). All is computed in at least fp32, whatever the dtype of the model.
@@ -47,7 +47,7 @@ class Routing(NamedTuple):
 
 
 class RouterSpec(Protocol):
-    """What a router in a config offers.
+    """Base spec of a router.
 
     Attributes:
         directions: of `causal` and `bidirectional`, what the model can be; where it is one, `directions_because`.
@@ -76,7 +76,7 @@ class RouterSpec(Protocol):
 
 
 class TopKSpec:
-    """What the routers have in common that choose the best k experts for each token by itself."""
+    """Base of token-choice routers: the best k experts of each token by itself."""
 
     directions = ("causal", "bidirectional")
     per_token = True

@@ -59,7 +59,7 @@ class NoisyRouter(Router):
         return Routing(logits, noisy.softmax(-1), chosen, chosen, weights, load=load)
 
     def load(self, logits: Tensor, noisy: Tensor, scale: Tensor) -> Tensor:
-        """How probably each expert (N, E) is among the k largest when its own noise alone is drawn again (eq. 9)."""
+        """Probability (N, E) of each expert to be in the top k when its own noise alone is drawn again (eq. 9)."""
         if self.top_k == self.count:
             return torch.ones_like(logits)
         largest = noisy.topk(self.top_k + 1, dim=-1).values  # (N, k + 1)

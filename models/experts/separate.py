@@ -6,7 +6,7 @@ N tokens, P pairs of a token and an expert, E experts, D model width.
 import torch
 from torch import Tensor, nn
 
-from models.experts.pairs import Pairs
+from models.experts.assignments import Assignments
 from models.feedforward import Mlp, Swiglu
 
 
@@ -21,7 +21,7 @@ class SeparateExperts(nn.ModuleList):
         super().__init__(expert.build(width, branches) for _ in range(count))
 
     @torch.compiler.disable  # how many tokens an expert has is known only as it runs
-    def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
+    def forward(self, x: Tensor, pairs: Assignments) -> Tensor:
         """x (N, D) -> (N, D): the sum over a token's pairs of weight times what the expert makes of it."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from models.cpu.dispatch import ungrouped
 from models.cpu.experts import one_token
+from models.experts.assignments import Assignments
 from models.experts.dispatch import group, grouped_linear, sum_pairs, take_rows
-from models.experts.pairs import Pairs
 from models.feedforward import ACTIVATIONS, Mlp, Swiglu
 from models.linear import Drawn, residual_std
 
@@ -49,7 +49,7 @@ class StackedExperts(Drawn):
     def draw_xavier(self, gain: float) -> None:
         self.stds = {name: gain * (2 / sum(getattr(self, name).shape[1:])) ** 0.5 for name in self.stds}
 
-    def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
+    def forward(self, x: Tensor, pairs: Assignments) -> Tensor:
         """x (N, D) -> (N, D): the sum over a token's pairs of weight times what the expert makes of it.
 
         Computed in the autocast dtype where autocast is on, and in that of x otherwise.
@@ -76,7 +76,7 @@ class StackedExperts(Drawn):
             hidden = self.activation(apply("up", rows))
         return apply("down", hidden)
 
-    def _one_token(self, x: Tensor, pairs: Pairs) -> Tensor:
+    def _one_token(self, x: Tensor, pairs: Assignments) -> Tensor:
         """As `forward` for x (1, D), on CPU."""
         counts: dict[int, float] = {}
         for expert, weight in zip(pairs.experts.tolist(), pairs.weights.tolist(), strict=True):

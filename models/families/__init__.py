@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.checkpoint import CONFIG, fill, skeleton
 from models.config import ModelConfig
 from models.errors import UserError, did_you_mean
 from models.experts import StackedExperts
@@ -19,11 +20,10 @@ from models.families.llama import Llama
 from models.families.mixtral import Mixtral
 from models.families.protocol import Family
 from models.families.qwen3_moe import Qwen3Moe
-from models.files import SHARD_BYTES, TensorFiles, inside, read_json, write_json, write_tensors, writing
-from models.folder import CONFIG, fill, skeleton
-from models.forms import described
+from models.io import SHARD_BYTES, TensorFiles, inside, read_json, write_json, write_tensors, writing
 from models.sidecars import GENERATION, read_sidecars, special_tokens, write_sidecars
 from models.transformer import Transformer
+from models.weight_formats import described
 
 __all__ = ["FAMILIES", "Family", "export_folder", "import_folder", "is_family_folder", "write_folder"]
 

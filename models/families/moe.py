@@ -1,4 +1,4 @@
-"""What the files of Mixtral and of Qwen3-MoE have in common: softmax routers that choose top_k experts a token.
+"""Shared parts of the Mixtral and Qwen3-MoE families: softmax routers that choose top_k experts a token.
 
 `transformers` adds `router_aux_loss_coef` times a loss that is top_k where all experts are chosen alike, and ours is 1
 there: the weight of the balance is the coefficient times top_k. It takes that loss over the tokens of all layers

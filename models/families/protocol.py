@@ -1,4 +1,4 @@
-"""What a family of Hugging Face files offers."""
+"""Protocol of model families: reading and writing the files of Hugging Face transformers."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol

@@ -1,4 +1,4 @@
-"""What a position encoding offers to the Transformer.
+"""Protocol of position encodings.
 
 A spec builds a module; once per forward the module turns the positions of the tokens into a `Positional`, which every
 attention layer then applies. So tables are made once, not once per layer.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Relative(Protocol):
-    """What an encoding makes of a distance together with the query, the key and the value.
+    """Relative position terms that depend on the query, the key or the value.
 
     Attributes:
         values: (N, d), added to the values by the row of their distance, or None.
@@ -22,7 +22,7 @@ class Relative(Protocol):
     values: Tensor | None
 
     def terms(self, q: Tensor, k: Tensor, distance: Tensor, scale: float, past: int, reach: int | None) -> Tensor:
-        """What is added to the scores; the arguments are those of `Positional.terms`."""
+        """Bias of the scores; the arguments are those of `Positional.terms`."""
 
     def rows(self, distance: Tensor) -> Tensor:
         """The row of `values` for each distance, in its shape."""
@@ -73,7 +73,7 @@ class Positional(NamedTuple):
         return self.slopes is not None or self.table is not None or self.relative is not None
 
     def bias(self, distance: Tensor) -> Tensor:
-        """What is added to the scores of all queries that are `distance` (T, S) tokens behind their keys.
+        """Position bias of the scores of queries that are `distance` (T, S) tokens behind their keys.
 
         Returns:
             (H, T, S), finite also for keys ahead (negative distance).
@@ -83,7 +83,7 @@ class Positional(NamedTuple):
         return self.table[:, (distance - self.first).clamp(0, self.table.shape[1] - 1)]
 
     def terms(self, q: Tensor, k: Tensor, distance: Tensor, scale: float, past: int, reach: int | None) -> Tensor:
-        """What is added to the scores, whether or not it depends on the query and the key.
+        """Position bias of the scores, also where it depends on the query and the key.
 
         Args:
             q: (B, H, T, d); any stretches of any sequences may be stacked in B.

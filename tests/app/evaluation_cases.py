@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from app.evaluation.figures import Subject, evaluate_pair
+from app.evaluation.assemble import Subject, evaluate_pair
 from app.evaluation.speed import SpeedProtocol
 from models.config import ModelConfig
 from models.transformer import Transformer

@@ -11,7 +11,7 @@ from torch.distributed import checkpoint as sharded
 from app.loading import load_model, read_checkpoint
 from app.strategies.checkpoint_io import METADATA, SHARDS
 from models.errors import UserError
-from models.files import sha256_of
+from models.io import sha256_of
 from recipes.fit_state import Trained, describe_checkpoint
 
 RECORD = {

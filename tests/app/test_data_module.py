@@ -7,13 +7,13 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from app.data.blocks import IGNORED
 from app.data.cache import cache_root
 from app.data.corpus import synthetic
 from app.data.module import TextData
+from app.data.packing import IGNORED
 from app.data.tokenizer import train_tokenizer
 from models.errors import UserError
-from models.files import writing
+from models.io import writing
 
 
 @pytest.fixture(scope="module")

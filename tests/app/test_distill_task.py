@@ -12,13 +12,13 @@ from app.data.corpus import synthetic
 from app.data.module import TextData
 from app.optim import AdamW, Cosine, Muon
 from app.tasks.distill import Distillation
-from compress.distillation.losses import Combine
+from compress.distillation.losses.loss import Combine
 from compress.pruning.masks import count_violations, masks_of
 from compress.pruning.patterns import NOfM
 from compress.pruning.sparsify import sparsify
+from models.checkpoint import save_model
 from models.config import ModelConfig
 from models.errors import UserError
-from models.folder import save_model
 from models.transformer import Transformer
 
 ARCHITECTURE = {

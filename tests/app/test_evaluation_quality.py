@@ -9,10 +9,10 @@ import torch
 from evaluation_cases import VOCABULARY, Text, shifted, tiny
 from torchmetrics.text import Perplexity
 
+from app.evaluation.assemble import change_of_quality
 from app.evaluation.baselines import baselines, count_tokens, unigram, untrained
-from app.evaluation.figures import change_of_quality
 from app.evaluation.metrics import Loss
-from app.evaluation.quality import Part, Quality, Segments, evaluate_qualities, evaluate_quality, paired
+from app.evaluation.quality import BlockSubset, Quality, Segments, evaluate_qualities, evaluate_quality, paired
 from models import projection
 from models.errors import UserError
 
@@ -214,11 +214,11 @@ def test_the_untrained_baseline_names_the_architecture_that_was_measured():
 
 def test_a_part_of_a_split_is_spread_over_it():
     text = Text(16)
-    part = Part.spread(text, 4)
+    part = BlockSubset.spread(text, 4)
     assert part.indices[0] == 0
     assert part.indices[-1] == len(text) - 1
     assert part.tokens == text.tokens
-    assert len(Part.first(text, 10**6)) == len(text)
+    assert len(BlockSubset.first(text, 10**6)) == len(text)
 
 
 @pytest.mark.parametrize(("documents", "unit"), [(19, "19 blocks"), (20, "20 documents"), (21, "21 documents")])

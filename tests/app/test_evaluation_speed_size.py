@@ -8,11 +8,11 @@ from torch import nn
 from app.evaluation import speed as speed_module
 from app.evaluation.size import layer_sizes, size_figures
 from app.evaluation.speed import STANDARD, Round, SpeedProtocol, change_of_speed, measure_speeds
-from compress.quantization.grid import IntFormat
+from compress.quantization.affine import IntFormat
+from compress.quantization.methods.rtn import Rtn
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
-from models.folder import load, save_model, writing
 from models.transformer import Transformer
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from app.data.blocks import IGNORED, PADDING, token_blocks
 from app.data.corpus import synthetic
 from app.data.module import TextData
+from app.data.packing import IGNORED, PADDING, token_blocks
 from app.data.tokenizer import load_tokenizer, train_tokenizer
 from app.evaluation.baselines import count_tokens, unigram
 from app.evaluation.metrics import Accuracy, Loss

@@ -7,11 +7,11 @@ import pytest
 from evaluation_cases import comparison
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from app.evaluation import wording
-from app.evaluation.charts import Step, on_front
-from app.evaluation.many import beats, collect, write_overview
-from app.evaluation.report import About, build_report, write_report
-from compress.records import LayerRecord
+from app.evaluation import formatting
+from app.evaluation.report.charts import ChartPoint, on_front
+from app.evaluation.report.overview import beats, collect, write_overview
+from app.evaluation.report.pages import About, build_report, write_report
+from compress.calibration.records import LayerRecord
 from models.errors import UserError
 
 ASKED = {"method": "gptq", "bits": 4, "group_size": 8}
@@ -124,7 +124,7 @@ def test_the_charts_follow_the_colours_of_the_page(written):
 
 def test_the_figures_are_the_same_in_all_forms(written):
     report = json.loads((written / "report.json").read_text())
-    perplexity = wording.number(report["after"]["quality"]["perplexity"])
+    perplexity = formatting.number(report["after"]["quality"]["perplexity"])
     for page in ("report.html", "report.md"):
         text = (written / page).read_text()
         assert perplexity in text
@@ -258,9 +258,9 @@ def places(value, path=()):
 
 def test_a_report_that_lacks_a_key_or_holds_another_type_is_refused_or_shown(figures, tmp_path, monkeypatch):
     """Each key left out, and each value replaced: one sentence that names the key, or the whole page."""
-    monkeypatch.setattr("app.evaluation.many.charts.values", lambda *arguments, **options: None)
-    monkeypatch.setattr("app.evaluation.many.charts.trade_offs", lambda *arguments: None)
-    monkeypatch.setattr("app.evaluation.many.draw", lambda drawings, folder: None)
+    monkeypatch.setattr("app.evaluation.report.overview.charts.values", lambda *arguments, **options: None)
+    monkeypatch.setattr("app.evaluation.report.overview.charts.trade_offs", lambda *arguments: None)
+    monkeypatch.setattr("app.evaluation.report.overview.draw", lambda drawings, folder: None)
     path = folder(tmp_path, "pruned", "aaa", "bbb", figures)
     whole = json.loads((path / "report.json").read_text())
     paths = [one for one in places(whole) if one[0] not in ("layers", "recipe", "environment", "history")]
@@ -276,7 +276,7 @@ def test_a_report_that_lacks_a_key_or_holds_another_type_is_refused_or_shown(fig
                 del parent[last]
             else:
                 parent[last] = value
-            monkeypatch.setattr("app.evaluation.many.read_json", lambda path, report=report: report)
+            monkeypatch.setattr("app.evaluation.report.overview.read_json", lambda path, report=report: report)
             try:
                 write_overview([path], tmp_path)
             except UserError as error:
@@ -287,7 +287,8 @@ def test_a_report_that_lacks_a_key_or_holds_another_type_is_refused_or_shown(fig
 
 def test_the_pareto_front_by_brute_force():
     points = [
-        (Step(str(i), ppl, (0, 0)), x) for i, (x, ppl) in enumerate([(1, 9), (2, 5), (2, 5), (3, 5), (4, 1), (5, 2)])
+        (ChartPoint(str(i), ppl, (0, 0)), x)
+        for i, (x, ppl) in enumerate([(1, 9), (2, 5), (2, 5), (3, 5), (4, 1), (5, 2)])
     ]
     assert [step.name for step, x in points if on_front(step, x, points, more_is_better=False)] == ["0", "1", "2", "4"]
     assert [step.name for step, x in points if on_front(step, x, points, more_is_better=True)] == ["4", "5"]
@@ -295,7 +296,7 @@ def test_the_pareto_front_by_brute_force():
 
 def test_a_model_is_dominated_only_by_one_that_is_better_in_something():
     def step(perplexity, stored, rate):
-        return Step("model", perplexity, (1, 99), stored, rate)
+        return ChartPoint("model", perplexity, (1, 99), stored, rate)
 
     assert not beats(step(10, 100, 5), step(10, 100, 5))
     for better in (step(9, 100, 5), step(10, 99, 5), step(10, 100, 6)):

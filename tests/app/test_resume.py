@@ -12,7 +12,7 @@ from app.callbacks.checkpoints import checkpoints_in, newest_checkpoint
 from app.callbacks.randomness import capture, portable, restore, stream_of
 from app.optim import AdamW, Muon, WarmupStableDecay
 from app.strategies.checkpoint_io import WholeCheckpoints, appearing_whole, read_checkpoint
-from models.folder import hash_weights
+from models.checkpoint import hash_weights
 
 
 @pytest.fixture(scope="module")

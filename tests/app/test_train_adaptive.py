@@ -5,7 +5,7 @@ import torch
 from training_help import ARCHITECTURE, fit, language_model, make_trainer, state_hash, text_data
 
 from app.tasks.compile import CompileBlocks
-from models.folder import load
+from models.checkpoint import load
 from models.generation import generate
 
 ROUTED = {**ARCHITECTURE, "dropout": 0.0, "depths": [None, {"kind": "mixture_of_depths", "capacity": 0.25}]}

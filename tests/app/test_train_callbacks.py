@@ -12,7 +12,7 @@ from training_help import ARCHITECTURE, fit, language_model, make_trainer, state
 
 from app.callbacks import NonFiniteLoss, RunProgress, Samples, StopEarly
 from app.callbacks.checkpoints import Checkpoints, checkpoints_in, newest_checkpoint
-from app.callbacks.peaks import DENSE_BF16, device_peak, measured_peak, peak_flops
+from app.callbacks.peak_flops import DENSE_BF16, device_peak, measured_peak, peak_flops
 from app.callbacks.progress import duration
 from app.tasks import CausalLM
 from app.tasks.training import Training

@@ -8,15 +8,15 @@ from training_help import Interrupted, StopAfter, fit, language_model, make_trai
 
 from app.callbacks import ExpertLoad
 from app.callbacks.checkpoints import newest_checkpoint
-from app.evaluation.charts import load_picture
 from app.evaluation.experts import Loads, variation
 from app.evaluation.quality import evaluate_quality
+from app.evaluation.report.charts import load_picture
 from app.evaluation.size import layer_sizes, size_figures
 from app.optim import AdamW, Muon
 from app.optim.base import parameters_by_role
 from app.optim.muon import orthogonalized
 from app.tasks.architecture import resolve_architecture
-from compress.distillation.losses import Combine
+from compress.distillation.losses.loss import Combine
 from compress.distillation.objective import Objective
 from models.config import ModelConfig
 from models.errors import UserError

@@ -16,9 +16,9 @@ from app.tasks.architecture import resolve_architecture
 from app.tasks.compile import CompileBlocks
 from app.tasks.precision import call_in
 from app.tasks.training import Training
+from models.checkpoint import load
 from models.config import ModelConfig
 from models.errors import UserError
-from models.folder import load
 from models.transformer import Transformer
 
 COMPLETE = {**ARCHITECTURE, "dropout": 0.0, "vocab_size": 64, "context": 32}

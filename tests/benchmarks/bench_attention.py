@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from models.attention.protocol import Context, mixed_of
+from models.attention.protocol import ForwardInputs, mixed_of
 from models.positions import Positional
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 from tests.benchmarks.timing import Row, rate_row, take_turns
 
 NAME = "attention"
@@ -128,23 +128,23 @@ def resolved(spec: dict[str, Any], heads: int, width: int) -> Any:
     return ATTENTIONS.parse({**given, **spec}, "attention").resolve(width)
 
 
-def built(settings: Lengths, mechanism: Mechanism, length: int) -> tuple[nn.Module, Tensor, Context]:
+def built(settings: Lengths, mechanism: Mechanism, length: int) -> tuple[nn.Module, Tensor, ForwardInputs]:
     """The mechanism without its maps, a sequence (1, T, D), and what it knows about it."""
     torch.manual_seed(1)
     width = settings.heads * settings.width
     spec = resolved(mechanism.spec, settings.heads, width)
-    module = spec.build(Place(width, context=length, bidirectional=mechanism.bidirectional))
+    module = spec.build(LayerContext(width, context=length, bidirectional=mechanism.bidirectional))
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.Linear):
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, Copies(child.out_features))
     x = torch.randn(1, length, width, requires_grad=True)
-    return module, x, Context((Positional(),), None, causal=not mechanism.bidirectional)
+    return module, x, ForwardInputs((Positional(),), None, causal=not mechanism.bidirectional)
 
 
-def step(module: nn.Module, x: Tensor, context: Context) -> None:
+def step(module: nn.Module, x: Tensor, inputs: ForwardInputs) -> None:
     """One forward and backward."""
-    mixed_of(module(x, context)).y.sum().backward()
+    mixed_of(module(x, inputs)).y.sum().backward()
     x.grad = None
     for parameter in module.parameters():
         parameter.grad = None
@@ -190,11 +190,11 @@ def decoding(settings: Lengths) -> list[Row]:
     return rows
 
 
-def decode(module: nn.Module, cache: Any, settings: Lengths, context: Context, state: list[int]) -> None:
+def decode(module: nn.Module, cache: Any, settings: Lengths, inputs: ForwardInputs, state: list[int]) -> None:
     """`decoded` tokens, one at a time; state holds how many there were before."""
     for _ in range(settings.decoded):
         x = torch.randn(1, 1, settings.heads * settings.width)
-        module(x, context._replace(past=state[0], causal=False), cache)
+        module(x, inputs._replace(past=state[0], causal=False), cache)
         state[0] += 1
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention.protocol import Context
+from models.attention.protocol import ForwardInputs
 from models.positions import Positional
-from models.specs import POSITIONS, Place
+from models.specs import POSITIONS, LayerContext
 from tests.benchmarks.bench_attention import resolved
 from tests.benchmarks.timing import Row, rate_row, say, take_turns
 
@@ -83,7 +83,7 @@ def run(settings: Peers | None = None) -> list[Row]:
 def build(settings: Peers, pair: Pair) -> tuple[nn.Module, Run]:
     """Our module, in training as the peer is, and how it is called."""
     spec = resolved(pair.spec, settings.heads, settings.width)
-    module = spec.build(Place(settings.width, context=settings.tokens, bidirectional=pair.bidirectional))
+    module = spec.build(LayerContext(settings.width, context=settings.tokens, bidirectional=pair.bidirectional))
     if not pair.joins:
         module.o = nn.Identity()
     encoding = None
@@ -95,7 +95,7 @@ def build(settings: Peers, pair: Pair) -> tuple[nn.Module, Run]:
 
     def mix(x: Tensor) -> Tensor:
         positional = Positional() if encoding is None else encoding(places)
-        return module(x, Context((positional,), None, causal=not pair.bidirectional))
+        return module(x, ForwardInputs((positional,), None, causal=not pair.bidirectional))
 
     return module.train(), mix
 

@@ -20,13 +20,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from app.evaluation.size import held_bytes, holders
-from compress.quantization.fp8 import Fp8
-from compress.quantization.grid import IntFormat
-from compress.quantization.int8 import Int8
-from compress.quantization.int8_kernels import Dynamic
-from compress.quantization.nf4 import Nf4
+from compress.quantization.affine import IntFormat
+from compress.quantization.kernels.int8 import Dynamic
+from compress.quantization.methods.fp8 import Fp8
+from compress.quantization.methods.int8 import Int8
+from compress.quantization.methods.nf4 import Nf4
+from compress.quantization.methods.rtn import Rtn
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
 from models.families import import_folder
 from models.generation import generate, stream
 from models.transformer import Transformer

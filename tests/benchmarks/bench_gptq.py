@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat
-from compress.quantization.kernels import kernel_for
+from compress.quantization.affine import IntFormat
+from compress.quantization.kernels.dispatch import kernel_for
+from compress.quantization.methods.gptq import Gptq
+from compress.quantization.methods.rtn import Rtn
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
 from models.transformer import Transformer
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.timing import Row, rate_row, take_turns, time_row

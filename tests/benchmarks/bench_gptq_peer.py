@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from app.memory import MATRICES_APART, keep_freed_memory
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat
+from compress.quantization.affine import IntFormat
+from compress.quantization.methods.gptq import Gptq
 from compress.quantization.plan import quantize_model
 from models.families import export_folder
 from tests.benchmarks.shapes import Shape

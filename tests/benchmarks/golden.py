@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from models import folder
+from models import checkpoint
 from models.config import ModelConfig
 from models.generation import generate
 from models.transformer import Transformer
@@ -126,7 +126,7 @@ def compressed_figures() -> dict[str, object]:
             status = espalier(f"quantize {parent} --out {out} --method {method} {options} {common}".split())
             if status:
                 raise SystemExit(f"quantize --method {method} ended with status {status}")
-            stored = folder.TensorFiles(out)
+            stored = checkpoint.TensorFiles(out)
             for name in sorted(stored):
                 figures[f"{method}: {name}"] = digest(stored[name])
     return figures
@@ -141,8 +141,8 @@ def write_model(model: Transformer, place: Path, text: Path) -> None:
     documents = [" ".join(draw.choices(words, k=40)) for _ in range(400)]
     text.write_text("\n\n".join(documents), encoding="utf-8")
     tokenizer = train_tokenizer(iter(["ab"]), VOCABULARY)  # a byte-level alphabet, whatever the text
-    with folder.writing(place) as target:
-        folder.save_model(model, target)
+    with checkpoint.writing(place) as target:
+        checkpoint.save_model(model, target)
         tokenizer.save(target)
 
 

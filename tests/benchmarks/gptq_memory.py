@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from app.evaluation import wording
+from app.evaluation import formatting
 from app.memory import MATRICES_APART, keep_freed_memory
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat
+from compress.quantization.affine import IntFormat
+from compress.quantization.methods.gptq import Gptq
 from compress.quantization.plan import quantize_model
-from models.folder import skeleton
+from models.checkpoint import skeleton
 from models.transformer import Transformer
 from tests.benchmarks.shapes import Shape
 
@@ -88,8 +88,8 @@ def main(argv: list[str]) -> int:
         command = [sys.executable, "-m", "tests.benchmarks.gptq_memory", "--layers", depth, *numbers]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        sizes = [wording.size(found[name]) for name in columns[1:-1]]
-        print(f"| {' | '.join([str(depth), *sizes, wording.duration(found['seconds'])])} |", flush=True)
+        sizes = [formatting.size(found[name]) for name in columns[1:-1]]
+        print(f"| {' | '.join([str(depth), *sizes, formatting.duration(found['seconds'])])} |", flush=True)
     return 0
 
 

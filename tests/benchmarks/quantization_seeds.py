@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from app.evaluation.quality import evaluate_quality, paired
-from compress.distillation.losses import Combine, parse_losses
+from compress.distillation.losses.loss import Combine, parse_losses
 from compress.distillation.objective import Objective
 from compress.quantization import Gptq, Rtn
-from compress.quantization.grid import IntFormat
+from compress.quantization.affine import IntFormat
 from compress.quantization.plan import quantize_model
 from compress.quantization.qat import pack_again, unpack
 from models.transformer import Transformer

@@ -20,8 +20,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from app.evaluation import wording
-from app.evaluation.many import collect, warnings
+from app.evaluation import formatting
+from app.evaluation.report.overview import collect, warnings
 from compress.quantization import METHODS
 from tests.benchmarks.timing import say
 
@@ -117,22 +117,22 @@ def bits_of(layers: Sequence[dict[str, Any]]) -> float | None:
 def row(name: str, block: dict[str, Any], report: dict[str, Any] | None = None) -> list[str]:
     """One line of the table: a model's block of a report, and where it is a result the report itself."""
     quality, size = block["quality"], block["size"]
-    bounds = wording.interval(quality["interval"]["perplexity"])
-    cells = [name, f"{wording.number(quality['perplexity'])} [{bounds}]"]
-    sizes = [wording.size(size["stored_bytes"]), wording.size(size["memory_bytes"])]
+    bounds = formatting.interval(quality["interval"]["perplexity"])
+    cells = [name, f"{formatting.number(quality['perplexity'])} [{bounds}]"]
+    sizes = [formatting.size(size["stored_bytes"]), formatting.size(size["memory_bytes"])]
     if report is None:
         return [*cells, "", "", *sizes, "", ""]
     change, speed = report["change"]["quality"], report["change"].get("speed", {})
     low, high = change["interval"]["loss"]
     decoding = speed.get("decode_tokens_per_second", {})
-    between = wording.interval(decoding.get("interval"))
+    between = formatting.interval(decoding.get("interval"))
     return [
         *cells,
-        f"{change['loss']:+.4f} [{low:+.4f}, {high:+.4f}]" if wording.known(low) else f"{change['loss']:+.4f}",
-        wording.number(bits_of(report["layers"]), 3),
+        f"{change['loss']:+.4f} [{low:+.4f}, {high:+.4f}]" if formatting.known(low) else f"{change['loss']:+.4f}",
+        formatting.number(bits_of(report["layers"]), 3),
         *sizes,
-        f"{wording.times(decoding.get('ratio'))}" + (f" [{between}]" if between != wording.MISSING else ""),
-        wording.number(report["seconds"], 3),
+        f"{formatting.times(decoding.get('ratio'))}" + (f" [{between}]" if between != formatting.MISSING else ""),
+        formatting.number(report["seconds"], 3),
     ]
 
 

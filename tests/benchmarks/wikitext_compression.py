@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 
-from app.data.blocks import TokenBlocks, token_blocks
+from app.data.packing import TokenBlocks, token_blocks
 from app.data.sources import open_source
 from app.data.tokenizer import Tokenizer, train_tokenizer
 from app.evaluation.quality import evaluate_quality
@@ -39,10 +39,10 @@ from app.tasks.gradients import scale_and_clip
 from app.tasks.precision import call_in
 from compress.pruning.patterns import parse_pattern
 from compress.pruning.sparsify import sparsify
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat
+from compress.quantization.affine import IntFormat
+from compress.quantization.methods.gptq import Gptq
+from compress.quantization.methods.rtn import Rtn
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
 from models.families import export_folder, import_folder
 from models.transformer import Transformer
 from tests.benchmarks.bench_gptq_peer import Peer

@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 
-from compress.calibration import LayerMethod, calibrate_sequentially
-from compress.pruning.structured import prune_structured
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat
+from compress.calibration.records import LayerRecord
+from compress.calibration.sequential import LayerMethod, calibrate_sequentially
+from compress.pruning.structured.sequential import prune_structured
+from compress.quantization.affine import IntFormat
+from compress.quantization.methods.gptq import Gptq
+from compress.quantization.methods.rtn import Rtn
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
-from compress.records import LayerRecord
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
-from models.folder import load, save_model, writing
 from models.transformer import Transformer
 
 ADAPTIVE = {"depths": [None, {"kind": "mixture_of_depths", "capacity": 0.5}], "exits": {"layers": [1], "weight": 0.3}}

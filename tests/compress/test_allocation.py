@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from app.evaluation.quality import paired
-from compress.experts import apart
+from compress.calibration.experts import apart
+from compress.calibration.store import FolderStore
 from compress.quantization import Gptq, Rtn, SqueezeLlm
-from compress.quantization.allocation import allocate, file_bytes, read_bytes
-from compress.quantization.grid import IntFormat
-from compress.quantization.lookup import LookupFormat
+from compress.quantization.affine import IntFormat
+from compress.quantization.formats.lookup_table import LookupFormat
 from compress.quantization.plan import quantize_model
-from compress.quantization.sensitivity import divergence, measure, units_of
-from compress.store import FolderStore
-from models import folder
+from compress.quantization.search.allocation import allocate, file_bytes, read_bytes
+from compress.quantization.search.sensitivity import divergence, measure, units_of
+from models import checkpoint
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
@@ -161,7 +161,7 @@ def test_bytes_are_those_of_the_file(kind, form, architecture, tmp_path):
         predicted = file_bytes(model, packed)
     overrides = {name: shared[b] for name, b in given.items()}
     quantize_model(model, None, text(), overrides=overrides, embedding=end)
-    folder.save_model(model, tmp_path)
+    checkpoint.save_model(model, tmp_path)
     for unit in units:
         stored = sum(model.get_submodule(name).stored_bytes() for name in unit.members)
         assert stored == unit.bytes()[given[unit.name]]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from compress.calibration import LayerMethod, calibrate_sequentially
-from compress.records import LayerRecord
-from compress.statistics import Hessian, InputNorm, Moments
-from compress.store import FolderStore
+from compress.calibration.records import LayerRecord
+from compress.calibration.sequential import LayerMethod, calibrate_sequentially
+from compress.calibration.statistics import Hessian, InputNorm, Moments
+from compress.calibration.store import FolderStore
 from models.config import ModelConfig
 from models.errors import UserError
 from models.feedforward import FeedForward

@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
+from compress.calibration.store import FolderStore
 from compress.pruning.context import BudgetSearch, Goal, prune_context
-from compress.pruning.structured import prune_structured
-from compress.store import FolderStore
+from compress.pruning.structured.sequential import prune_structured
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from compress.distillation.losses import LOSSES, Combine, DistillationLoss, StateLoss, parse_losses
+from compress.distillation.losses.loss import LOSSES, Combine, DistillationLoss, StateLoss, parse_losses
 from compress.distillation.objective import Objective
-from compress.pruning.criterion import CRITERIA
-from compress.pruning.importance import IMPORTANCES, Importance
+from compress.pruning.criteria.criterion import CRITERIA
 from compress.pruning.patterns import Unstructured
 from compress.pruning.sparsify import sparsify
-from compress.pruning.structured import prune_structured
-from compress.quantization.methods import METHODS, read_method, title_of
+from compress.pruning.structured.importance import IMPORTANCES, Importance
+from compress.pruning.structured.sequential import prune_structured
 from compress.quantization.plan import quantize_model
+from compress.quantization.quantizer import METHODS, read_method, title_of
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer

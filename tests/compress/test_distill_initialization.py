@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from compress.distillation import logit
 from compress.distillation.initialization import INITIALIZATIONS, Layers
 from compress.distillation.layer_map import Explicit
-from compress.distillation.losses import Combine, parse_losses
+from compress.distillation.losses import logit
+from compress.distillation.losses.loss import Combine, parse_losses
 from compress.distillation.objective import Objective, output_weight, require_same_vocabulary
 from models import backbone
 from models.config import ModelConfig

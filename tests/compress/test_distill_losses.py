@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress.distillation.feature import Cosine, Feature, FeatureLoss, MeanSquared
-from compress.distillation.layer_map import Explicit, Last, Uniform
-from compress.distillation.logit import logit_terms, logit_terms_reference
-from compress.distillation.losses import Combine, parse_losses
+from compress.distillation.layer_map import Explicit, Last, UniformLayers
+from compress.distillation.losses.feature import CosineDistance, Feature, FeatureLoss, MeanSquared
+from compress.distillation.losses.logit import logit_terms, logit_terms_reference
+from compress.distillation.losses.loss import Combine, parse_losses
 from models import projection
 from models.errors import UserError
 
@@ -120,7 +120,7 @@ def states(width, blocks, seed, dtype=torch.float64):
     return {f"blocks.{i}": torch.randn(3, 5, width, generator=generator, dtype=dtype) for i in blocks}
 
 
-@pytest.mark.parametrize("distance", [MeanSquared(), Cosine()])
+@pytest.mark.parametrize("distance", [MeanSquared(), CosineDistance()])
 def test_feature_loss_against_an_explicit_loop_and_padding_without_influence(distance):
     loss = FeatureLoss(distance, [(0, 1), (1, 3)], 6, 10).double()
     student, teacher = states(6, (0, 1), 1), states(10, (1, 3), 2)
@@ -158,14 +158,14 @@ def test_feature_loss_does_not_grow_with_length_or_width():
     values = []
     for width, length in ((64, 8), (64, 128), (512, 8)):
         torch.manual_seed(0)
-        loss = FeatureLoss(Cosine(), [(0, 0)], width, width)
+        loss = FeatureLoss(CosineDistance(), [(0, 0)], width, width)
         student, teacher = torch.randn(4, length, width), torch.randn(4, length, width)
         values.append(float(loss({FIRST: student}, {FIRST: teacher}, torch.ones(4, length, dtype=torch.bool))))
     assert all(value == pytest.approx(1.0, abs=0.05) for value in values)
 
 
 def test_equal_widths_start_from_the_identity():
-    loss = FeatureLoss(Cosine(), [(0, 0)], 8, 8)
+    loss = FeatureLoss(CosineDistance(), [(0, 0)], 8, 8)
     same = torch.randn(2, 3, 8)
     assert float(loss({FIRST: same}, {FIRST: same}, torch.ones(2, 3, dtype=torch.bool))) == pytest.approx(0.0, abs=1e-6)
 
@@ -175,11 +175,11 @@ def test_equal_widths_start_from_the_identity():
     [(2, 6, [2, 5]), (3, 6, [1, 3, 5]), (4, 6, [0, 2, 3, 5]), (2, 2, [0, 1])],
 )
 def test_uniform_layer_map(student, teacher, expected):
-    assert Uniform().pairs(student, teacher) == list(enumerate(expected))
+    assert UniformLayers().pairs(student, teacher) == list(enumerate(expected))
 
 
 def test_a_deeper_student_shares_blocks_and_ends_at_the_last():
-    pairs = Uniform().pairs(5, 2)
+    pairs = UniformLayers().pairs(5, 2)
     assert [ours for ours, _ in pairs] == list(range(5))
     assert pairs[-1][1] == 1
     assert {theirs for _, theirs in pairs} == {0, 1}
@@ -227,6 +227,6 @@ def test_combine_shares_alpha_between_data_and_teacher():
 
 
 def test_projector_is_a_module_of_the_objective_only():
-    names = [name for name, _ in FeatureLoss(Cosine(), [(0, 0), (1, 1)], 4, 6).named_parameters()]
+    names = [name for name, _ in FeatureLoss(CosineDistance(), [(0, 0), (1, 1)], 4, 6).named_parameters()]
     assert names == ["projector.maps.0.weight", "projector.maps.1.weight"]
-    assert isinstance(FeatureLoss(Cosine(), [(0, 0)], 4, 6).projector, nn.Module)
+    assert isinstance(FeatureLoss(CosineDistance(), [(0, 0)], 4, 6).projector, nn.Module)

@@ -4,26 +4,26 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compress.calibration import LayerMethod, calibrate_sequentially
-from compress.experts import apart
-from compress.pruning.importance import IMPORTANCES
+from compress.calibration.experts import apart
+from compress.calibration.records import LayerRecord
+from compress.calibration.sequential import LayerMethod, calibrate_sequentially
+from compress.calibration.statistics import Hessian
+from compress.calibration.store import FolderStore
 from compress.pruning.masks import HeldMasks, count_violations, masks_of
 from compress.pruning.patterns import Unstructured
 from compress.pruning.sparsify import sparsify
-from compress.pruning.structured import prune_structured
-from compress.quantization.export import export_compressed_tensors
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat
+from compress.pruning.structured.importance import IMPORTANCES
+from compress.pruning.structured.sequential import prune_structured
+from compress.quantization.affine import IntFormat
+from compress.quantization.export.compressed_tensors import export_compressed_tensors
+from compress.quantization.methods.gptq import Gptq
+from compress.quantization.methods.rtn import Rtn
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
-from compress.records import LayerRecord
-from compress.statistics import Hessian
-from compress.store import FolderStore
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
 from models.errors import UserError
 from models.experts import SeparateExperts, StackedExperts
 from models.families import export_folder
-from models.folder import load, save_model, writing
 from models.transformer import Transformer
 
 MOE = {"kind": "experts", "count": 4, "top_k": 2, "expert": {"kind": "swiglu", "width": 24}}

@@ -11,14 +11,14 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compress.quantization.export import export_compressed_tensors, words
-from compress.quantization.grid import IntFormat, quantize
-from compress.quantization.linear import PackedIntEmbedding, PackedIntLinear
+from compress.quantization.affine import IntFormat, quantize
+from compress.quantization.export.compressed_tensors import export_compressed_tensors, words
+from compress.quantization.formats.linear import PackedIntEmbedding, PackedIntLinear
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
 from models.errors import UserError
 from models.families import export_folder
-from models.files import WEIGHTS
-from models.folder import load, save_model, writing
+from models.io import WEIGHTS
 from models.transformer import Transformer
 
 ARCHITECTURE = {

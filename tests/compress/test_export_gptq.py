@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app.data.tokenizer import train_tokenizer
-from compress.quantization.export_gptq import export_gptq
-from compress.quantization.grid import IntFormat, quantize
-from compress.quantization.linear import PackedIntEmbedding
+from compress.quantization.affine import IntFormat, quantize
+from compress.quantization.export.gptq import export_gptq
+from compress.quantization.formats.linear import PackedIntEmbedding
 from models.errors import UserError
 from models.families import export_folder
-from models.files import WEIGHTS
+from models.io import WEIGHTS
 from tests.compress.test_export import build
 
 # Reads the files by their description alone: of a stream of 32 values of b bits in b words, value i has the bits

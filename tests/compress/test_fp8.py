@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress.quantization.fp8 import Fp8, Fp8Linear
-from compress.quantization.fp8_kernels import FP8, Fp8Format, ScaledMm, quantize_rows
-from compress.quantization.kernels import choose, kernel_for
+from compress.quantization.kernels.dispatch import choose, kernel_for
+from compress.quantization.kernels.fp8 import FP8, Fp8Format, ScaledMm, quantize_rows
+from compress.quantization.methods.fp8 import Fp8, Fp8Linear
 from models.errors import UserError
 
 SHAPES = [(64, 128), (48, 100), (300, 32)]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat
-from compress.quantization.linear import PackedInt
+from compress.quantization.affine import IntFormat
+from compress.quantization.formats.linear import PackedInt
+from compress.quantization.methods.gptq import Gptq
 from compress.quantization.plan import quantize_model
 from tests.benchmarks.bench_attention import peak
 from tests.benchmarks.shapes import Shape

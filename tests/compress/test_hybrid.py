@@ -6,14 +6,14 @@ from torch import nn
 
 from compress.pruning.patterns import Unstructured
 from compress.pruning.sparsify import sparsify
-from compress.pruning.structured import prune_structured
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat
+from compress.pruning.structured.sequential import prune_structured
+from compress.quantization.affine import IntFormat
+from compress.quantization.methods.gptq import Gptq
+from compress.quantization.methods.rtn import Rtn
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
 from models.errors import UserError
-from models.folder import load, save_model, writing
 from models.generation import generate
 from models.transformer import Transformer
 

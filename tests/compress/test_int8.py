@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress.quantization import int8_kernels
-from compress.quantization.int8 import Int8, Int8Linear
-from compress.quantization.int8_kernels import Dynamic, IntMm, Outliers, Rows, quantize_rows
-from compress.quantization.kernels import kernel_for
+from compress.quantization.kernels import int8 as int8_kernels
+from compress.quantization.kernels.dispatch import kernel_for
+from compress.quantization.kernels.int8 import Dynamic, IntMm, Outliers, Rows, quantize_rows
+from compress.quantization.methods.int8 import Int8, Int8Linear
 from models.errors import UserError
 
 SHAPES = [(64, 128), (48, 100), (7, 33)]

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from app.evaluation.size import kernels, layer_sizes
-from compress.quantization.fp8 import Fp8
-from compress.quantization.grid import IntFormat
-from compress.quantization.int8 import Int8
-from compress.quantization.int8_kernels import Dynamic, Outliers
-from compress.quantization.kernels import TABLE, choose, kernel_for
-from compress.quantization.nf4 import Nf4
+from compress.quantization.affine import IntFormat
+from compress.quantization.kernels.dispatch import TABLE, choose, kernel_for
+from compress.quantization.kernels.int8 import Dynamic, Outliers
+from compress.quantization.methods.fp8 import Fp8
+from compress.quantization.methods.int8 import Int8
+from compress.quantization.methods.nf4 import Nf4
+from compress.quantization.methods.rtn import Rtn
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
-from models.folder import load, save_model, writing
-from models.forms import GROUP, form_of
 from models.transformer import Transformer
+from models.weight_formats import GROUP, form_of
 
 EIGHT = Rtn(IntFormat(8, "channel"))
 METHODS = {

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress.quantization import nf4_kernels
-from compress.quantization.kernels import choose, kernel_for
-from compress.quantization.nf4 import Nf4, Nf4Embedding, Nf4Linear, Nf4Weights
-from compress.quantization.nf4_kernels import Absmax, Nf4Cpu, Nf4Cuda, Nf4Format
+from compress.quantization.kernels import nf4 as nf4_kernels
+from compress.quantization.kernels.dispatch import choose, kernel_for
+from compress.quantization.kernels.nf4 import Absmax, Nf4Cpu, Nf4Cuda, Nf4Format
+from compress.quantization.methods.nf4 import Nf4, Nf4Embedding, Nf4Linear, Nf4Weights
 from models.cpu.matmul import linear
 from models.errors import UserError
 

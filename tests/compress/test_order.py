@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from app.evaluation.quality import Quality, evaluate_quality, paired
-from compress.distillation.losses import Combine, parse_losses
+from compress.distillation.losses.loss import Combine, parse_losses
 from compress.distillation.objective import Objective
 from compress.pruning.masks import HeldMasks, count_violations, masks_of
 from compress.pruning.patterns import parse_pattern
 from compress.pruning.sparsify import sparsify
-from compress.pruning.structured import prune_structured
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat
+from compress.pruning.structured.sequential import prune_structured
+from compress.quantization.affine import IntFormat
+from compress.quantization.methods.gptq import Gptq
+from compress.quantization.methods.rtn import Rtn
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
 
 DISTIL_STEPS = 120
 

@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from app.evaluation.quality import Part, Quality, evaluate_quality, paired
-from compress.quantization.codebook import ProductEmbedding, ProductFormat, ProductLinear, decode
-from compress.quantization.gptq import output_error
-from compress.quantization.methods import METHODS, title_of
+from app.evaluation.quality import BlockSubset, Quality, evaluate_quality, paired
+from compress.calibration.statistics import Hessian
+from compress.calibration.store import FolderStore
+from compress.quantization.formats.codebook import ProductEmbedding, ProductFormat, ProductLinear, decode
+from compress.quantization.methods.gptq import output_error
+from compress.quantization.methods.product import FLOOR, Indices, ProductQuantization, quantize
 from compress.quantization.plan import quantize_model
-from compress.quantization.product import FLOOR, Indices, ProductQuantization, quantize
+from compress.quantization.quantizer import METHODS, title_of
 from compress.quantization.tuning import BlockTuning, _tokens
-from compress.quantization.vectors import arrange, assign, cluster, update
-from compress.statistics import Hessian
-from compress.store import FolderStore
-from models.attention.protocol import Context
+from compress.quantization.vector_kmeans import arrange, assign, cluster, update
+from models.attention.protocol import ForwardInputs
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
 from models.errors import UserError
-from models.folder import load, save_model, writing
 from models.transformer import Transformer
 
 FORMATS = [
@@ -126,7 +126,7 @@ def test_codebooks_may_begin_anywhere_in_memory():
     """As they do in a file that is mapped: a load of 16 bytes from such a place ended the process."""
     code = """
 import torch
-from compress.quantization.codebook import _pick
+from compress.quantization.formats.codebook import _pick
 for length in (1, 2, 4, 8):
     print("codewords of", length, flush=True)
     book = torch.randn(256, length).bfloat16()
@@ -155,7 +155,7 @@ def test_an_embedding_decodes_the_rows_asked_for_alone(form, monkeypatch):
     packed, dense = ProductEmbedding.of(module, words), words.dequantize()
     decoded = []
     monkeypatch.setattr(
-        "compress.quantization.codebook.decode",
+        "compress.quantization.formats.codebook.decode",
         lambda index, *args: decoded.append(len(index)) or decode(index, *args),
     )
     tokens = torch.tensor([[3, 129, 3], [0, 7, 64]])
@@ -440,7 +440,7 @@ def test_more_codewords_than_the_largest_matrix_has_sub_vectors_are_refused():
 
 def changed(trained, *methods) -> list[Quality]:
     """Quality of a copy of the trained model after each method, over the same blocks."""
-    held_out, found = Part(trained.held_out.blocks, trained.held_out.indices[::2]), []
+    held_out, found = BlockSubset(trained.held_out.blocks, trained.held_out.indices[::2]), []
     for method in methods:
         model = copy.deepcopy(trained.model)
         quantize_model(model, method, trained.calibration[:2])
@@ -475,6 +475,6 @@ def test_the_title_speaks_of_codebooks():
 @torch.no_grad()
 def test_padding_teaches_no_codeword():
     x, documents = torch.randn(2, 3, 4), torch.tensor([[0, 0, -1], [0, -1, -1]])
-    context = Context((), None, True, documents=documents)
+    context = ForwardInputs((), None, True, documents=documents)
     assert torch.equal(_tokens(x, context), torch.stack([x[0, 0], x[0, 1], x[1, 0]]))
-    assert len(_tokens(x, Context((), None, True))) == 6
+    assert len(_tokens(x, ForwardInputs((), None, True))) == 6

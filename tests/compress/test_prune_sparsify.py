@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from compress.calibration.statistics import InputNorm
+from compress.calibration.store import FolderStore
+from compress.pruning.criteria.wanda import Wanda
 from compress.pruning.masks import count_violations, masks_of
 from compress.pruning.patterns import NOfM, Unstructured
 from compress.pruning.sparsify import Sparsify, sparsify
-from compress.pruning.structured import prune_structured
-from compress.pruning.wanda import Wanda
-from compress.statistics import InputNorm
-from compress.store import FolderStore
+from compress.pruning.structured.sequential import prune_structured
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer

@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch_pruning as tp
 
-from compress.pruning import surgery
-from compress.pruning.allocation import Global
-from compress.pruning.importance import IMPORTANCES, GroupMoments, WeightNorm
-from compress.pruning.plan import Cut
-from compress.pruning.structured import prune_structured
-from compress.store import FolderStore
+from compress.calibration.store import FolderStore
+from compress.pruning.structured import surgery
+from compress.pruning.structured.allocation import Global
+from compress.pruning.structured.importance import IMPORTANCES, GroupMoments, WeightNorm
+from compress.pruning.structured.plan import StructuredConfig
+from compress.pruning.structured.sequential import prune_structured
+from models.checkpoint import load, save_model
 from models.config import ModelConfig
 from models.errors import UserError
-from models.folder import load, save_model
 from models.transformer import Transformer
 
 LLAMA = {"kind": "swiglu", "width": 48}
@@ -467,8 +467,8 @@ def test_a_block_without_attention_or_feedforward_is_passed_over():
 def test_a_query_head_goes_with_its_group_or_alone():
     """1 - (1 - h)(1 - g) of the query heads are asked to go."""
     for ratios, heads in (({"heads": 0.5}, 0.5), ({"groups": 0.25}, 0.25), ({"heads": 0.5, "groups": 0.25}, 0.625)):
-        cut = Cut({**ratios, "neurons": 0.1}, Global())
+        cut = StructuredConfig({**ratios, "neurons": 0.1}, Global())
         assert cut.expected("heads") == pytest.approx(heads)
         assert cut.expected("groups") == ratios.get("groups")
         assert cut.expected("neurons") == 0.1
-    assert Cut({"neurons": 0.1}, Global()).expected("heads") is None
+    assert StructuredConfig({"neurons": 0.1}, Global()).expected("heads") is None

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from app.evaluation.quality import evaluate_quality, paired
-from compress.distillation.losses import Combine, parse_losses
+from compress.distillation.losses.loss import Combine, parse_losses
 from compress.distillation.objective import Objective
 from compress.quantization import Gptq, Nf4, Rtn
-from compress.quantization.grid import IntFormat, Quantized
+from compress.quantization.affine import IntFormat, Quantized
 from compress.quantization.plan import quantize_model
 from compress.quantization.qat import ORIGINAL, FakeQuantize, check_trainable, pack_again, unpack
 from models.errors import UserError
-from models.forms import described
+from models.weight_formats import described
 from tests.compress.test_allocation import EXPERTS, build, text
 
 FORMATS = [

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from app.evaluation.quality import paired
-from compress.calibration import LayerMethod, calibrate_sequentially
+from compress.calibration.records import LayerRecord
+from compress.calibration.sequential import LayerMethod, calibrate_sequentially
+from compress.calibration.store import FolderStore
 from compress.quantization import METHODS, Awq, Gptq, Rtn
-from compress.quantization.awq import Magnitudes, _some, clipped, on_grids, scale_block
-from compress.quantization.gptq import output_error
-from compress.quantization.grid import IntFormat, fit_matrix, quantize
+from compress.quantization.affine import IntFormat, fit_matrix, quantize
+from compress.quantization.methods.awq import Magnitudes, _some, clipped, on_grids, scale_block
+from compress.quantization.methods.gptq import output_error
 from compress.quantization.plan import quantize_model
-from compress.records import LayerRecord
-from compress.store import FolderStore
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer

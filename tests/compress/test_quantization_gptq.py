@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from compress.quantization.gptq import Gptq, factorise, output_error, solve
-from compress.quantization.grid import IntFormat, encode, fit, fit_matrix, quantize
-from compress.statistics import Hessian
+from compress.calibration.statistics import Hessian
+from compress.quantization.affine import IntFormat, encode, fit, fit_matrix, quantize
+from compress.quantization.methods.gptq import Gptq, factorise, output_error, solve
 from models.errors import UserError
 
 

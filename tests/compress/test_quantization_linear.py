@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress.quantization import int_kernels
-from compress.quantization import packed as layers
-from compress.quantization.grid import IntFormat, quantize
-from compress.quantization.kernels import choose, kernel_for
-from compress.quantization.linear import PackedIntEmbedding, PackedIntLinear
+from compress.quantization.affine import IntFormat, quantize
+from compress.quantization.formats import packed as layers
+from compress.quantization.formats.linear import PackedIntEmbedding, PackedIntLinear
+from compress.quantization.kernels import packed_int
+from compress.quantization.kernels.dispatch import choose, kernel_for
 from models.errors import UserError
 
 FORMATS = [
@@ -233,7 +233,7 @@ def test_the_table_knows_dtype_device_and_dense_layers():
 
 
 def test_an_unknown_layout_of_the_processor_is_dequantized(monkeypatch):
-    monkeypatch.setattr(int_kernels, "_cpu_layout", lambda: None)
+    monkeypatch.setattr(packed_int, "_cpu_layout", lambda: None)
     packed, dense, _ = linear(64, 64, IntFormat(4, 32), bias=False)
     x = torch.randn(1, 64).bfloat16()
     with torch.no_grad():

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
+from compress.calibration.store import FolderStore
 from compress.pruning.patterns import Unstructured
 from compress.pruning.sparsify import sparsify
-from compress.quantization.gptq import Gptq
-from compress.quantization.grid import IntFormat
+from compress.quantization.affine import IntFormat
+from compress.quantization.methods.gptq import Gptq
+from compress.quantization.methods.rtn import Rtn
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
-from compress.store import FolderStore
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
 from models.errors import UserError
-from models.folder import load, save_model, writing
 from models.transformer import Transformer
 
 

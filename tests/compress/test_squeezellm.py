@@ -8,19 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from app.evaluation.quality import paired
+from compress.calibration.store import FolderStore
 from compress.quantization import METHODS
+from compress.quantization.affine import IntFormat
 from compress.quantization.fisher import fisher
-from compress.quantization.grid import IntFormat
-from compress.quantization.kernels import kernel_for
+from compress.quantization.formats.lookup_table import LookupEmbedding, LookupFormat, LookupLinear, Sparse
+from compress.quantization.kernels.dispatch import kernel_for
 from compress.quantization.kmeans import BINS, assign, kmeans, objective
-from compress.quantization.lookup import LookupEmbedding, LookupFormat, LookupLinear, Sparse
+from compress.quantization.methods.rtn import Rtn
+from compress.quantization.methods.squeezellm import SqueezeLlm, set_apart, squeeze
 from compress.quantization.plan import quantize_model
-from compress.quantization.rtn import Rtn
-from compress.quantization.squeezellm import SqueezeLlm, set_apart, squeeze
-from compress.store import FolderStore
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
 from models.errors import UserError
-from models.folder import load, save_model, writing
 from models.transformer import Transformer
 
 KINDS = ("uniform", "gamma", "heavy", "student", "zeros")

@@ -292,7 +292,7 @@ class InThisProcess(concurrent.futures.Executor):
 def in_this_process() -> None:
     """Let sweeps train in the process that was started for the case, read a small default corpus, warn of nothing."""
     from app.data import sources
-    from recipes.stages import sweep
+    from recipes.commands import sweep
 
     sweep.pool_of = lambda parallel: InThisProcess()
     sources.python_corpus = sources.synthetic  # the default, where --data was left out, takes longer than a case may

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import folder
+from models import checkpoint
+from models.checkpoint import skeleton
 from models.config import ATTENTIONS, DEPTHS, FEEDFORWARDS, NORMS, POSITIONS, ModelConfig
 from models.errors import UserError
-from models.folder import skeleton
 from models.positions.rope import ROPE_SCALINGS
 from models.transformer import Transformer, outline
 
@@ -147,7 +147,7 @@ def test_the_outline_draws_no_random_numbers():
 @pytest.fixture
 def saved(tmp_path):
     model = Transformer(ModelConfig.from_dict(TINY))
-    folder.save_model(model, tmp_path)
+    checkpoint.save_model(model, tmp_path)
     return tmp_path, dict(model.state_dict())
 
 
@@ -155,12 +155,12 @@ def test_dense_weights_of_several_dtypes_become_the_one_that_holds_them(saved):
     place, tensors = saved
     norms = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
     save_file(norms, place / "model.safetensors")
-    model = folder.load(place)
+    model = checkpoint.load(place)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, norms[name].float())
     model(torch.zeros(1, 4, dtype=torch.long))
-    assert {p.dtype for p in folder.load(place, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in checkpoint.load(place, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.complex64, torch.bool])
@@ -168,7 +168,7 @@ def test_a_dtype_of_no_dense_weight_is_refused(saved, dtype):
     place, tensors = saved
     save_file(tensors | {"embedding.weight": tensors["embedding.weight"].to(dtype)}, place / "model.safetensors")
     with pytest.raises(UserError, match=r"embedding\.weight is stored as torch\.\w+, which is no dense weight"):
-        folder.load(place)
+        checkpoint.load(place)
 
 
 @pytest.mark.parametrize(

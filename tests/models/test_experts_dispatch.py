@@ -10,7 +10,7 @@ from models.config import ModelConfig
 from models.cpu.dispatch import WIDENS_BF16
 from models.errors import UserError
 from models.experts import Capacity, dispatch, layout
-from models.experts.pairs import Pairs, token_pairs
+from models.experts.assignments import Assignments, token_pairs
 from models.experts.separate import SeparateExperts
 from models.experts.stacked import StackedExperts
 from models.feedforward import Mlp, Swiglu
@@ -64,7 +64,7 @@ def dropped(pairs):
 def shuffled(pairs):
     """As expert choice gives them: tokens that several experts chose, and such that none did."""
     order = torch.randperm(len(pairs.tokens), generator=torch.Generator().manual_seed(1))[: len(pairs.tokens) // 2]
-    return Pairs(pairs.tokens[order], pairs.experts[order], pairs.weights[order])
+    return Assignments(pairs.tokens[order], pairs.experts[order], pairs.weights[order])
 
 
 ROUTES = {
@@ -77,7 +77,9 @@ ROUTES = {
     "all dropped": spread()._replace(experts=torch.full((26,), COUNT)),
     "few tokens": dropped(spread(tokens=5)),
     "few tokens, all dropped": spread(tokens=5)._replace(experts=torch.full((10,), COUNT)),
-    "one token with an expert twice": Pairs(torch.zeros(3, dtype=torch.int64), torch.tensor([2, 0, 2]), torch.rand(3)),
+    "one token with an expert twice": Assignments(
+        torch.zeros(3, dtype=torch.int64), torch.tensor([2, 0, 2]), torch.rand(3)
+    ),
     "shuffled": shuffled(spread()),
     "shuffled and dropped": dropped(shuffled(spread())),
     "an expert without tokens": spread()._replace(experts=spread().experts % 3),

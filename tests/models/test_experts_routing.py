@@ -11,17 +11,17 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter, load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from models.attention.protocol import Context
+from models.attention.protocol import ForwardInputs
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
 from models.errors import UserError
 from models.experts import BALANCES, ROUTERS, Capacity
 from models.experts.balancing import Routed
-from models.folder import load, save_model, writing
 from models.specs import FEEDFORWARDS
 from models.transformer import Transformer
 
 WIDTH, COUNT = 16, 8
-CONTEXT = Context((), None, causal=True)
+CONTEXT = ForwardInputs((), None, causal=True)
 ROUTED = {"softmax": 2, "noisy_top_k": 3, "gshard": 2, "switch": 1, "sigmoid": 3, "expert_choice": 2}
 
 

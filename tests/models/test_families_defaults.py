@@ -18,7 +18,7 @@ from models.attention.full import Full
 from models.attention.window import Window
 from models.errors import UserError
 from models.families import import_folder
-from models.files import WEIGHTS
+from models.io import WEIGHTS
 from tests.models.test_families_llama import YARN, logits, randomise
 
 # every key that the numbers depend on, away from its default

@@ -17,11 +17,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from models.checkpoint import save_model
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.families import export_folder, import_folder, is_family_folder
-from models.files import WEIGHTS
-from models.folder import save_model
+from models.io import WEIGHTS
 from models.positions import Rope
 from models.transformer import Transformer
 

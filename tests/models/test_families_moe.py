@@ -14,14 +14,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from models.checkpoint import load, save_model, writing
 from models.config import ModelConfig
 from models.errors import UserError
 from models.experts import BALANCES, ROUTERS, Capacity, StackedExperts
 from models.experts.layout import separate
 from models.families import export_folder, import_folder
 from models.feedforward import Swiglu
-from models.files import WEIGHTS
-from models.folder import load, save_model, writing
+from models.io import WEIGHTS
 from models.transformer import Transformer
 
 SMALL = {

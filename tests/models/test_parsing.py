@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from models.errors import UserError
-from models.files import read_json
+from models.io import read_json
 from models.parsing import Malformed, parse_json, parse_yaml, read_plain
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

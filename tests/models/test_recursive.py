@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.attention.multilevel import attend_tree, place_tokens, reference_tree, sees
 from models.attention.pooling import POOLINGS
-from models.attention.tree import attend_tree, place_tokens, reference_tree, sees
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
@@ -160,15 +160,15 @@ def test_every_document_of_every_row_has_a_tree_of_its_own(choice, direction):
 @pytest.mark.parametrize("choice", ["fast doubling", "two queries", "han, one level"])
 def test_blocks_equal_all_entries_under_a_mask(choice, direction, documents, monkeypatch):
     """With blocks of a few tokens, so that there are many: values and gradients."""
-    monkeypatch.setattr("models.attention.tree.SMALLEST", 3)
-    monkeypatch.setattr("models.attention.tree.LARGEST", 5)
+    monkeypatch.setattr("models.attention.multilevel.SMALLEST", 3)
+    monkeypatch.setattr("models.attention.multilevel.LARGEST", 5)
     model = build(direction, **CHOICES[choice])
     numbers = torch.stack([torch.arange(83) // 31, torch.arange(83) // 50]) if documents else None
     numbers = numbers if numbers is None else torch.where(torch.arange(83) < 4, -1, numbers)
     x = torch.randn(2, 83, 16, dtype=torch.float64, requires_grad=True)
     upstream, found = torch.randn(2, 83, 16, dtype=torch.float64), []
     for form in (attend_tree, reference_tree):
-        monkeypatch.setattr("models.attention.summaries.attend_tree", form)
+        monkeypatch.setattr("models.attention.summary_attention.attend_tree", form)
         y = run(model, x, numbers)
         found.append((y, *torch.autograd.grad(y, [x, *model.blocks[0].attention.parameters()], upstream)))
     for mine, theirs in zip(*found, strict=True):

@@ -11,7 +11,7 @@ from transformers import Wav2Vec2BertConfig, XLNetConfig, XLNetModel
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
 from models.attention.full import Full
-from models.attention.protocol import Context
+from models.attention.protocol import ForwardInputs
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
@@ -94,7 +94,7 @@ def test_a_band_of_blocks_is_full_attention_under_its_mask(position, direction):
     x, context = narrow.embed(tokens)
     distance = torch.arange(150)[:, None] - torch.arange(150)
     seen = (distance < 8) & (distance >= 0) if direction == "causal" else distance.abs() <= 4
-    masked = Context(context.positional, seen[None, None], causal=False)
+    masked = ForwardInputs(context.positional, seen[None, None], causal=False)
     torch.testing.assert_close(attention(x, context), full(x, masked))
 
 
@@ -194,6 +194,6 @@ def test_a_mechanism_that_has_not_said_that_its_queries_are_read_refuses():
     class Other(Full):
         """Any."""
 
-    assert "queries" not in Other.takes
+    assert "queries" not in Other.position_types
     with pytest.raises(UserError, match="works with positions that act on rotation, and 'shaw' acts on queries"):
         build(SHAW, kernel="tiled")

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.attention.protocol import Context
+from models.attention.protocol import ForwardInputs
 from models.attention.retention import GatedRetention, Powers, Range, Retention, chunkwise, parallel, recurrent
 from models.cache import beginnings
 from models.config import ModelConfig
 from models.errors import UserError
 from models.positions import Positional
-from models.specs import Place
+from models.specs import LayerContext
 from models.transformer import Transformer
 from tests.benchmarks.bench_attention_peers import import_retnet
 
@@ -86,7 +86,7 @@ def test_it_is_the_retention_of_torchscale(form):
     arguments = SimpleNamespace(multiway=False, layernorm_eps=tiny, decoder_embed_dim=width,
                                 decoder_retention_heads=count, recurrent_chunk_size=chunk)  # fmt: skip
     theirs = retnet.MultiScaleRetention(arguments, width, 2 * width, count)
-    mine = GatedRetention(Retention(count, eps=tiny, chunk=chunk).resolve(width), Place(width))
+    mine = GatedRetention(Retention(count, eps=tiny, chunk=chunk).resolve(width), LayerContext(width))
     names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "g_proj", "o": "out_proj"}
     with torch.no_grad():
         for ours, other in names.items():
@@ -100,7 +100,7 @@ def test_it_is_the_retention_of_torchscale(form):
     with torch.no_grad():
         for step in steps:
             table = Positional(cos=cos[:, :, step], sin=sin[:, :, step], interleaved=True)
-            y = mine(x[:, step], Context((table,), None, causal=True, past=step.start or 0), cache)
+            y = mine(x[:, step], ForwardInputs((table,), None, causal=True, past=step.start or 0), cache)
             if form == "recurrent":
                 expected = theirs(x[:, step], relative(step.stop, activate_recurrent=True), incremental_state=state)
             else:
@@ -183,7 +183,7 @@ def test_a_document_begins_where_the_number_changes():
 
 def test_maps_are_drawn_as_in_the_paper():
     torch.manual_seed(0)
-    module = GatedRetention(Retention(8).resolve(256), Place(256))
+    module = GatedRetention(Retention(8).resolve(256), LayerContext(256))
     for name, outputs in {"q": 256, "k": 256, "v": 512, "gate": 512}.items():
         wanted = 2**-2.5 * (2 / (256 + outputs)) ** 0.5
         assert abs(float(getattr(module, name).weight.detach().std()) / wanted - 1) < 0.01

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from models.attention.protocol import Context
+from models.attention.protocol import ForwardInputs
 from models.attention.single_heads import SingleHeads
 from models.config import ModelConfig
 from models.errors import UserError
 from models.positions import Positional
-from models.specs import ATTENTIONS, Place
+from models.specs import ATTENTIONS, LayerContext
 from models.transformer import Transformer
 
 INPUTS = torch.tensor(
@@ -27,11 +27,11 @@ OUTPUTS = torch.tensor(
         [-0.5299, -0.1081, 0.5077, 0.3493],
     ]
 )
-PLAIN = Context((Positional(),), mask=None, causal=True)
+PLAIN = ForwardInputs((Positional(),), mask=None, causal=True)
 
 
 def stacked(width, heads, head_width, **options):
-    return SingleHeads(heads=heads, head_width=head_width, **options).build(Place(width))
+    return SingleHeads(heads=heads, head_width=head_width, **options).build(LayerContext(width))
 
 
 def load(module, heads):

@@ -273,7 +273,7 @@ def test_the_rolling_cache_returns_what_a_query_can_see(pieces):
         numbers = torch.arange(done, done + new)
         k = numbers.float().view(1, 1, new, 1)
         kept = cache.append(k, -k)
-        columns = numbers if kept.columns is None else kept.columns
+        columns = numbers if kept.key_positions is None else kept.key_positions
         assert torch.equal(kept.keys.flatten().long(), columns)
         assert new == 1 or torch.equal(columns, columns.sort().values)
         assert torch.equal(kept.values, -kept.keys)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from app.data.blocks import token_blocks
 from app.data.corpus import synthetic
+from app.data.packing import token_blocks
 from app.data.tokenizer import train_tokenizer
-from models import folder
+from models import checkpoint
 from models.config import ModelConfig
 from models.transformer import Transformer
 from recipes import cli
@@ -49,8 +49,8 @@ def teacher(tokenizer, tmp_path_factory):
         loss.backward()
         optimizer.step()
     path = tmp_path_factory.mktemp("teacher") / "teacher"
-    with folder.writing(path) as target:
-        folder.save_model(model, target)
+    with checkpoint.writing(path) as target:
+        checkpoint.save_model(model, target)
         tokenizer.save(target)
     return path
 

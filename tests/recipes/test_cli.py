@@ -9,8 +9,8 @@ import pytest
 
 from models.errors import UserError
 from recipes import cli
-from recipes.stages import options
-from recipes.stages.parser import parse_arguments, parse_values
+from recipes.commands import options
+from recipes.commands.parser import parse_arguments, parse_values
 
 STAGE_VERBS = [name for name, verb in cli.VERBS.items() if verb.options is not None]
 

@@ -9,17 +9,17 @@ import yaml
 from safetensors.torch import load_file
 
 import models
-from app.evaluation.many import read_report
 from app.evaluation.metrics import METRICS, Loss, Metric
+from app.evaluation.report.overview import read_report
 from app.tasks import TASKS
 from app.tasks.tokens import TokenTask
-from compress.distillation.losses import LOSSES, DistillationLoss, StateLoss
-from compress.pruning.criterion import CRITERIA
-from compress.quantization.methods import METHODS
+from compress.distillation.losses.loss import LOSSES, DistillationLoss, StateLoss
+from compress.pruning.criteria.criterion import CRITERIA
+from compress.quantization.quantizer import METHODS
 from models.attention.protocol import Attention
+from models.checkpoint import read_task
 from models.families import FAMILIES
 from models.families.llama import Llama
-from models.folder import read_task
 from models.linear import Linear
 from models.registry import Several
 from models.specs import ATTENTIONS, AttentionSpec

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import models
-from models.folder import hash_weights
+from models.checkpoint import hash_weights
 
 RECIPE = {
     "seed_everything": 1,

@@ -15,7 +15,7 @@ from test_fit import write
 
 import models
 from app.callbacks.checkpoints import newest_checkpoint
-from models.folder import hash_weights
+from models.checkpoint import hash_weights
 from recipes import cli
 
 DDP = ("--trainer.devices", "2", "--trainer.strategy", "ddp")

@@ -7,19 +7,19 @@ import re
 import pytest
 from markupsafe import Markup
 
-from app.evaluation import wording
-from app.evaluation.charts import Step, values
-from app.evaluation.many import write_overview
+from app.evaluation import formatting
 from app.evaluation.metrics import Perplexity
-from app.evaluation.report import About, write_report
+from app.evaluation.report.charts import ChartPoint, values
+from app.evaluation.report.overview import write_overview
+from app.evaluation.report.pages import About, write_report
 from app.history import write_card
 from app.tasks import CausalLM
 from models.config import ModelConfig
 from models.errors import UserError, printable
 from models.transformer import Transformer
 from recipes import cli
-from recipes.stages import terminal
-from recipes.stages.evaluate import write_figures
+from recipes.commands import terminal
+from recipes.commands.evaluate import write_figures
 from tests.app.evaluation_cases import comparison
 
 NAME = "a[bold]$x^$ `b` | <script>alert(1)</script> *c* [d](http://e) \x1b[31m$"
@@ -62,7 +62,7 @@ def test_a_report(figures, tmp_path):
 
 
 def test_a_picture(tmp_path):
-    steps = [Step(f"{number} {NAME}", 20.0 + number, (19.0, 22.0), 1000, 1.0) for number in range(2)]
+    steps = [ChartPoint(f"{number} {NAME}", 20.0 + number, (19.0, 22.0), 1000, 1.0) for number in range(2)]
     chart = values(steps, {NAME: 300.0}, 1, Perplexity())
     chart.png(tmp_path)
     assert "$x^$" in chart.svg()  # as text, no formula
@@ -80,10 +80,10 @@ def test_a_model_card(tmp_path):
 
 
 def test_markdown_and_code():
-    assert wording.markdown("a|b\nc <d> & `e`") == r"a\|b c &lt;d> &amp; \`e\`"
-    assert wording.markdown(Markup("**a**")) == "**a**"
-    assert wording.code("plain") == "`plain`"
-    assert wording.code("a `b` c") == "`` a `b` c ``"
+    assert formatting.markdown("a|b\nc <d> & `e`") == r"a\|b c &lt;d> &amp; \`e\`"
+    assert formatting.markdown(Markup("**a**")) == "**a**"
+    assert formatting.code("plain") == "`plain`"
+    assert formatting.code("a `b` c") == "`` a `b` c ``"
 
 
 def test_the_terminal(capsys, monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 
 from models.errors import UserError
 from recipes import cli
-from recipes.stages.parser import parse_arguments, parse_values
-from recipes.stages.pipeline import read_pipeline
+from recipes.commands.parser import parse_arguments, parse_values
+from recipes.commands.pipeline import read_pipeline
 
 VERBS = {verb.target.partition(":")[0].rpartition(".")[2]: verb.options for verb in cli.VERBS.values() if verb.options}
 FIELDS = {  # what verbs share is tried once

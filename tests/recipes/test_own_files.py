@@ -8,13 +8,13 @@ from test_fit import write
 
 from app.callbacks.record import RECIPE
 from models.errors import UserError
+from recipes.commands import resume
+from recipes.commands.options import Quantize, Run
+from recipes.commands.parser import parse_arguments
+from recipes.commands.pipeline import StagePlan, read_pipeline
+from recipes.commands.run import STATE, prepare
 from recipes.fit_arguments import prepare as fit_arguments
 from recipes.fit_state import plan_fit
-from recipes.stages import partial
-from recipes.stages.options import Quantize, Run
-from recipes.stages.parser import parse_arguments
-from recipes.stages.pipeline import Step, read_pipeline
-from recipes.stages.run import STATE, prepare
 
 FINGERPRINT = "0" * 64
 
@@ -40,7 +40,7 @@ def test_a_pipelines_record_names_only_folders_that_pipelines_make(named, overwr
     begun = [{"folder": folder, "fingerprint": FINGERPRINT, "inputs": {}}]
     (out / STATE).write_text(json.dumps({"stages": begun}))
     with pytest.raises(UserError, match=r"pipeline.json was not written by espalier run"):
-        prepare([Step("prune", "a", out / "01-a", None, "1" * 64, [])], out, overwrite)
+        prepare([StagePlan("prune", "a", out / "01-a", None, "1" * 64, [])], out, overwrite)
     assert (mine / "notes.txt").exists()
     assert (out / "mine" / "notes.txt").exists()
 
@@ -49,14 +49,14 @@ def test_a_pipelines_record_names_only_folders_that_pipelines_make(named, overwr
 def test_a_pipelines_record_of_another_form_is_refused(stages, tmp_path):
     (tmp_path / STATE).write_text(json.dumps({"stages": stages}))
     with pytest.raises(UserError, match="was not written by espalier run"):
-        prepare([Step("prune", "a", tmp_path / "01-a", None, "1" * 64, [])], tmp_path, True)
+        prepare([StagePlan("prune", "a", tmp_path / "01-a", None, "1" * 64, [])], tmp_path, True)
 
 
 def test_a_partial_folder_without_a_fingerprint_stays(mine, tmp_path):
     folder = mine.rename(tmp_path / "out.partial")
     for use in (
-        lambda: partial.check_output(tmp_path / "out", False),
-        lambda: partial.resumable(tmp_path / "out", FINGERPRINT, print).__enter__(),
+        lambda: resume.check_output(tmp_path / "out", False),
+        lambda: resume.resumable(tmp_path / "out", FINGERPRINT, print).__enter__(),
     ):
         with pytest.raises(UserError, match=r"out.partial is not of an unfinished run"):
             use()
@@ -67,8 +67,8 @@ def test_a_partial_folder_without_a_fingerprint_stays(mine, tmp_path):
 def test_a_partial_folder_of_a_run_killed_at_its_beginning_is_used(tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "fingerprint").touch()
-    partial.check_output(tmp_path / "out", False)
-    with partial.resumable(tmp_path / "out", FINGERPRINT, print) as folder:
+    resume.check_output(tmp_path / "out", False)
+    with resume.resumable(tmp_path / "out", FINGERPRINT, print) as folder:
         assert (folder / "fingerprint").read_text() == FINGERPRINT
 
 

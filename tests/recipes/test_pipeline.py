@@ -8,14 +8,14 @@ import shutil
 import pytest
 import yaml
 
-import models.folder
+import models.checkpoint
 from app.data.corpus import synthetic
 from app.data.tokenizer import load_tokenizer
 from models.errors import UserError
 from models.transformer import Transformer
-from recipes.stages import options, run
-from recipes.stages.inputs import FileInput, stage_inputs
-from recipes.stages.pipeline import read_pipeline
+from recipes.commands import options, run
+from recipes.commands.pipeline import read_pipeline
+from recipes.commands.pipeline_inputs import FileInput, stage_inputs
 
 COMMON = {"data": "synthetic", "sequence_length": 64, "speed_rounds": 0, "samples": 8}
 STAGES = [
@@ -87,7 +87,7 @@ def test_goes_on_after_the_last_finished_stage(teacher, espalier, tmp_path, monk
     status, output = espalier(*argv)
     assert status == 0, output.err
     assert begun == ["student", "prune", "sparse", "again sparse"]
-    assert models.folder.load(out / "model").config.layers[0].feedforward.width == 48
+    assert models.checkpoint.load(out / "model").config.layers[0].feedforward.width == 48
 
 
 def steps(path, tmp_path, model="teacher"):
@@ -154,16 +154,16 @@ def test_an_input_that_changed_under_its_name(teacher, espalier, refused, tmp_pa
     text.write_text(whole)
     assert "is complete" in espalier(*argv)[1].err
 
-    weights = models.folder.load(model).state_dict()
-    with models.folder.writing(model, overwrite=True) as target:
-        again = Transformer(models.folder.read_config(teacher))
+    weights = models.checkpoint.load(model).state_dict()
+    with models.checkpoint.writing(model, overwrite=True) as target:
+        again = Transformer(models.checkpoint.read_config(teacher))
         again.load_state_dict({name: 0.9 * tensor for name, tensor in weights.items()})
-        models.folder.save_model(again, target)
+        models.checkpoint.save_model(again, target)
         load_tokenizer(teacher).save(target)
     refused(*argv, words=[f"the model {model} changed since stage 01-sparse was begun", "--overwrite"])
     assert espalier(*argv, "--overwrite")[0] == 0
     history = json.loads((out / "01-sparse" / "history.json").read_text())["stages"]
-    assert history[0]["parents"]["model"] == models.folder.hash_weights(model)
+    assert history[0]["parents"]["model"] == models.checkpoint.hash_weights(model)
 
 
 def test_the_files_beside_the_weights_are_part_of_a_model(teacher, tmp_path):

@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.folder import load
+from models.checkpoint import load
 from recipes import cli
 from tests.recipes.conftest import ARCHITECTURE, QUICK
 

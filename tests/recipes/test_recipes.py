@@ -11,9 +11,9 @@ import models
 from models.config import ModelConfig
 from models.transformer import Transformer
 from recipes.cli import main
-from recipes.stages import options
-from recipes.stages.parser import parse_arguments
-from recipes.stages.pipeline import read_pipeline
+from recipes.commands import options
+from recipes.commands.parser import parse_arguments
+from recipes.commands.pipeline import read_pipeline
 
 ROOT = Path(__file__).parents[2] / "recipes"
 OPTIONS = {"quantize": options.Quantize, "prune": options.Prune, "distill": options.Distill}

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-import models.folder
+import models.checkpoint
 from app.data.corpus import synthetic
 from app.data.tokenizer import load_tokenizer, train_tokenizer
 from models.config import ModelConfig
 from models.transformer import Transformer
-from recipes.stages.distill import lost_kinds
+from recipes.commands.distill import lost_kinds
 from tests.recipes.conftest import QUICK
 
 SHORT = [*QUICK, "--max_steps", "12", "--train_batch_size", "4", "--warmup_steps", "2", "--checkpoint_every", "5"]
@@ -20,9 +20,9 @@ def test_student_of_half_the_layers(teacher, espalier, tmp_path):
     out = tmp_path / "student"
     status, output = espalier("distill", "--teacher", teacher, "--out", out, *SHORT, "--debug")
     assert status == 0, output.err
-    student = models.folder.load(out)
+    student = models.checkpoint.load(out)
     assert len(student.blocks) == 2
-    assert student.norm.weight.dtype == models.folder.load(teacher).norm.weight.dtype
+    assert student.norm.weight.dtype == models.checkpoint.load(teacher).norm.weight.dtype
     report = json.loads((out / "report.json").read_text())
     assert report["before"]["name"] == "teacher"
     assert report["change"]["size"]["stored_bytes"]["ratio"] < 0.8
@@ -33,25 +33,25 @@ def test_student_of_half_the_layers(teacher, espalier, tmp_path):
 def test_teacher_with_norms_after_the_sublayers(teacher, espalier, tmp_path):
     """Such a model has no norm before its head."""
     post, out = tmp_path / "post", tmp_path / "student"
-    config = models.folder.read_config(teacher)
+    config = models.checkpoint.read_config(teacher)
     config = dataclasses.replace(config, norm=dataclasses.replace(config.norm, position="post"))
-    with models.folder.writing(post) as target:
-        models.folder.save_model(Transformer(config), target)
+    with models.checkpoint.writing(post) as target:
+        models.checkpoint.save_model(Transformer(config), target)
         load_tokenizer(teacher).save(target)
     status, output = espalier("distill", "--teacher", post, "--out", out, *SHORT, "--max_steps", 2)
     assert status == 0, output.err
-    assert len(models.folder.load(out).blocks) == 2
+    assert len(models.checkpoint.load(out).blocks) == 2
 
 
 def test_what_every_other_layer_loses_is_said(teacher, espalier, tmp_path):
     """Of layers in turns, every other one is all of one kind."""
     mixed, out = tmp_path / "mixed", tmp_path / "student"
-    config = models.folder.read_config(teacher).to_dict()
+    config = models.checkpoint.read_config(teacher).to_dict()
     for layer in config["layers"][1::2]:
         layer["depth"] = {"kind": "mixture_of_depths"}
     config = ModelConfig.from_dict(config | {"exits": {"layers": [1]}})
-    with models.folder.writing(mixed) as target:
-        models.folder.save_model(Transformer(config), target)
+    with models.checkpoint.writing(mixed) as target:
+        models.checkpoint.save_model(Transformer(config), target)
         load_tokenizer(teacher).save(target)
     status, output = espalier("distill", "--teacher", mixed, "--out", out, *SHORT, "--max_steps", 2)
     assert status == 0, output.err
@@ -65,7 +65,7 @@ def test_what_every_other_layer_loses_is_said(teacher, espalier, tmp_path):
 
 
 def test_only_another_mix_of_kinds_is_said(teacher):
-    config = models.folder.read_config(teacher)
+    config = models.checkpoint.read_config(teacher)
     layers = [dataclasses.replace(layer, feedforward=None) for layer in config.layers]
     pairs = dataclasses.replace(config, layers=(*layers[:2], *config.layers[:2]))
     assert lost_kinds(config, 2) == lost_kinds(pairs, 2) == []
@@ -82,13 +82,13 @@ def test_recovery_of_a_pruned_student(teacher, espalier, tmp_path):
     assert report["before"]["name"] == "pruned"
     assert list(report["references"]) == ["teacher"]
     assert report["change"]["quality"]["loss"] < 0
-    before, after = models.folder.load(pruned), models.folder.load(out)
+    before, after = models.checkpoint.load(pruned), models.checkpoint.load(out)
     zeros = before.blocks[1].feedforward.up.weight == 0
     assert zeros.any()
     assert (after.blocks[1].feedforward.up.weight[zeros] == 0).all()
     history = json.loads((out / "history.json").read_text())["stages"]
     assert [entry["stage"] for entry in history] == ["prune", "distill"]
-    assert history[1]["parents"]["teacher"] == models.folder.hash_weights(teacher)
+    assert history[1]["parents"]["teacher"] == models.checkpoint.hash_weights(teacher)
 
 
 def test_student_from_an_architecture_file(teacher, espalier, tmp_path):
@@ -111,7 +111,7 @@ def test_student_from_an_architecture_file(teacher, espalier, tmp_path):
     ]
     status, output = espalier(*argv)
     assert status == 0, output.err
-    student = models.folder.load(out)
+    student = models.checkpoint.load(out)
     assert student.config.width == 16
     assert not any("projector" in name or "objective" in name for name in student.state_dict())
 
@@ -141,9 +141,9 @@ def test_impossible_wishes(argv, words, teacher, refused, tmp_path):
 def test_teacher_of_another_vocabulary(teacher, refused, tmp_path):
     other = tmp_path / "other"
     small = train_tokenizer([document.text for document in synthetic().documents("train")], 290)
-    config = models.folder.read_config(teacher)
-    with models.folder.writing(other) as target:
-        models.folder.save_model(Transformer(dataclasses.replace(config, vocab_size=small.vocab_size)), target)
+    config = models.checkpoint.read_config(teacher)
+    with models.checkpoint.writing(other) as target:
+        models.checkpoint.save_model(Transformer(dataclasses.replace(config, vocab_size=small.vocab_size)), target)
         small.save(target)
     out = tmp_path / "student"
     sizes = "tokenizers of 320 and 290 tokens which differ in"
@@ -159,9 +159,9 @@ def test_a_quantized_student_is_trained_as_it_is_stored(teacher, espalier, tmp_p
     argv = ["--teacher", teacher, "--student", quantized, "--out", out, *SHORT, "--weight_decay", 0]
     status, output = espalier("distill", *argv, "--learning_rate", "3e-3", "--debug")
     assert status == 0, output.err
-    assert models.folder.read_config(out).compression == models.folder.read_config(quantized).compression
-    assert {name: tensor.dtype for name, tensor in models.folder.load(out).state_dict().items()} == {
-        name: tensor.dtype for name, tensor in models.folder.load(quantized).state_dict().items()
+    assert models.checkpoint.read_config(out).compression == models.checkpoint.read_config(quantized).compression
+    assert {name: tensor.dtype for name, tensor in models.checkpoint.load(out).state_dict().items()} == {
+        name: tensor.dtype for name, tensor in models.checkpoint.load(quantized).state_dict().items()
     }
     report = json.loads((out / "report.json").read_text())
     assert report["title"].startswith("quantization-aware distillation")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import compress.store
-import models.files
+import compress.calibration.store
+import models.io
 from app.strategies import checkpoint_io
 from tests.recipes.conftest import QUICK
 
@@ -131,7 +131,7 @@ def full_checkpoint(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", [models.files, compress.store], ids=["the folder", "the state"])
+@pytest.mark.parametrize("place", [models.io, compress.calibration.store], ids=["the folder", "the state"])
 def test_no_space_left(place, teacher, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(place, "save_file", full)
     refused("prune", teacher, "--out", tmp_path / "deep" / "out", *PRUNE, words=["no space left"])
@@ -196,7 +196,7 @@ def test_numbers_out_of_range(verb, option, value, teacher, refused, tmp_path):
 @pytest.mark.parametrize("verb", ["inspect", "evaluate"])
 def test_json_where_nothing_can_be_written(verb, teacher, refused, tmp_path, monkeypatch):
     """Said before anything is loaded."""
-    monkeypatch.setattr(f"recipes.stages.{verb}.load_model", None)
+    monkeypatch.setattr(f"recipes.commands.{verb}.load_model", None)
     (tmp_path / "file").write_text("")
     refused(verb, teacher, "--out", tmp_path / "file" / "new" / "x.json", words=["x.json cannot be written"])
     assert_nothing_written(tmp_path, "file")
@@ -213,7 +213,7 @@ def test_json_in_a_new_folder_is_whole_or_not_there(teacher, espalier, refused, 
         path.write_text("{")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("recipes.stages.evaluate.write_json", cut_off)
+    monkeypatch.setattr("recipes.commands.evaluate.write_json", cut_off)
     refused("inspect", teacher, "--out", out, "--overwrite", words=["layers.json cannot be written", "No space left"])
     assert json.loads(out.read_text()) == before
     assert [path.name for path in out.parent.iterdir()] == ["layers.json"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-import models.folder
+import models.checkpoint
 from models.config import ModelConfig
 from models.transformer import Transformer
 from tests.recipes.conftest import ARCHITECTURE, QUICK
@@ -20,8 +20,8 @@ def mixture(tokenizer, tmp_path_factory):
     torch.manual_seed(0)
     config = ARCHITECTURE | {"depth": 2, "vocab_size": tokenizer.vocab_size, "feedforward": MIXTURE}
     path = tmp_path_factory.mktemp("mixture") / "mixture"
-    with models.folder.writing(path) as target:
-        models.folder.save_model(Transformer(ModelConfig.from_dict(config)), target)
+    with models.checkpoint.writing(path) as target:
+        models.checkpoint.save_model(Transformer(ModelConfig.from_dict(config)), target)
         tokenizer.save(target)
     return path
 
@@ -55,7 +55,7 @@ def test_experts_are_pruned_and_stay_one_stack(mixture, espalier, tmp_path):
     how = ["--method", "structured", "--targets", "experts,neurons", "--ratio", 0.25, "--samples", 2]
     status, output = espalier("prune", mixture, "--out", out, *QUICK, *how)
     assert status == 0, output.err
-    feedforward = models.folder.read_config(out).layers[0].feedforward
+    feedforward = models.checkpoint.read_config(out).layers[0].feedforward
     assert (feedforward.count, feedforward.expert.width, feedforward.layout) == (3, 48, "stacked")
     assert layers_of(out)["blocks.0.feedforward.experts.0.up"]["achieved"]["experts"] == [4, 3]
 
@@ -69,9 +69,9 @@ def test_a_dense_teacher_is_distilled_into_experts_and_back(mixture, teacher, es
     how = ["--teacher", teacher, "--student", architecture, "--initialization", "upcycled"]
     status, output = espalier("distill", *how, "--out", out, *QUICK, *short)
     assert status == 0, output.err
-    assert models.folder.read_config(out).layers[0].feedforward.kind == "experts"
+    assert models.checkpoint.read_config(out).layers[0].feedforward.kind == "experts"
     architecture.write_text(yaml.safe_dump(ARCHITECTURE | {"depth": 2}))
     how = ["--teacher", out, "--student", architecture]
     status, output = espalier("distill", *how, "--out", tmp_path / "dense", *QUICK, *short)
     assert status == 0, output.err
-    assert models.folder.read_config(tmp_path / "dense").layers[0].feedforward.kind == "swiglu"
+    assert models.checkpoint.read_config(tmp_path / "dense").layers[0].feedforward.kind == "swiglu"

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
-from models import families, folder
+from models import checkpoint, families
 from models.config import ModelConfig
 from models.transformer import Transformer
 from tests.recipes.conftest import ARCHITECTURE, QUICK
@@ -35,8 +35,8 @@ def plain(tokenizer, tmp_path_factory):
     torch.manual_seed(0)
     model = Transformer(ModelConfig.from_dict(ARCHITECTURE | {"depth": 2, "vocab_size": tokenizer.vocab_size}))
     path = tmp_path_factory.mktemp("finite") / "plain"
-    with folder.writing(path) as target:
-        folder.save_model(model, target)
+    with checkpoint.writing(path) as target:
+        checkpoint.save_model(model, target)
         tokenizer.save(target)
     return path
 

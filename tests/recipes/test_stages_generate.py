@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from models import folder
+from models import checkpoint
 from models.config import ModelConfig
 from models.transformer import Transformer
 
@@ -26,8 +26,8 @@ def untrained(tokenizer, tmp_path_factory):
         torch.manual_seed(0)
         config = ModelConfig.from_dict(ARCHITECTURE | {"vocab_size": tokenizer.vocab_size, "exits": exits})
         made[name] = tmp_path_factory.mktemp("exits") / name
-        with folder.writing(made[name]) as target:
-            folder.save_model(Transformer(config), target)
+        with checkpoint.writing(made[name]) as target:
+            checkpoint.save_model(Transformer(config), target)
             tokenizer.save(target)
     return made
 

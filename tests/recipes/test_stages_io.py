@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import models
-import models.folder
+import models.checkpoint
 from app.data.tokenizer import load_tokenizer
 from tests.recipes.conftest import QUICK
 
@@ -19,7 +19,7 @@ def llama(teacher, tmp_path):
     """A random Llama as `save_pretrained` writes it, with a tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=models.folder.read_config(teacher).vocab_size,
+        vocab_size=models.checkpoint.read_config(teacher).vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -108,7 +108,7 @@ def test_compare_and_report(teacher, espalier, tmp_path):
     status, output = espalier("compare", teacher, second, *QUICK, "--out", tmp_path / "compared")
     assert status == 0, output.err
     compared = json.loads((tmp_path / "compared" / "report.json").read_text())
-    assert compared["before"]["weights_sha256"] == models.folder.hash_weights(teacher)
+    assert compared["before"]["weights_sha256"] == models.checkpoint.hash_weights(teacher)
     assert compared["change"]["quality"]["loss"] > 0
     status, output = espalier("report", teacher, first, second, "--out", tmp_path / "page")
     assert status == 0, output.err
@@ -125,7 +125,9 @@ def test_a_prompt_begins_with_the_token_that_documents_begin_with(teacher, espal
     (imported / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "z", "add_bos_token": True}))
     tokenizer = load_tokenizer(imported)
     seen = []
-    monkeypatch.setattr("recipes.stages.generate.stream", lambda model, prompts, **options: seen.append(prompts) or [])
+    monkeypatch.setattr(
+        "recipes.commands.generate.stream", lambda model, prompts, **options: seen.append(prompts) or []
+    )
     for folder in (teacher, imported):
         status, output = espalier("generate", folder, "--prompt", "ba")
         assert status == 0, output.err

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 import models
-from app.evaluation.many import read_report
-from models.folder import read_task
+from app.evaluation.report.overview import read_report
+from models.checkpoint import read_task
 from tests.recipes.conftest import ARCHITECTURE, QUICK
 
 MEASURED = [*QUICK[:-1], "2", "--evaluation_blocks", "24"]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-import models.folder
+import models.checkpoint
 from app.data.corpus import synthetic
 from models.config import ModelConfig
 from models.transformer import Transformer
@@ -24,15 +24,15 @@ def test_wanda_writes_a_whole_folder(teacher, espalier, tmp_path):
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "report.json", "report.md", "report.html"}
     assert names >= {"plots", "history.json", "README.md"}
     assert not (tmp_path / "pruned.partial").exists()
-    model = models.folder.load(out)
+    model = models.checkpoint.load(out)
     assert float((model.blocks[0].feedforward.up.weight == 0).float().mean()) == 0.5
     report = report_of(out)
     assert report["change"]["quality"]["loss"] > 0
     assert report["after"]["size"]["nonzero_parameters"] < report["before"]["size"]["nonzero_parameters"]
     history = json.loads((out / "history.json").read_text())["stages"]
     assert [entry["stage"] for entry in history] == ["prune"]
-    assert history[0]["parents"]["model"] == models.folder.hash_weights(teacher)
-    assert history[0]["weights"] == models.folder.hash_weights(out)
+    assert history[0]["parents"]["model"] == models.checkpoint.hash_weights(teacher)
+    assert history[0]["weights"] == models.checkpoint.hash_weights(out)
 
 
 def test_history_names_the_defaults_of_the_method(teacher, espalier, tmp_path):
@@ -67,7 +67,7 @@ def test_structured_pruning_shrinks_the_files(teacher, espalier, tmp_path):
     assert status == 0, output.err
     report = report_of(out)
     assert report["change"]["size"]["stored_bytes"]["ratio"] < 0.85
-    assert models.folder.load(out).blocks[0].feedforward.up.weight.shape == (32, 32)
+    assert models.checkpoint.load(out).blocks[0].feedforward.up.weight.shape == (32, 32)
     status, output = espalier("prune", out, "--out", tmp_path / "again", *QUICK, "--method", "magnitude")
     assert status == 0, output.err
     history = json.loads((tmp_path / "again" / "history.json").read_text())["stages"]
@@ -112,8 +112,8 @@ def selective(tokenizer, tmp_path):
         "vocab_size": tokenizer.vocab_size,
     }
     torch.manual_seed(0)
-    with models.folder.writing(tmp_path / "selective") as target:
-        models.folder.save_model(Transformer(ModelConfig.from_dict(architecture)), target)
+    with models.checkpoint.writing(tmp_path / "selective") as target:
+        models.checkpoint.save_model(Transformer(ModelConfig.from_dict(architecture)), target)
         tokenizer.save(target)
     return tmp_path / "selective"
 
@@ -123,7 +123,7 @@ def test_context_pruning_gives_layers_a_budget(selective, espalier, tmp_path):
     argv = ["--method", "context", "--budget_ratio", 0.5, "--step", 24, "--samples", 4]
     status, output = espalier("prune", selective, "--out", out, *QUICK, *argv, "--debug")
     assert status == 0, output.err
-    before, after = models.folder.load(selective), models.folder.load(out)
+    before, after = models.checkpoint.load(selective), models.checkpoint.load(out)
     budgets = [getattr(layer.attention, "budget", None) for layer in after.config.layers]
     assert budgets[1] is budgets[3] is None
     assert sum(budget or 64 for budget in (budgets[0], budgets[2])) <= 64
@@ -152,5 +152,5 @@ def test_same_seed_same_weights(teacher, espalier, tmp_path):
         torch.manual_seed(hash(name))
         status, output = espalier("prune", teacher, "--out", tmp_path / name, *QUICK, "--samples", 8)
         assert status == 0, output.err
-        hashes.add(models.folder.hash_weights(tmp_path / name))
+        hashes.add(models.checkpoint.hash_weights(tmp_path / name))
     assert len(hashes) == 1

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-import models.folder
+import models.checkpoint
 from models.errors import UserError
-from models.forms import described
-from recipes.stages import options
-from recipes.stages.parser import parse_arguments
-from recipes.stages.quantize import Quantize
+from models.weight_formats import described
+from recipes.commands import options
+from recipes.commands.parser import parse_arguments
+from recipes.commands.quantize import Quantize
 from tests.recipes.conftest import QUICK
 
 SMALL = [*QUICK, "--samples", "8", "--group_size", "16"]
@@ -24,7 +24,7 @@ def test_gptq_writes_packed_weights(teacher, espalier, tmp_path):
     argv = ["--bits", 4, "--embedding_bits", 8, "--skip", "blocks.0.attention.*", "--layers", "{'*.down': {bits: 8}}"]
     status, output = espalier("quantize", teacher, "--out", out, *SMALL, *argv, "--debug")
     assert status == 0, output.err
-    forms = described(models.folder.load(out))
+    forms = described(models.checkpoint.load(out))
     assert forms["blocks.1.attention.q"]["bits"] == 4
     assert forms["blocks.1.feedforward.down"]["bits"] == 8
     assert forms["embedding"]["bits"] == 8

@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import models.folder
+import models.checkpoint
 from compress.quantization import METHODS
 from models.errors import UserError
-from recipes.stages import options, partial
-from recipes.stages.distill import Distill
-from recipes.stages.prune import Prune
-from recipes.stages.quantize import Quantize
-from recipes.stages.stage import inherited_baselines
-from recipes.stages.text import Text
+from recipes.commands import options, resume
+from recipes.commands.distill import Distill
+from recipes.commands.prune import Prune
+from recipes.commands.quantize import Quantize
+from recipes.commands.stage import inherited_baselines
+from recipes.commands.stage_data import Text
 from tests.recipes.conftest import QUICK
 
 # Runs a command and kills the process when METHOD of CLASS has ended for the COUNTth time.
@@ -42,11 +42,11 @@ def dying(*args, **kwargs):
 setattr(owner, method, dying)
 sys.exit(cli.main(argv))
 """
-STORE = "compress.store:FolderStore:save"
+STORE = "compress.calibration.store:FolderStore:save"
 CHECKPOINT = "app.strategies.checkpoint_io:WholeCheckpoints:save_checkpoint"
-FINISH = "recipes.stages.stage:Stage:_measure"  # everything is written, nothing renamed
+FINISH = "recipes.commands.stage:Stage:_measure"  # everything is written, nothing renamed
 
-MIDDLE = "compress.calibration:BlockStep:replace"  # a layer is quantized, its block is not yet
+MIDDLE = "compress.calibration.sequential:BlockStep:replace"  # a layer is quantized, its block is not yet
 
 QUANTIZE = ["quantize", "TEACHER", "--group_size", "16", "--samples", "8", "--embedding_bits", "8"]
 PRUNE = ["prune", "TEACHER", "--method", "structured", "--ratio", "0.5", "--samples", "8"]
@@ -82,7 +82,7 @@ def test_killed_and_started_again(argv, place, count, teacher, espalier, tmp_pat
     status, output = espalier(*argv, "--out", out)
     assert status == 0, output.err
     assert "going on" in output.err
-    assert models.folder.hash_weights(out) == models.folder.hash_weights(tmp_path / "undisturbed")
+    assert models.checkpoint.hash_weights(out) == models.checkpoint.hash_weights(tmp_path / "undisturbed")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "undisturbed"}
 
 
@@ -102,7 +102,7 @@ def test_killed_again_and_again(name, teacher, espalier, tmp_path):
     status, output = espalier(*argv, "--out", out)
     assert status == 0, output.err
     assert "going on" in output.err
-    assert models.folder.hash_weights(out) == models.folder.hash_weights(tmp_path / "undisturbed")
+    assert models.checkpoint.hash_weights(out) == models.checkpoint.hash_weights(tmp_path / "undisturbed")
 
 
 def test_another_recipe_starts_anew(teacher, espalier, tmp_path):
@@ -114,20 +114,20 @@ def test_another_recipe_starts_anew(teacher, espalier, tmp_path):
     assert "starting anew" in output.err
     status, output = espalier(*argv, "--bits", 3, "--out", tmp_path / "undisturbed")
     assert status == 0, output.err
-    assert models.folder.hash_weights(out) == models.folder.hash_weights(tmp_path / "undisturbed")
+    assert models.checkpoint.hash_weights(out) == models.checkpoint.hash_weights(tmp_path / "undisturbed")
 
 
 def test_killed_after_the_rename(teacher, espalier, tmp_path):
     """The folder is complete and its state was not cleaned up: the same command only cleans up."""
     argv = [str(teacher) if word == "TEACHER" else word for word in PRUNE] + QUICK
     out = tmp_path / "out"
-    kill("recipes.stages.stage:Stage:_finish", 1, [*argv, "--out", out])
-    weights = models.folder.hash_weights(out)
+    kill("recipes.commands.stage:Stage:_finish", 1, [*argv, "--out", out])
+    weights = models.checkpoint.hash_weights(out)
     assert (tmp_path / "out.partial").exists()
     status, output = espalier(*argv, "--out", out)
     assert status == 0, output.err
     assert "complete already" in output.err
-    assert models.folder.hash_weights(out) == weights
+    assert models.checkpoint.hash_weights(out) == weights
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -196,7 +196,7 @@ def test_a_fingerprint_changes_with_all_that_is_no_option(verb, monkeypatch):
         found.append(fingerprint(stage))
     for package in ("espalier-lm", "torch"):
         with monkeypatch.context() as patch:
-            patch.setattr("recipes.stages.stage.version", lambda name, own=package: "0" if name == own else "1")
+            patch.setattr("recipes.commands.stage.version", lambda name, own=package: "0" if name == own else "1")
             found.append(fingerprint(stage))
     stage.verb = "another"
     found.append(fingerprint(stage))
@@ -211,7 +211,7 @@ def test_baselines_are_inherited_only_where_they_were_measured_on_the_same_block
     how = {"data": "text", "context": 64, "blocks": 3} | ({changed: 2} if changed else {})
     report = {"format": "espalier-report", "measurement": how, "baselines": {"unigram": {}}}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    monkeypatch.setattr("recipes.stages.stage.read_report", lambda folder: report)
+    monkeypatch.setattr("recipes.commands.stage.read_report", lambda folder: report)
     found = inherited_baselines(tmp_path, Blocks("abc"))
     assert found == (None if changed else {"unigram": {}})
     assert inherited_baselines(tmp_path / "nowhere", Blocks("abc")) is None
@@ -223,12 +223,12 @@ def test_baselines_are_inherited_only_where_they_were_measured_on_the_same_block
 )
 def test_only_finished_work_is_kept_for_the_next_run(name, stays, tmp_path):
     said = []
-    with pytest.raises(KeyboardInterrupt), partial.resumable(tmp_path / "out", "a" * 64, said.append) as state:
+    with pytest.raises(KeyboardInterrupt), resume.resumable(tmp_path / "out", "a" * 64, said.append) as state:
         (state / name).touch()
         (state / "cut.safetensors.partial").touch()
         raise KeyboardInterrupt
     assert (tmp_path / "out.partial").exists() == stays
-    with partial.resumable(tmp_path / "out", "a" * 64, said.append) as state:
+    with resume.resumable(tmp_path / "out", "a" * 64, said.append) as state:
         assert (state / name).exists() == stays
         assert not (state / "cut.safetensors.partial").exists()
     assert any("going on" in sentence for sentence in said) == stays
@@ -258,9 +258,9 @@ def test_what_is_known_of_the_text_says_both_sources(monkeypatch):
         found.fingerprint = f"{corpus}-{split}"
         return found
 
-    monkeypatch.setattr("recipes.stages.text.open_source", lambda source, column: Source(source))
-    monkeypatch.setattr("recipes.stages.text.token_blocks", blocks)
-    monkeypatch.setattr("recipes.stages.text.fingerprint_of", lambda corpus, tokenizer: f"{corpus}-whole")
+    monkeypatch.setattr("recipes.commands.stage_data.open_source", lambda source, column: Source(source))
+    monkeypatch.setattr("recipes.commands.stage_data.token_blocks", blocks)
+    monkeypatch.setattr("recipes.commands.stage_data.fingerprint_of", lambda corpus, tokenizer: f"{corpus}-whole")
     config = SimpleNamespace(context=64, width=8, vocab_size=9, position=SimpleNamespace(acts="rotation"))
     loaded = words_of(config)
     text = Text(options.Measure(data="mine", seed=7), loaded)
@@ -281,9 +281,9 @@ def test_blocks_that_do_not_fit_into_memory_are_refused(batch_size, monkeypatch)
             return 10**9
 
     monkeypatch.setattr(
-        "recipes.stages.text.open_source", lambda source, column: SimpleNamespace(left_out=(), name="x")
+        "recipes.commands.stage_data.open_source", lambda source, column: SimpleNamespace(left_out=(), name="x")
     )
-    monkeypatch.setattr("recipes.stages.text.token_blocks", lambda *arguments, **options: Many())
+    monkeypatch.setattr("recipes.commands.stage_data.token_blocks", lambda *arguments, **options: Many())
     config = SimpleNamespace(context=64, width=2**20, vocab_size=9, position=SimpleNamespace(acts="rotation"))
     loaded = words_of(config)
     text = Text(options.Measure(batch_size=batch_size), loaded)

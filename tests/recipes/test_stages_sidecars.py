@@ -189,7 +189,7 @@ def says(monkeypatch):
             asked.append((prompts, set(stop_tokens)))
             yield from ([token] for token in tokens)
 
-        monkeypatch.setattr("recipes.stages.generate.stream", stream)
+        monkeypatch.setattr("recipes.commands.generate.stream", stream)
         return asked
 
     return make

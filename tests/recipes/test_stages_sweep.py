@@ -11,8 +11,8 @@ import yaml
 
 from models.errors import UserError
 from recipes.cli import main
-from recipes.stages import sweep
-from recipes.stages.sweep import read_sweep
+from recipes.commands import sweep
+from recipes.commands.sweep import read_sweep
 
 ROOT = Path(__file__).parents[2] / "recipes"
 
@@ -82,7 +82,7 @@ def test_a_sweep_trains_measures_and_compares(recipe, tmp_path, capsys):
 def test_processes_end_when_the_sweep_is_killed():
     script = (
         "import os, time\n"
-        "from recipes.stages.sweep import pool_of\n"
+        "from recipes.commands.sweep import pool_of\n"
         "if __name__ == '__main__':\n"
         "    pool = pool_of(1)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"

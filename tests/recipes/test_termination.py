@@ -16,10 +16,10 @@ from test_fit_processes import DDP, command, environment, has_checkpoint
 from test_stages_sweep import recipe as sweep_file
 
 from app.callbacks import Metrics
-from compress.store import FolderStore
-from models.folder import hash_weights
+from compress.calibration.store import FolderStore
+from models.checkpoint import hash_weights
 from recipes import cli
-from recipes.stages import sweep
+from recipes.commands import sweep
 from recipes.termination import Terminated, terminable
 from tests.recipes.conftest import QUICK
 

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from models.errors import UserError
+from recipes.commands.options import Distill
+from recipes.commands.parser import parse_arguments, parse_values
 from recipes.fit_errors import sentence
-from recipes.stages.options import Distill
-from recipes.stages.parser import parse_arguments, parse_values
 from recipes.trust import HARMLESS
 from recipes.values import LEAST, MOST, check_finite, check_nulls, check_numbers, check_times
 

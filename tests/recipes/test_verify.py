@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from app.history import HISTORY, read_history, verify, write_history
-from models import folder
+from models import checkpoint
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
@@ -20,8 +20,8 @@ LAYERS = {"attention": {"kind": "full", "heads": 4}, "feedforward": {"kind": "sw
 def written(request, tmp_path):
     torch.manual_seed(0)
     model = Transformer(ModelConfig.from_dict({"width": 32, "depth": 2, "vocab_size": 64} | LAYERS))
-    folder.save_model(model, tmp_path, shard_bytes=request.param)
-    write_history(tmp_path, [{"stage": "pretrain", "weights": folder.hash_weights(tmp_path)}])
+    checkpoint.save_model(model, tmp_path, shard_bytes=request.param)
+    write_history(tmp_path, [{"stage": "pretrain", "weights": checkpoint.hash_weights(tmp_path)}])
     return tmp_path
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from app.evaluation import wording
+from app.evaluation import formatting
 from app.evaluation.metrics.base import METRICS, Metric
 
 
@@ -21,8 +21,8 @@ class Accuracy(Metric):
         return log.argmax(1) == targets
 
     def show(self, value: float | None) -> str:
-        return wording.percent(value)
+        return formatting.percent(value)
 
     def show_change(self, value: float | None) -> str:
-        text = wording.plus(100 * value) if wording.known(value) else wording.MISSING
-        return text if text == wording.MISSING else f"{text} points"
+        text = formatting.plus(100 * value) if formatting.known(value) else formatting.MISSING
+        return text if text == formatting.MISSING else f"{text} points"

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from app.evaluation import wording
+from app.evaluation import formatting
 from app.evaluation.intervals import Interval
 from app.evaluation.rows import Rows
 from models.registry import Registry
@@ -75,11 +75,11 @@ class Metric:
 
     def show(self, value: float | None) -> str:
         """The figure as text."""
-        return wording.number(value)
+        return formatting.number(value)
 
     def show_change(self, value: float | None) -> str:
         """A difference of two figures as text, with its sign."""
-        return wording.plus(value)
+        return formatting.plus(value)
 
     def got_better(self, difference: float) -> bool:
         """Whether a difference after - before is an improvement."""

@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 
 class Weighing(NamedTuple):
-    """How scores become weights.
+    """Normalisation of scores in buckets.
 
     Attributes:
         scale: of the scores.
@@ -104,7 +104,7 @@ def _own(x: Tensor, layout: Layout) -> Tensor:
 
 
 def _windows(x: Tensor, layout: Layout) -> Tensor:
-    """What each block sees of a contiguous line x (L, C), without a copy: (M, K, C), M = (L - K) / c + 1."""
+    """Overlapping windows of a contiguous line x (L, C), as a view: (M, K, C), M = (L - K) / c + 1."""
     count, channels = (len(x) - layout.keys) // layout.block + 1, x.shape[1]
     return x.as_strided((count, layout.keys, channels), (layout.block * channels, channels, 1))
 

@@ -34,8 +34,8 @@ class Tiles(NamedTuple):
 TILES = Tiles()
 
 
-class Pattern(NamedTuple):
-    """Which keys a query sees, and how their scores are scaled.
+class VisiblePairs(NamedTuple):
+    """Mask rule of tiled attention (causal or not, within documents), and the scale of the scores.
 
     Attributes:
         causal: whether the queries, which are the last T of the S tokens, see only keys up to themselves.
@@ -83,7 +83,7 @@ def tiled_attention(
     Returns:
         (B, G * R, T, d), computed tile by tile in at least fp32.
     """
-    pattern = Pattern(causal, q.shape[-1] ** -0.5 if scale is None else scale, tiles)
+    pattern = VisiblePairs(causal, q.shape[-1] ** -0.5 if scale is None else scale, tiles)
     own, theirs = (None, None) if documents is None else documents
     # the backward is outside of any autocast, and must make the very probabilities of the forward
     if not torch.amp.is_autocast_available(q.device.type):  # meta
@@ -97,7 +97,13 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, theirs: Tensor | None, pattern: Pattern
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        own: Tensor | None,
+        theirs: Tensor | None,
+        pattern: VisiblePairs,
     ) -> Tensor:
         groups, queries, keys = k.shape[1], q.shape[2], k.shape[2]
         exact = torch.promote_types(q.dtype, torch.float32)
@@ -153,7 +159,7 @@ def _scores(
     k: Tensor,
     own: Tensor | None,
     theirs: Tensor | None,
-    pattern: Pattern,
+    pattern: VisiblePairs,
     rows: slice,
     columns: slice,
     queries: int,

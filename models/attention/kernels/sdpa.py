@@ -16,7 +16,7 @@ from models.cpu.short_attention import ShortAttention
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Which keys a query may see.
+    """Attention mask: the keys that a query may see.
 
     Attributes:
         mask: (B or 1, 1, T, S) bool, True = may attend, no row empty; or None.
@@ -37,7 +37,7 @@ class AttentionMask:
 
 @dataclass(frozen=True)
 class ValueTerms:
-    """What is added to the value of a pair of query and key.
+    """Relative values: vectors added to the values by the distance of query and key (arXiv 1803.02155).
 
     Attributes:
         vectors: (N, d).
@@ -56,13 +56,13 @@ class ValueTerms:
 
 @dataclass(frozen=True)
 class ScoreMod:
-    """What is done to the scores, beside dividing them by sqrt(d), and to the values.
+    """Score modification: scale, position bias, relative values, soft cap, sink.
 
     Attributes:
         scale: takes the place of 1 / sqrt(d).
         position: (H, T, S) or (B, H, T, S), added to them.
         softcap: c, where they become c tanh(scores / c) (Gemma 2, arXiv 2408.00118, section 2.2), before `position`.
-        sink: (H,) logit of one more key without a value, which takes the attention that no key deserves.
+        sink: (H,) attention sink: one extra logit without a value (arXiv 2309.17453).
         values: added to the values, or None.
     """
 
@@ -131,7 +131,7 @@ def reference_attention(
 
 
 def logits(q: Tensor, k: Tensor, scoring: ScoreMod) -> Tensor:
-    """What `scoring` makes of Q K^T, in at least fp32: q (B, H, T, d), k (B, G, S, d) -> (B, H, T, S)."""
+    """Modified scores Q K^T in at least fp32: q (B, H, T, d), k (B, G, S, d) -> (B, H, T, S)."""
     exact = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
     grouped = q.unflatten(1, (k.shape[1], -1))  # (B, G, R, T, d)

@@ -1,0 +1,1 @@
+"""Reports: what is written, drawn and shown."""

@@ -1,0 +1,1 @@
+"""Calibration: the sequential driver, statistics of layer inputs, stored progress, records and coverage."""

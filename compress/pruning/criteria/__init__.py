@@ -1,0 +1,1 @@
+"""Criteria of unstructured pruning, one a file."""

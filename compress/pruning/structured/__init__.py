@@ -1,0 +1,1 @@
+"""Structured pruning: units taken out of the tensors."""

@@ -1,0 +1,1 @@
+"""Kernels of packed weights, and the dispatch table."""

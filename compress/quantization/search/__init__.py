@@ -1,0 +1,1 @@
+"""Sensitivity of layers, and the bits that each is given."""

@@ -1,0 +1,397 @@
+"""Options of the verbs: one dataclass a verb, every field typed and explained.
+
+This module imports nothing heavy: the help of a verb is built from it alone. `parser.py` turns a dataclass into a
+parser, `cli.py` says which function a verb calls with the result.
+"""
+
+# ruff: noqa: RUF009 (the calls in the defaults return dataclass fields)
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
+
+from models.errors import UserError
+
+Options = TypeVar("Options")
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Names = str | list[str]
+Spec = str | dict[str, Any]  # a name, or {kind: name, ...its own options}
+MODEL = "model folder, Lightning checkpoint, or Hugging Face folder"
+
+
+LARGEST = 2**53  # of a whole number
+
+
+ROWS = 2**16  # blocks of text at once
+STEPS = 10**8  # of a training
+
+
+def option(
+    help: str,
+    default: Any = MISSING,
+    *,
+    factory: Any = MISSING,
+    least: float | None = None,
+    most: float = LARGEST,
+) -> Any:
+    """Return a dataclass field with the sentence that `--help` shows; without a default the option must be given.
+
+    A number below `least` or above `most` is refused before any work.
+    """
+    return field(default=default, default_factory=factory, metadata={"help": help, "least": least, "most": most})
+
+
+def positional(help: str, metavar: str, *, many: bool = False) -> Any:
+    """Return a field that is given by its place on the command line; `many` takes one or more."""
+    return field(metadata={"help": help, "metavar": metavar, "nargs": "+" if many else None})
+
+
+def names(value: Names) -> tuple[str, ...]:
+    """Return `a,b` or `[a, b]` as `("a", "b")`."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def apply_defaults(chosen: Options, key: str, own: Mapping[str, Mapping[str, Any]]) -> Options:
+    """Return the options with defaults for those that only some choices of `key` have.
+
+    Args:
+        key: the option that is chosen, such as `method`.
+        own: choice -> the options that it has, with their defaults; another choice may have them too.
+
+    Raises:
+        UserError: an option is given that the choice does not have.
+    """
+    choice = getattr(chosen, key)
+    has = own.get(choice, {})
+    for name in dict.fromkeys(name for defaults in own.values() for name in defaults):
+        if name not in has and getattr(chosen, name) is not None:
+            right = " or ".join(other for other, defaults in own.items() if name in defaults)
+            raise UserError(f"{name} is an option of {key} {right}, not of {choice}; leave it out, or choose {right}")
+    return replace(chosen, **{name: default for name, default in has.items() if getattr(chosen, name) is None})
+
+
+def check_numbers(chosen: Any) -> None:
+    """Raise UserError for a number outside of the range of its option."""
+    for one in fields(chosen):
+        value, least = getattr(chosen, one.name), one.metadata.get("least")
+        most = one.metadata.get("most", LARGEST)
+        if isinstance(value, int) and abs(value) > most:
+            raise UserError(f"{one.name} is {value}; it must be at most {most:,}")
+        if least is not None:
+            check_least(chosen, **{one.name: least})
+
+
+def check_least(chosen: Any, **least: float) -> None:
+    """Raise UserError for an option that is given and not at least the number beside its name."""
+    for name, bound in least.items():
+        value = getattr(chosen, name)
+        if value is not None and not value >= bound:  # NaN neither
+            raise UserError(f"{name} is {value:g}; it must be at least {bound:g}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that not every generator takes: NumPy's have 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be at least 0 and below 2^32")
+
+
+@dataclass(kw_only=True)
+class Compute:
+    """Device and dtype of a model."""
+
+    device: Device = option("where to run: auto takes the GPU when there is one", "auto")
+    dtype: Dtype = option("number format of the weights while they run: auto keeps the stored one", "auto")
+
+
+@dataclass(kw_only=True)
+class Measure(Compute):
+    """On which text a model is measured."""
+
+    data: str = option(
+        "text to calibrate, train and measure on: `python` (the default corpus), a txt/jsonl/parquet/csv file, "
+        "a folder or glob of them, a `datasets` folder, or a hub name",
+        "python",
+    )
+    column: str | None = option("column or field of --data with the text, where there is more than one", None)
+    sequence_length: int | None = option(
+        "tokens of one block; default: the model's context, at most 1024", None, least=2
+    )
+    seed: int = option("seed of everything that is drawn at random", 0)
+    batch_size: int | None = option(
+        "blocks of text that run at once; default: chosen from the vocabulary", None, least=1, most=ROWS
+    )
+    evaluation_data: str | None = option("held-out text; default: the test split of --data", None)
+    speed_rounds: int = option("timed rounds of generation for each model; 0 leaves speed out", 7, least=0, most=10_000)
+    evaluation_blocks: int | None = option(
+        "measure on the first N held-out blocks only; default: all of them", None, least=1
+    )
+
+
+@dataclass(kw_only=True)
+class Written:
+    """Output folder of a result."""
+
+    out: str = option("folder to write; it must not hold anything yet, or --overwrite")
+    overwrite: bool = option("replace what --out holds, once the new result is complete", False)
+
+
+@dataclass(kw_only=True)
+class StageOptions(Written, Measure):
+    """Options of every stage that makes a model smaller."""
+
+
+@dataclass(kw_only=True)
+class Quantize(StageOptions):
+    """Store the weights in fewer bits, and report what that cost."""
+
+    model: str = positional(MODEL, "MODEL")
+    method: Spec = option(
+        "a name, or one with options of its own: '{kind: gptq, act_order: false, clip: mse}'. rtn rounds every weight "
+        "to the nearest grid point; gptq lets the weights that are still free make up for the error of those already "
+        "rounded, on calibration text; awq rounds channels with large activations finer",
+        "gptq",
+    )
+    bits: int | None = option("bits of a weight of a linear layer; default: 4, where the method has a choice", None)
+    budget_bits: float | None = option(
+        "in place of bits: the most bits that a weight of a linear layer takes on average, with scales and zeros; each "
+        "layer is given those of 2, 3, 4 and 8 that lose least on the validation text together",
+        None,
+    )
+    budget_bytes: int | str | None = option(
+        "in place of bits: the most bytes of the whole weights file, such as 20MB or 512KiB", None
+    )
+    sensitivity_samples: int | None = option(
+        "blocks of the validation split of --data on which each layer is tried at each of the bits; default: 32 with a "
+        "budget, otherwise none",
+        None,
+        least=1,
+    )
+    group_size: int | Literal["channel", "tensor"] | None = option(
+        "weights of one row that share a scale; `channel` or -1: the whole row, `tensor`: all of them; default: 64, "
+        "where the method has groups",
+        None,
+    )
+    symmetric: bool | None = option(
+        "a grid around zero (true), or one with a zero point for each group (false); default: what suits the method",
+        None,
+    )
+    embedding_bits: Literal[2, 3, 4, 8, 16] = option("bits of the token embedding; 16 leaves it as it is", 16)
+    head_bits: Literal[2, 3, 4, 8, 16] = option("bits of an untied output head; 16 leaves it as it is", 16)
+    skip: Names = option("layers to leave as they are, by name or pattern (`blocks.0.*`), comma-separated", "")
+    samples: int = option(
+        "calibration blocks of --sequence_length tokens, from the training split of --data", 128, least=1
+    )
+    minimum_tokens: int | None = option(
+        "calibration tokens that every expert is to see: where its router gives it fewer, it takes the likeliest "
+        "others; default: as many as its widest matrix has inputs",
+        None,
+        least=0,
+    )
+    layers: dict[str, dict[str, Any]] = option(
+        "layers with a method, bits, group_size or symmetric of their own, by name or pattern: {'*.down': {bits: 8}}",
+        factory=dict,
+    )
+
+
+@dataclass(kw_only=True)
+class Prune(StageOptions):
+    """Take weights, neurons, heads or remembered tokens away, and report what that cost."""
+
+    model: str = positional(MODEL, "MODEL")
+    method: str = option(
+        "magnitude and wanda set weights to zero; structured takes neurons or heads out of the tensors; context lets "
+        "layers of selective attention remember fewer tokens",
+        "wanda",
+    )
+    sparsity: float | None = option("magnitude, wanda: share of the weights to set to zero; default: 0.5", None)
+    pattern: str | None = option(
+        "magnitude, wanda: `unstructured` (the default), or N:M to keep the N largest of every M inputs", None
+    )
+    scope: Literal["row", "layer", "global"] | None = option(
+        "pattern unstructured: within which weights the smallest are sought; default: row", None
+    )
+    include: Names | None = option("magnitude, wanda: which of embedding, head to prune as well, comma-separated", None)
+    targets: Names | None = option(
+        "structured: what to take out, comma-separated: neurons (the default; of each expert as many), heads, groups "
+        "(key/value groups with their heads), experts",
+        None,
+    )
+    ratio: float | dict[str, float] | None = option(
+        "structured: share of the targets to take out, above 0 and below 1; or one for each: {neurons: 0.25}; "
+        "default: 0.25",
+        None,
+    )
+    criterion: Spec | None = option(
+        "structured: which targets go: variance (the default), norm, magnitude, taylor", None
+    )
+    allocation: Spec | None = option(
+        "structured: uniform (the default) takes as much out of every layer, global compares layers", None
+    )
+    round_to: int | None = option(
+        "structured: the number of neurons that stay is a multiple of this; default: 8", None, least=1
+    )
+    compensation: Literal["none", "existing", "add"] | None = option(
+        "structured: whether an output bias takes over the mean of what goes: none, existing where there is one (the "
+        "default), or add one",
+        None,
+    )
+    budget_ratio: float | None = option(
+        "context: share of the cache that stays, above 0 and below 1; this, tolerance, or whichever comes first", None
+    )
+    tolerance: float | None = option("context: nats per token by which the loss may rise at most", None)
+    step: int | None = option(
+        "context: tokens by which one layer's budget is lowered at a time; default: 32", None, least=1
+    )
+    samples: int = option(
+        "calibration blocks of --sequence_length tokens, from the training split of --data; of context, which compares "
+        "losses, from its validation split",
+        128,
+        least=1,
+    )
+
+
+@dataclass(kw_only=True)
+class Distill(StageOptions):
+    """Train a student on what a teacher predicts, and report what that won."""
+
+    teacher: str = option(f"the model to learn from: {MODEL}")
+    student: str | None = option(
+        "the model that learns: a model folder or checkpoint, or an architecture file (.yaml); default: the teacher's "
+        "architecture with --student_layers layers",
+        None,
+    )
+    student_layers: int | None = option("without --student: how many layers the student has; default: half", None)
+    initialization: Spec | None = option(
+        "of a student that is no model yet: layers copies evenly spaced layers of the teacher, upcycled makes every "
+        "expert a copy of its feed-forward beside, random copies nothing; default: layers without --student, random "
+        "with an architecture file",
+        None,
+    )
+    losses: str | list[str | dict[str, Any]] = option(
+        "what the student imitates, comma-separated: logit, feature", "logit"
+    )
+    temperature: float | None = option(
+        "logit: divides the logits of both models before they are compared; default: 2", None, least=0
+    )
+    alpha: float = option("share of the loss on the text itself; the logit loss has the rest", 0.5)
+    weights: dict[str, float] = option("factors of further losses by name: {feature: 0.1}", factory=dict)
+    max_steps: int = option("optimizer steps", 1000, least=1, most=STEPS)
+    train_batch_size: int = option("blocks of text in one optimizer step", 16, least=1, most=ROWS)
+    learning_rate: float = option("the highest learning rate of AdamW", 1e-3)
+    warmup_steps: int = option("steps in which the learning rate rises from 0", 50, least=0)
+    weight_decay: float = option("AdamW's weight decay of the matrices", 0.1, least=0)
+    clip: float = option("the largest norm of the gradient", 1.0, least=0)
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "number format of activations while training; the weights that are trained stay float32; auto: as the teacher",
+        "auto",
+    )
+    zeros: Literal["held", "free"] = option("whether weights of the student that are exactly 0 stay 0", "held")
+    compile: Literal["nothing", "blocks"] = option("what torch.compile is applied to in the student", "nothing")
+    checkpoint_every: int = option("steps between two checkpoints from which an interrupted run goes on", 100, least=1)
+
+
+@dataclass(kw_only=True)
+class Evaluate(Measure):
+    """Measure one or more models on the same held-out text."""
+
+    models: list[str] = positional("model folders, Lightning checkpoints, or Hugging Face folders", "MODEL", many=True)
+    out: str | None = option("also write the figures as JSON to this file", None)
+    overwrite: bool = option("replace --out if it exists", False)
+
+
+@dataclass(kw_only=True)
+class Compare(Measure):
+    """Set two models side by side on the same text: figures, and the paired change with its interval."""
+
+    before: str = positional("the model to compare with", "BEFORE")
+    after: str = positional("the model that came out of it", "AFTER")
+    out: str | None = option("also write report.json, report.md, report.html and plots/ to this folder", None)
+    overwrite: bool = option("replace what --out holds", False)
+
+
+@dataclass(kw_only=True)
+class Generate(Compute):
+    """Continue a text."""
+
+    model: str = positional(MODEL, "MODEL")
+    prompt: str = option(
+        "the text to continue; names of special tokens in it (<|im_start|>) are read as characters, unless "
+        "--special_tokens says otherwise"
+    )
+    special_tokens: bool = option("read names of special tokens in the prompt as these tokens", False)
+    max_new_tokens: int = option("the most tokens to add", 100, least=1, most=10**8)
+    temperature: float = option("0 takes the likeliest token, 1 samples from the model's distribution", 0.8, least=0)
+    top_k: int | None = option("sample from the K likeliest tokens only", None, least=1)
+    top_p: float | None = option("sample from the fewest tokens that hold this much probability", None)
+    seed: int = option("seed of the sampling", 0)
+    exit_confidence: float | None = option(
+        "leave a model with early exits where the likeliest token has this probability; default: run all layers", None
+    )
+    page_size: int | None = option(
+        "keep keys and values in pages of so many tokens, taken as the text grows; default: all room at once",
+        None,
+        least=1,
+    )
+
+
+@dataclass(kw_only=True)
+class Inspect:
+    """Show a model layer by layer: shape, bits, sparsity, parameters, bytes, FLOPs."""
+
+    model: str = positional(MODEL, "MODEL")
+    out: str | None = option("also write the table as JSON to this file", None)
+    verify: bool = option("first compare the SHA-256 of each file of the weights with the one in history.json", False)
+    overwrite: bool = option("replace --out if it exists", False)
+
+
+@dataclass(kw_only=True)
+class Import(Written):
+    """Turn a Hugging Face folder of a supported family into a model folder."""
+
+    folder: str = positional("a folder that `save_pretrained` wrote", "HF_FOLDER")
+    dtype: Dtype = option("number format to store: auto keeps the one of the files", "auto")
+
+
+@dataclass(kw_only=True)
+class Export(Written):
+    """Write a model in a format that other software loads."""
+
+    model: str = positional("model folder or Lightning checkpoint", "MODEL")
+    format: Literal["transformers", "compressed-tensors", "gptq"] = option(
+        "transformers writes dense weights; compressed-tensors keeps symmetric weights of 2, 4 and 8 bits packed, gptq "
+        "(version 2 of its files) those of 2, 3, 4 and 8 bits, with or without zero points",
+        "transformers",
+    )
+    dtype: Dtype = option("number format of dense weights: auto keeps the stored one", "auto")
+
+
+@dataclass(kw_only=True)
+class Report(Written):
+    """One page over many folders: size and speed against quality, the Pareto front marked."""
+
+    folders: list[str] = positional("model folders that hold a report.json", "DIR", many=True)
+
+
+@dataclass(kw_only=True)
+class Run(Written):
+    """Run the stages of a pipeline in a row; the same command again goes on after the last finished one."""
+
+    recipe: str = positional("a pipeline file: recipes/pipeline/NAME.yaml", "RECIPE")
+    model: str | None = option("the model the first stage starts from, where the pipeline does not pretrain one", None)
+    device: Device | None = option(
+        "where to run; default: what the pipeline says under common, or else the GPU when there is one", None
+    )
+    trust: bool = option(
+        "allow a pretraining recipe to name any class, not only those that recipes/trust.py lists", False
+    )
+
+
+@dataclass(kw_only=True)
+class Sweep(Written):
+    """Train one small recipe with one choice changed at a time, each with several seeds; the same command goes on."""
+
+    recipe: str = positional("a sweep file: recipes/sweep/NAME.yaml", "RECIPE")
+    parallel: int = option("runs at a time; each gets its share of the cores", 1, least=1, most=1024)
