@@ -221,7 +221,7 @@ class Distillation(Training):
             terms = self.terms(batch)
         count = (batch["targets"] != IGNORED).sum().double()
         means = {"nll": terms["cross_entropy"], "agreement": terms["agreement"], "logit": terms["logit"]}
-        self._evaluated.append({**{name: mean * count for name, mean in means.items()}, "count": count})
+        self._count_in({**{name: mean * count for name, mean in means.items()}, "count": count})
 
     def _report(self, split: str) -> dict[str, float]:
         """Beside the student's loss: how often both agree on the next token, and the T^2 KL from teacher to student."""

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import SumMetric
 
 from app.activation_checkpointing import ActivationCheckpointing
 from app.optim import AdamW, Cosine, Optimization, Schedule
@@ -93,7 +94,7 @@ class Training(LightningModule):
         self.stepped = False  # whether the latest batch ended an optimizer step
         self._window: list[tuple[dict[str, Tensor], Tensor]] = []  # sums and count of each micro-batch of this step
         self._unit = 1  # targets that a micro-batch's loss is divided by before the real number is known
-        self._evaluated: list[dict[str, Tensor]] = []  # sums and `count` of each batch of a validation or a test
+        self._totals = nn.ModuleDict()  # quantity, and `count` -> its sum over the batches of a validation or a test
 
     def expect(self, architecture: Mapping[str, Any] | None, checkpoint: Path) -> None:
         """Remember what a checkpoint holds that is going to be loaded, so that `setup` can refuse another shape."""
@@ -218,7 +219,14 @@ class Training(LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
         losses = self.task.measured(self._without_compiling, batch)
-        self._evaluated.append({**losses.sums, "count": losses.count})
+        self._count_in({**losses.sums, "count": losses.count})
+
+    def _count_in(self, sums: Mapping[str, Tensor]) -> None:
+        """Add the sums of a batch to those of the split."""
+        for name, value in sums.items():
+            if name not in self._totals:
+                self._totals[name] = SumMetric(nan_strategy="disable").set_dtype(torch.double).to(self.device)
+            self._totals[name].update(value)
 
     def on_validation_epoch_end(self) -> None:
         self._report("validation")
@@ -228,12 +236,11 @@ class Training(LightningModule):
 
     def _report(self, split: str) -> dict[str, float]:
         """Log the loss and every metric of the task over the whole split, each target once; returns all means."""
-        names = list(self._evaluated[0])
-        sums = torch.stack([torch.stack([one[name].double() for name in names]) for one in self._evaluated]).sum(0)
-        sums = dict(zip(names, self._sum_over_ranks(sums).tolist(), strict=True))
-        self._evaluated = []
+        sums = {name: total.compute().item() for name, total in self._totals.items()}  # over all ranks
+        for total in self._totals.values():
+            total.reset()
         means = {name: value / max(1.0, sums["count"]) for name, value in sums.items()}
-        self.log(f"{split}/loss", means[names[0]], rank_zero_only=False)
+        self.log(f"{split}/loss", next(iter(means.values())), rank_zero_only=False)
         for name, value in self.metrics_of(means).items():
             if name != "loss":
                 self.log(f"{split}/{name}", value)
