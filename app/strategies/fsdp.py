@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -79,11 +79,19 @@ class FSDP2(ModelParallelStrategy):
                 "the fsdp strategy cannot train a model with residual: reversible, which computes its blocks anew in "
                 "the backward; train it with ddp or on one device, or give residual: standard"
             )
-        mesh = self.device_mesh["data_parallel"]
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+            self._shard(block, dtype)
+        self._shard(model, dtype)
+        register_fsdp_forward_method(model, "hidden")  # what distillation calls
+
+    def shard_objective(self, objective: nn.Module, dtype: torch.dtype) -> None:
+        """Shard the trained parameters of a distillation's objective, if it has any, as one group of their own."""
+        if next(objective.parameters(), None) is not None:
+            self._shard(objective, dtype)
+
+    def _shard(self, module: nn.Module, dtype: torch.dtype) -> None:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        fully_shard(module, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:

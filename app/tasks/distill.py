@@ -106,8 +106,6 @@ class Distillation(Training):
 
     def setup(self, stage: str) -> None:
         """Load the teacher, and the student's architecture; raises UserError where their vocabularies differ."""
-        if isinstance(self.trainer.strategy, FSDP2):
-            raise UserError("distillation runs on one device or with the strategy ddp, not with sharded weights")
         data = self.trainer.datamodule
         self._load()
         self._require_same_tokens(getattr(data, "tokenizer", None))
@@ -190,6 +188,8 @@ class Distillation(Training):
         super().configure_model()
         self.objective = Objective(self.losses, self.combine, self.config, self.teacher.config)
         self._pair = (_Pair(self.model, self.objective),)
+        if isinstance(strategy := self._strategy(), FSDP2):
+            strategy.shard_objective(self.objective, self.compute_dtype)
 
     def configure_optimizers(self) -> dict[str, Any]:
         configured = super().configure_optimizers()
@@ -200,7 +200,9 @@ class Distillation(Training):
 
     def terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The terms of the objective on a batch, see `Objective.forward`."""
-        teacher = self.teacher.to(self.device)
+        teacher = self.teacher.to(self.device)  # whole on every rank
+        if isinstance(self._strategy(), FSDP2):  # shards are gathered in the compute dtype
+            return self._pair[0](teacher, batch)
         return call_in(self.compute_dtype, self._pair[0], teacher, batch)
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:

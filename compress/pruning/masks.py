@@ -2,13 +2,16 @@
 
 Masking the product alone is not enough: weight decay, momentum and orthogonalised updates move a weight whose gradient
 is zero. So a held mask acts in three places: the gradient (before it reaches the optimizer or the norm that is
-clipped), the optimizer's state, and the weight after each step. So no masked weight ever differs from 0.
+clipped), the optimizer's state, and the weight after each step. So no masked weight ever differs from 0. Of a sharded
+parameter (FSDP2) each rank holds its part of the mask.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.experts import StackedExperts
 
@@ -49,12 +52,8 @@ class HeldMasks:
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameters = dict(model.named_parameters())
-        self._held = [(parameters[name], mask.to(parameters[name].device)) for name, mask in masks.items()]
-        self._hooks = [
-            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
-            for parameter, mask in self._held
-            if parameter.requires_grad
-        ]
+        self._held = [(parameters[name], _like(parameters[name], mask)) for name, mask in masks.items()]
+        self._hooks = [_mask_gradient(*held) for held in self._held if held[0].requires_grad]
         self.apply()
 
     def attach(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -77,3 +76,18 @@ class HeldMasks:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def _like(parameter: Tensor, mask: Tensor) -> Tensor:
+    """The mask on the device of the parameter, in shards as the parameter is."""
+    mask = mask.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return mask
+    return distribute_tensor(mask, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _mask_gradient(parameter: Tensor, mask: Tensor) -> Any:
+    """Mask every gradient that arrives; returns the hook's handle."""
+    if isinstance(parameter, DTensor):  # its gradient comes from the reduction over ranks, past the tensor's own hooks
+        return parameter.register_post_accumulate_grad_hook(lambda held: held.grad.mul_(mask))
+    return parameter.register_hook(lambda gradient: gradient * mask)

@@ -1,6 +1,10 @@
 """The distillation task: what it trains, what it keeps, what it logs, and that it resumes to the bit."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -16,10 +20,14 @@ from compress.distillation.losses.loss import Combine
 from compress.pruning.masks import count_violations, masks_of
 from compress.pruning.patterns import NOfM
 from compress.pruning.sparsify import sparsify
-from models.checkpoint import save_model
+from compress.quantization import Rtn
+from compress.quantization.affine import IntFormat
+from compress.quantization.plan import quantize_model
+from models.checkpoint import load, save_model
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer
+from tests.app import distillation_run
 
 ARCHITECTURE = {
     "width": 32,
@@ -241,3 +249,73 @@ def test_data_of_another_tokenizer_is_refused(place, tmp_path):
 def test_wrong_options_are_refused(place, options, words):
     with pytest.raises(UserError, match=words):
         task(place, **options)
+
+
+WIDER = {**ARCHITECTURE, "width": 48, "depth": 2}  # its projectors are no square matrices
+
+
+def distil(place, out, strategy, **options):
+    """Run tests/app/distillation_run.py, on one process in this one; returns its state and its figures."""
+    out.mkdir()
+    if strategy == "auto":
+        distillation_run.main(place, out, strategy, options)
+    else:
+        command = [sys.executable, "-m", "tests.app.distillation_run", place, out, strategy, json.dumps(options)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    return torch.load(out / "state.pt", weights_only=True), json.loads((out / "figures.json").read_text())
+
+
+def assert_near(found, expected, tolerance):
+    (state, figures), (wanted, numbers) = found, expected
+    assert state.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=tolerance)
+    for name in ("validation/loss", "validation/agreement", "validation/logit"):
+        assert figures[name] == pytest.approx(numbers[name], rel=1e-3, abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def sharded(place, tmp_path_factory):
+    """A sparse student after six steps of two micro-batches on two processes, in shards."""
+    out = tmp_path_factory.mktemp("sharded") / "out"
+    return out, *distil(place, out, "fsdp2", student=str(place / "sparse"))
+
+
+def test_shards_learn_what_one_process_does_and_keep_their_zeros(place, sharded, tmp_path):
+    _, state, figures = sharded
+    assert_near((state, figures), distil(place, tmp_path / "out", "auto", student=str(place / "sparse")), 1e-5)
+    weights = [weight for name, weight in state.items() if "blocks" in name and weight.dim() == 2]
+    assert len(weights) == 4 * 7
+    assert all(int((weight == 0).sum()) == weight.numel() // 2 for weight in weights)
+
+
+@pytest.mark.slow
+def test_a_run_resumed_from_its_shards_equals_the_uninterrupted_one(place, sharded, tmp_path):
+    out, state, _ = sharded
+    checkpoint = next((out / "checkpoints").glob("*step=2*"))
+    assert checkpoint.is_dir()
+    resumed, _ = distil(place, tmp_path / "out", "fsdp2", student=str(place / "sparse"), resume=str(checkpoint))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.slow
+def test_a_quantized_student_learns_in_shards_what_it_does_on_one_process(place, tmp_path):
+    packed = load(place / "sparse")
+    quantize_model(packed, Rtn(IntFormat(4, 16)))
+    save(packed, tmp_path / "packed", data(place).tokenizer)
+    options = {"student": str(tmp_path / "packed"), "steps": 3}
+    found = [distil(place, tmp_path / name, name, **options) for name in ("auto", "fsdp2")]
+    assert any("parametrizations" in name for name in found[0][0])
+    assert_near(found[1], found[0], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("compute_dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_projectors_are_trained_on_two_processes_as_on_one(place, tmp_path, compute_dtype, tolerance):
+    options = {"student": WIDER, "steps": 3, "compute_dtype": compute_dtype}
+    alone = distil(place, tmp_path / "auto", "auto", **options)
+    assert len([name for name in alone[0] if "projector" in name]) == 2
+    for strategy in ("ddp", "fsdp2"):
+        assert_near(distil(place, tmp_path / strategy, strategy, **options), alone, tolerance)
