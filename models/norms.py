@@ -12,7 +12,8 @@ DeepNet also draws its maps from Xavier's normal distribution, those of the feed
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models.linear import Drawn
 from models.specs import NORMS, NormSpec
@@ -26,13 +27,32 @@ class Rms(NormSpec):
     Args:
         eps: added to the mean square.
         position: `pre`, `post`, `sandwich` or `deepnorm`, as above.
+        offset: added to the weight, which starts at 1 less the offset. With 1, as in Gemma, weight decay pulls the
+            factor towards 1 and 16-bit weights keep the digits of small differences.
     """
 
     eps: float = 1e-5
     position: str = "pre"
+    offset: float = 0.0
 
     def build(self, width: int) -> nn.Module:
-        return nn.RMSNorm(width, eps=self.eps)
+        return OffsetRms(width, self) if self.offset else nn.RMSNorm(width, eps=self.eps)
+
+
+class OffsetRms(nn.RMSNorm):
+    """The module of an `Rms` with an offset; it computes in fp32: (..., D) -> (..., D)."""
+
+    def __init__(self, width: int, spec: Rms) -> None:
+        self.offset = spec.offset
+        super().__init__(width, eps=spec.eps)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1 - self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.offset + self.weight.to(wide)  # (D,)
+        return F.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 @NORMS.register("layer")

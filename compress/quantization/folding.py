@@ -122,7 +122,7 @@ class _Finder:
         if not wanted:
             return
         reason = "" if norm.weight is not None else "the norm before it has no weights"
-        if not isinstance(norm, nn.RMSNorm | nn.LayerNorm):
+        if type(norm) not in (nn.RMSNorm, nn.LayerNorm):
             reason = f"the norm before it is a {type(norm).__name__}, of which no fold is known"
         if silent:
             reason = f"{silent[0]} read nothing on the calibration text"

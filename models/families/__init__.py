@@ -4,7 +4,7 @@ A family maps the *file* format, which is what people have, not the module tree 
 file and list it in `FAMILIES`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,30 @@ from models.config import ModelConfig
 from models.errors import UserError, did_you_mean
 from models.experts import StackedExperts
 from models.experts.layout import stack
+from models.families.gemma import Gemma
+from models.families.gpt2 import Gpt2
+from models.families.gpt_neox import GptNeoX
 from models.families.llama import Llama
 from models.families.mixtral import Mixtral
-from models.families.protocol import Family
+from models.families.phi3 import Phi3
+from models.families.protocol import Family, Transform
 from models.families.qwen3_moe import Qwen3Moe
 from models.io import SHARD_BYTES, TensorFiles, inside, read_json, write_json, write_tensors, writing
 from models.sidecars import GENERATION, read_sidecars, special_tokens, write_sidecars
 from models.transformer import Transformer
 from models.weight_formats import described
 
-__all__ = ["FAMILIES", "Family", "export_folder", "import_folder", "is_family_folder", "write_folder"]
-
-HEAD = "lm_head.weight"
+__all__ = ["FAMILIES", "Family", "Transform", "export_folder", "import_folder", "is_family_folder", "write_folder"]
 
 FAMILIES: dict[str, Family] = {
     "llama": Llama("llama"),
     "mistral": Llama("mistral"),
     "mixtral": Mixtral(),
     "qwen3_moe": Qwen3Moe(),
+    "phi3": Phi3("phi3"),
+    "gemma": Gemma("gemma"),
+    "gpt2": Gpt2(),
+    "gpt_neox": GptNeoX(),
 }
 
 
@@ -73,34 +79,60 @@ def import_folder(
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
     model = skeleton(config)
-    names = FAMILIES[model_type].names(config)
-    files = TensorFiles(folder)
-    if config.head == "tied" and HEAD in files and names["embedding.weight"] not in files:
-        names["embedding.weight"] = HEAD  # the file has the one matrix under its other name
-    _drop_copies(files, config, names)
-    files.check({names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    fill(model, ((name, files[names[name]]) for name in model.state_dict()), device, dtype)
+    family, files = FAMILIES[model_type], TensorFiles(folder)
+    tensors = _grouped(_names_in(files, config, family))
+    own = model.state_dict()  # without memory yet
+    how = {name: family.transform(name, config) for name in tensors}
+    files.check({name: tuple(how[name].join([own[one] for one in ours]).shape) for name, ours in tensors.items()})
+
+    def parts() -> Iterator[tuple[str, Tensor]]:
+        for name, ours in tensors.items():
+            yield from zip(ours, how[name].split(files[name], [len(own[one]) for one in ours]), strict=True)
+
+    fill(model, parts(), device, dtype)
     stack(model)  # the files hold an expert's matrices one by one
     return model
 
 
-def _drop_copies(files: TensorFiles, config: ModelConfig, names: dict[str, str]) -> None:
-    """Forget what some files hold beside the weights: rotary tables, and the head of a tied model."""
-    for name in [name for name in files if name.endswith("rotary_emb.inv_freq")]:
+def _grouped(names: dict[str, str]) -> dict[str, list[str]]:
+    """Name in the file -> our names of what it holds, from our name -> name in the file."""
+    found: dict[str, list[str]] = {}
+    for ours, theirs in names.items():
+        found.setdefault(theirs, []).append(ours)
+    return found
+
+
+def _names_in(files: TensorFiles, config: ModelConfig, family: Family) -> dict[str, str]:
+    """Our name -> name in these very files, which may be those of a model without its head, or of an older version.
+
+    What they hold beside the weights is forgotten: rotary tables, masks, and the head of a tied model.
+    """
+    names, head = family.names(config), family.head
+    prefix = names["embedding.weight"].partition(".")[0] + "."
+    if not any(name.startswith(prefix) for name in files):  # a model that was saved without its head
+        names = {ours: theirs.removeprefix(prefix) for ours, theirs in names.items()}
+    if head not in files and family.old_head in files:
+        head = family.old_head
+        names = {ours: head if theirs == family.head else theirs for ours, theirs in names.items()}
+    for name in [name for name in files if name.endswith(family.buffers)]:
         files.drop(name)
     embedding = names["embedding.weight"]
-    if config.head == "tied" and HEAD in files and embedding != HEAD:
-        if not torch.equal(files[HEAD], files[embedding]):
+    if config.head == "tied" and head in files:
+        if embedding not in files:
+            names["embedding.weight"] = head  # the file has the one matrix under its other name
+        elif not torch.equal(files[head], files[embedding]):
             raise UserError(
                 f"{files.folder} ties its head to the embedding (tie_word_embeddings), "
-                f"yet holds a {HEAD} that differs from {embedding}"
+                f"yet holds a {head} that differs from {embedding}"
             )
-        files.drop(HEAD)
-    if config.head == "untied" and HEAD not in files:
+        else:
+            files.drop(head)
+    if config.head == "untied" and head not in files:
         raise UserError(
-            f"{files.folder} has no {HEAD}, and its {CONFIG} says no tie_word_embeddings: true, which would take "
+            f"{files.folder} has no {head}, and its {CONFIG} says no tie_word_embeddings: true, which would take "
             f"{embedding} for it"
         )
+    return names
 
 
 def export_folder(
@@ -135,34 +167,51 @@ def family_of(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     raise UserError(f"no Hugging Face family can hold this model ({listed})")
 
 
-def dense(name: str, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weight of a packed module as the one dense tensor `name` that it stands for."""
-    yield name, module.dequantize().to(dtype)
+Packing = Callable[[str, Sequence[nn.Module], Transform, torch.dtype], Iterable[tuple[str, Tensor]]]
 
 
-def file_tensors(
-    model: Transformer,
-    family: Family,
-    weight: Callable[[str, nn.Module, torch.dtype], Iterable[tuple[str, Tensor]]] = dense,
+def dense(
+    name: str, modules: Sequence[nn.Module], transform: Transform, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
+    """The weights of packed modules as the one dense tensor `name` that they stand for."""
+    yield name, transform.join([module.dequantize().to(dtype) for module in modules])
+
+
+def file_tensors(model: Transformer, family: Family, weight: Packing = dense) -> Iterator[tuple[str, Tensor]]:
     """(name in the file, tensor) of every weight, and zeros for a bias that only the file format has.
 
-    `weight` says what a packed module's weight becomes: (name in the file, module, dtype of the model) -> tensors.
+    `weight` says what the weights of packed modules become that are one tensor of the file:
+    (name in the file, modules, how it holds them, dtype of the model) -> tensors.
+
+    Raises:
+        UserError: of the weights that are one tensor of the file some are packed and others not.
     """
     packed, dtype = described(model), model.norm.weight.dtype
-    for name, theirs in family.names(model.config).items():
-        path, _, leaf = name.rpartition(".")
-        if (tensor := _of_stack(model, path)) is not None:
-            yield theirs, tensor
-            continue
-        module = model.get_submodule(path)
-        tensor = getattr(module, leaf, None)
-        if tensor is not None:
-            yield theirs, tensor.to(dtype) if path in packed else tensor
-        elif leaf == "bias":
-            yield theirs, torch.zeros(module.out_features, dtype=dtype)
+    for theirs, ours in _grouped(family.names(model.config)).items():
+        transform = family.transform(theirs, model.config)
+        tensors = [_tensor(model, name, packed, dtype) for name in ours]
+        if all(tensor is not None for tensor in tensors):
+            yield theirs, transform.join(tensors)
+        elif any(tensor is not None for tensor in tensors):
+            listed = ", ".join(ours)
+            raise UserError(f"{theirs} of the file holds {listed}, of which some are packed and some not: pack all")
         else:
-            yield from weight(theirs, module, dtype)
+            yield from weight(theirs, [model.get_submodule(name.rpartition(".")[0]) for name in ours], transform, dtype)
+
+
+def _tensor(model: Transformer, name: str, packed: Collection[str], dtype: torch.dtype) -> Tensor | None:
+    """Our tensor `name`, zeros for a bias that is not there; None for the weight of a packed module."""
+    path, _, leaf = name.rpartition(".")
+    if (tensor := _of_stack(model, path)) is not None:
+        return tensor
+    module = model.get_submodule(path)
+    tensor = getattr(module, leaf, None)
+    if tensor is not None:
+        return tensor.to(dtype) if path in packed else tensor
+    if leaf != "bias":
+        return None
+    norm = isinstance(module, nn.LayerNorm)
+    return torch.zeros(module.normalized_shape if norm else module.out_features, dtype=dtype)
 
 
 def _of_stack(model: Transformer, path: str) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The Llama file format (`LlamaForCausalLM`), and Mistral's, which is the same without biases.
+"""The Llama file format (`LlamaForCausalLM`), and Mistral's, which is the same without biases; others build on them.
 
 The two differ in one rule: `transformers` refuses a Llama whose hidden size is not a multiple of its heads, as
 structured pruning makes it. Such a model is written as a Mistral without a sliding window, which computes the same.
@@ -13,27 +13,40 @@ from models.attention.full import Full
 from models.attention.window import Window
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
-from models.families.uniform import common, flag, integer, number, word
+from models.families.protocol import Family
+from models.families.uniform import common, flag, frame, integer, number, one_position, word
 from models.feedforward import Swiglu
 from models.norms import Rms
 from models.positions import Rope
 from models.positions.rope import LinearScaling, Llama3Scaling, YarnScaling
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+ACTIVATIONS = {
+    **{"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu"},
+    **{"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"},
+}
 # what a key stands at that a file leaves out; null says otherwise: no window, as many key/value heads as heads
 DEFAULTS = {
-    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None, "sliding_window": None},
+    "llama": {"max_position_embeddings": 2048, "sliding_window": None},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "phi3": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "gemma": {"max_position_embeddings": 8192, "head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True},
 }
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+}
+BIASES = {"llama": ("attention_bias", "mlp_bias"), "gemma": ("attention_bias",)}  # that the files may have
+WINDOWED = ("mistral", "phi3")
 
 
 @dataclass(frozen=True)
-class Llama:
-    """Llama or Mistral files.
+class Llama(Family):
+    """Llama or Mistral files, or those that say little more.
 
     Args:
-        model_type: `llama` or `mistral`.
+        model_type: `llama`, `mistral`, or that of a subclass.
     """
 
     model_type: str
@@ -41,12 +54,11 @@ class Llama:
     def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
         values = DEFAULTS[self.model_type] | dict(values)
         context = integer(values, "max_position_embeddings")
-        window = integer(values, "sliding_window", context) if self.model_type == "mistral" else context
+        window = integer(values, "sliding_window", context) if self.model_type in WINDOWED else context
         width, heads = integer(values, "hidden_size"), integer(values, "num_attention_heads")
-        attention_bias, mlp_bias = flag(values, "attention_bias"), flag(values, "mlp_bias")
-        activation = word(values, "hidden_act", "silu")
-        if activation not in ACTIVATIONS:
-            raise UserError(f"hidden_act {activation!r} is not supported (one of: {', '.join(ACTIVATIONS)})")
+        attention_bias, mlp_bias = (
+            key in BIASES.get(self.model_type, ()) and flag(values, key) for key in ("attention_bias", "mlp_bias")
+        )
         kind = partial(Window, window=window) if window < context else Full
         attention = kind(
             heads=heads,
@@ -58,7 +70,7 @@ class Llama:
         )
         feedforward = Swiglu(
             width=integer(values, "intermediate_size"),
-            activation=ACTIVATIONS[activation],
+            activation=read_activation(values),
             bias=mlp_bias,
             out_bias=mlp_bias,
         )
@@ -68,26 +80,22 @@ class Llama:
             layers=(LayerConfig(attention, feedforward),) * integer(values, "num_hidden_layers"),
             context=context,
             norm=Rms(eps=number(values, "rms_norm_eps", 1e-6)),
-            position=read_rope(values, context),
+            position=read_rope(values, context, self.model_type == "phi3"),
             head="tied" if flag(values, "tie_word_embeddings") else "untied",
         )
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
-        if not isinstance(config.norm, Rms) or config.norm.position != "pre":
-            raise UserError(f"it has RMS norms in position pre, not {config.norm.kind} {config.norm.position}")
-        if config.residual != "standard":
-            raise UserError(f"its residual stream is standard, not {config.residual}")
+        frame(config, Rms)
         attention, feedforward = common(config, (Full, Window), Swiglu)
         if extras := config.layers[0].attention.extras():
             raise UserError(f"its attention has no {extras[0]}")
-        if self.model_type == "llama" and "window" in attention:
+        if "window" in attention and self.model_type not in WINDOWED:
             raise UserError("its attention has no window")
-        exceptions = "" if attention["position"] in (None, config.position) else " with exceptions"
-        if exceptions or not isinstance(config.position, Rope):
-            raise UserError(f"it has one rope position in all layers, not {config.position.kind}{exceptions}")
+        one_position(config, attention)
         biases = self._biases(config)
-        if self.model_type == "mistral" and any(biases.values()):
-            raise UserError(f"it has no biases, and this model has {', '.join(key for key in biases if biases[key])}")
+        allowed = BIASES.get(self.model_type, ())
+        if alien := [key for key in biases if biases[key] and key not in allowed]:
+            raise UserError(f"it has no {' or '.join(alien)}, and this model has")
         if self.model_type == "llama" and config.width % attention["heads"]:
             raise UserError(
                 f"transformers wants a width that is a multiple of the heads, not {config.width} of "
@@ -103,14 +111,15 @@ class Llama:
             "num_attention_heads": attention["heads"],
             "num_key_value_heads": attention["kv_heads"],
             "head_dim": attention["head_width"],
-            "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == feedforward["activation"]),
+            "hidden_act": write_activation(feedforward["activation"]),
             "max_position_embeddings": config.context,
             "rms_norm_eps": config.norm.eps,
             "attention_dropout": attention["dropout"],
             "tie_word_embeddings": config.head == "tied",
-            **write_rope(config.position),
+            **write_rope(config.position, self.model_type == "phi3"),
+            **{key: biases[key] for key in allowed},
         }
-        return values | (biases if self.model_type == "llama" else {"sliding_window": attention.get("window")})
+        return values | ({"sliding_window": attention.get("window")} if self.model_type in WINDOWED else {})
 
     @staticmethod
     def _biases(config: ModelConfig) -> dict[str, bool]:
@@ -139,8 +148,24 @@ class Llama:
         return names
 
 
-def read_rope(values: Mapping[str, Any], context: int) -> Rope:
-    """RoPE from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (before it)."""
+def read_activation(values: Mapping[str, Any], key: str = "hidden_act", default: str = "silu") -> str:
+    """The activation at `key`, by our name."""
+    activation = word(values, key, default)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{key} {activation!r} is not supported (one of: {', '.join(ACTIVATIONS)})")
+    return ACTIVATIONS[activation]
+
+
+def write_activation(activation: str) -> str:
+    """The name that the file has for it."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
+
+
+def read_rope(values: Mapping[str, Any], context: int, partial: bool = False) -> Rope:
+    """RoPE from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (before it).
+
+    `partial`: whether the family may rotate a share of a head's channels.
+    """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope_parameters must be keys and values, got {rope!r}")
@@ -148,23 +173,26 @@ def read_rope(values: Mapping[str, Any], context: int) -> Rope:
     share = number(rope, "partial_rotary_factor", number(values, "partial_rotary_factor", 1.0))
     own = integer(rope, "original_max_position_embeddings", context)
     original = integer(values, "original_max_position_embeddings", own)
-    if share != 1.0:
+    if share != 1.0 and not partial:
         raise UserError(f"partial_rotary_factor {share} is not part of the Llama format")
+    return Rope(base=base, fraction=share, scaling=_read_scaling(rope, original))
+
+
+def _read_scaling(rope: Mapping[str, Any], original: int) -> Any:
     kind = word(rope, "rope_type", word(rope, "type", "default"))
     if kind == "default":
-        return Rope(base=base)
+        return None
     if kind == "linear":
-        return Rope(base=base, scaling=LinearScaling(number(rope, "factor")))
+        return LinearScaling(number(rope, "factor"))
     if kind == "llama3":
-        scaling = Llama3Scaling(
+        return Llama3Scaling(
             factor=number(rope, "factor"),
             low_frequency_factor=number(rope, "low_freq_factor"),
             high_frequency_factor=number(rope, "high_freq_factor"),
             original_context=original,
         )
-        return Rope(base=base, scaling=scaling)
     if kind == "yarn":
-        return Rope(base=base, scaling=_read_yarn(rope, original))
+        return _read_yarn(rope, original)
     raise UserError(f"rope_type {kind!r} is not supported (one of: default, linear, llama3, yarn)")
 
 
@@ -185,11 +213,14 @@ def _read_yarn(rope: Mapping[str, Any], original: int) -> YarnScaling:
     return scaling
 
 
-def write_rope(rope: Rope) -> dict[str, Any]:
-    """RoPE as transformers 5 reads it, and beside it as version 4 does, which would silently take a base of 10000."""
+def write_rope(rope: Rope, partial: bool = False) -> dict[str, Any]:
+    """RoPE as transformers 5 reads it, and beside it as version 4 does, which would silently take a base of 10000.
+
+    `partial`: whether the family may rotate a share of a head's channels.
+    """
     if rope.layout != "half":
         raise UserError(f"its RoPE pairs the halves of a head, not {rope.layout} channels")
-    if rope.fraction != 1.0:
+    if rope.fraction != 1.0 and not partial:
         raise UserError(f"it rotates all channels of a head, not a fraction of {rope.fraction}")
     scaling: dict[str, Any] = {"rope_type": "default"}
     if isinstance(rope.scaling, LinearScaling):
@@ -212,8 +243,9 @@ def write_rope(rope: Rope) -> dict[str, Any]:
         }
     elif rope.scaling is not None:
         raise UserError(f"it has no RoPE scaling {rope.scaling.kind!r}")
-    return {
-        "rope_parameters": scaling | {"rope_theta": rope.base},
+    share = {"partial_rotary_factor": rope.fraction} if partial else {}
+    return share | {
+        "rope_parameters": scaling | share | {"rope_theta": rope.base},
         "rope_theta": rope.base,
         "rope_scaling": None if rope.scaling is None else scaling,
     }

@@ -12,6 +12,8 @@ from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.experts import Experts
 from models.families import moe
+from models.families.llama import write_activation
+from models.families.protocol import Family
 from models.families.uniform import common, integer, number
 
 # what a key stands at that a file leaves out
@@ -19,7 +21,7 @@ DEFAULTS = {"num_key_value_heads": 8, "num_experts_per_tok": 2, "rms_norm_eps": 
 MAPS = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
-class Mixtral:
+class Mixtral(Family):
     """Mixtral files."""
 
     model_type = "mixtral"
@@ -51,7 +53,7 @@ class Mixtral:
             "architectures": ["MixtralForCausalLM"],
             "model_type": self.model_type,
             **moe.write_model(config, attention),
-            "hidden_act": moe.write_activation(spec.expert.activation),
+            "hidden_act": write_activation(spec.expert.activation),
             "intermediate_size": spec.expert.width,
             "sliding_window": attention.get("window"),
             "num_local_experts": mixture["count"],

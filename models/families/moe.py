@@ -16,11 +16,10 @@ from models.attention.window import Window
 from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.experts import BALANCES, ROUTERS, Experts
-from models.families.llama import ACTIVATIONS, read_rope, write_rope
-from models.families.uniform import flag, integer, number, word
+from models.families.llama import read_activation, read_rope, write_rope
+from models.families.uniform import flag, frame, integer, number, one_position
 from models.feedforward import Swiglu
 from models.norms import Rms
-from models.positions import Rope
 
 DIGITS = 12  # significant ones of a coefficient, as a float times top_k and back may differ in the last
 
@@ -41,10 +40,7 @@ def read_attention(values: Mapping[str, Any], window: int | None, bias: bool, no
 
 def read_swiglu(values: Mapping[str, Any], key: str) -> Swiglu:
     """A dense feed-forward, or an expert, of the width at `key`."""
-    activation = word(values, "hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"hidden_act {activation!r} is not supported (one of: {', '.join(ACTIVATIONS)})")
-    return Swiglu(width=integer(values, key), activation=ACTIVATIONS[activation])
+    return Swiglu(width=integer(values, key), activation=read_activation(values))
 
 
 def read_experts(values: Mapping[str, Any], count: int, width_key: str, weights: str, jitter: float = 0.0) -> Experts:
@@ -84,13 +80,8 @@ def read_model(values: Mapping[str, Any], context: int, layers: tuple[LayerConfi
 
 def write_model(config: ModelConfig, attention: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `config.json` that are about all but the feed-forwards."""
-    if not isinstance(config.norm, Rms) or config.norm.position != "pre":
-        raise UserError(f"it has RMS norms in position pre, not {config.norm.kind} {config.norm.position}")
-    if config.residual != "standard":
-        raise UserError(f"its residual stream is standard, not {config.residual}")
-    exceptions = "" if attention["position"] in (None, config.position) else " with exceptions"
-    if exceptions or not isinstance(config.position, Rope):
-        raise UserError(f"it has one rope position in all layers, not {config.position.kind}{exceptions}")
+    frame(config, Rms)
+    one_position(config, attention)
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -104,11 +95,6 @@ def write_model(config: ModelConfig, attention: Mapping[str, Any]) -> dict[str, 
         "tie_word_embeddings": config.head == "tied",
         **write_rope(config.position),
     }
-
-
-def write_activation(activation: str) -> str:
-    """The name that the file has for it."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
 
 
 def require_extras(attention: Any, allowed: tuple[str, ...] = ()) -> None:

@@ -13,6 +13,8 @@ from models.config import LayerConfig, ModelConfig
 from models.errors import UserError
 from models.experts import Experts
 from models.families import moe
+from models.families.llama import write_activation
+from models.families.protocol import Family
 from models.families.uniform import common, flag, integer
 from models.feedforward import Swiglu
 
@@ -21,7 +23,7 @@ MAPS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 DEFAULTS = {"num_key_value_heads": 4, "num_experts_per_tok": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096}
 
 
-class Qwen3Moe:
+class Qwen3Moe(Family):
     """Qwen3-MoE files."""
 
     model_type = "qwen3_moe"
@@ -64,7 +66,7 @@ class Qwen3Moe:
             "model_type": self.model_type,
             **moe.write_model(config, attention),
             "attention_bias": _biased(config),
-            "hidden_act": moe.write_activation(spec.expert.activation),
+            "hidden_act": write_activation(spec.expert.activation),
             "intermediate_size": mlps[0].width if mlps else spec.expert.width * spec.top_k,
             "moe_intermediate_size": spec.expert.width,
             "use_sliding_window": window is not None,

@@ -6,10 +6,29 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.errors import UserError
+from models.norms import Layer, Rms
+from models.positions import Rope
 
 _REQUIRED = object()
 # a file format with biases has them in every layer, and a missing one is written as zeros
 _FREE = ("bias", "out_bias")
+
+
+def refuse(values: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse a config whose flags are not as `expected`; a missing or null one is."""
+    for key, wanted in expected.items():
+        if flag(values, key, wanted) != wanted:
+            raise UserError(f"{key}: {str(values[key]).lower()} is not supported")
+
+
+def one_dropout(values: Mapping[str, Any], embedding: str, residual: str, default: float) -> float:
+    """The dropout of the embeddings and of the residual branches, which is one here."""
+    first, second = (number(values, key, default) for key in (embedding, residual))
+    if first != second:
+        raise UserError(
+            f"{embedding} {first} and {residual} {second} differ, and a model here has one dropout for both"
+        )
+    return first
 
 
 def integer(values: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> int:
@@ -44,8 +63,29 @@ def _typed(values: Mapping[str, Any], key: str, default: Any, types: tuple[type,
     return value
 
 
+def frame(config: ModelConfig, norm: type[Rms] | type[Layer]) -> None:
+    """Refuse what no family has around its layers: all of them are decoders with one norm before each sub-layer."""
+    if config.direction != "causal":
+        raise UserError(f"it is a decoder, and this model is {config.direction}")
+    if not isinstance(config.norm, norm) or config.norm.position != "pre":
+        raise UserError(f"it has {norm.kind} norms in position pre, not {config.norm.kind} {config.norm.position}")
+    if isinstance(config.norm, Rms) and config.norm.offset:
+        raise UserError(f"its norms have no offset, and this model's is {config.norm.offset}")
+    if config.residual != "standard":
+        raise UserError(f"its residual stream is standard, not {config.residual}")
+    if config.exits is not None:
+        raise UserError("it has one norm before the head, and this model has early exits with norms of their own")
+
+
+def one_position(config: ModelConfig, attention: Mapping[str, Any], kind: type = Rope) -> None:
+    """Refuse another position encoding than this kind, and layers with one of their own."""
+    exceptions = "" if attention["position"] in (None, config.position) else " with exceptions"
+    if exceptions or not isinstance(config.position, kind):
+        raise UserError(f"it has one {kind.kind} position in all layers, not {config.position.kind}{exceptions}")
+
+
 def common(
-    config: ModelConfig, attentions: tuple[type, ...], feedforward: type
+    config: ModelConfig, attentions: tuple[type, ...], feedforward: type, order: str = "attention_first"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of the attention and of the feed-forward that every layer has.
 
@@ -55,8 +95,6 @@ def common(
     """
     if config.embedding_scale != 1:
         raise UserError(f"it has no embedding_scale, and this model's is {config.embedding_scale}")
-    if config.exits is not None:
-        raise UserError("it has one norm before the head, and this model has early exits with norms of their own")
     for i, layer in enumerate(config.layers):
         for name, kinds in (("attention", attentions), ("feedforward", (feedforward,))):
             spec, first = getattr(layer, name), getattr(config.layers[0], name)
@@ -66,8 +104,9 @@ def common(
                 raise UserError(f"every layer has a {wanted} {name}, and layer {i} has {has}")
         if layer.depth is not None:
             raise UserError(f"every token takes part in every layer, and layer {i} has a {layer.depth.kind}")
-        if layer.order != "attention_first":
-            raise UserError(f"every layer has its attention first, and layer {i} is {layer.order}")
+        if layer.order != order:
+            wanted = "its attention first" if order == "attention_first" else f"order {order}"
+            raise UserError(f"every layer has {wanted}, and layer {i} is {layer.order}")
     return _same(config, "attention"), _same(config, "feedforward")
 
 

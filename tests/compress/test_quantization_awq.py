@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "parallel": {"order": "parallel"},
     "feed-forward first": {"order": "feedforward_first"},
     "post": {"norm": {"kind": "rms", "position": "post"}},
+    "gemma": {"norm": {"kind": "rms", "offset": 1.0}, "embedding_scale": "sqrt_width"},
     "sandwich": {"norm": {"kind": "layer", "position": "sandwich"}},
     "deepnorm": {"norm": {"kind": "layer", "position": "deepnorm"}},
     "reversible": {"residual": "reversible"},
@@ -145,6 +146,7 @@ FOLDED = {
     "parallel": {"q", "k", "v", "o", "gate", "up", "down"},
     "sandwich": {"q", "k", "v", "o", "gate", "up", "down"},
     "post": {"o", "down"},
+    "gemma": {"o", "down"},
     "values with positions": {"q", "k", "v", "gate", "up", "down"},
     "single heads": {"q", "k", "v", "gate", "up", "down"},
     "retention": {"q", "k", "v", "gate", "up", "down"},
@@ -155,6 +157,7 @@ REASONS = {
     "post": {"q": "residual stream", "gate": "residual stream"},
     "values with positions": {"o": "between v and o"},
     "retention": {"o": "between v and o"},
+    "gemma": dict.fromkeys(("q", "k", "v", "gate", "up"), "the norm before it is a OffsetRms"),
 }
 
 

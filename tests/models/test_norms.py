@@ -7,6 +7,7 @@ from torch import nn
 from models.block import Block
 from models.config import ModelConfig
 from models.errors import UserError
+from models.norms import Rms
 from models.transformer import Transformer
 
 CONFIG = {
@@ -82,3 +83,25 @@ def test_a_parallel_layer_has_no_place_behind_a_branch():
     for position in ("post", "deepnorm"):
         with pytest.raises(UserError, match=f"norm position {position} normalises after each sub-layer"):
             build(norm={"kind": "rms", "position": position}, order="parallel")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offset_is_added_to_the_weight(dtype):
+    """Gemma's weights: the difference from 1, which bf16 holds where it could not hold 1 + w."""
+    norm = Rms(offset=1.0).build(16).to(dtype)
+    assert not norm.weight.any()
+    with torch.no_grad():
+        norm.weight.copy_(0.001 * torch.randn(16))
+    x = torch.randn(3, 5, 16, dtype=dtype)
+    plain = nn.RMSNorm(16, eps=1e-5, dtype=torch.float64)
+    plain.weight.data = 1 + norm.weight.detach().double()
+    torch.testing.assert_close(norm(x), plain(x.double()).to(dtype))
+
+
+def test_a_norm_with_an_offset_starts_and_trains_as_one_without():
+    tokens, models = torch.randint(40, (2, 7)), [build(norm={"kind": "rms", "offset": offset}) for offset in (0.0, 1.0)]
+    logits = [model(tokens).logits for model in models]
+    torch.testing.assert_close(*logits)
+    for found in logits:
+        found.square().sum().backward()
+    torch.testing.assert_close(*(model.blocks[1].attention_norm.weight.grad for model in models))

@@ -10,7 +10,7 @@ which is our own storage read as int32. The scheme stands in `config.json` under
 K inputs, G groups a row, b bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.quantization.affine import IntFormat
+from compress.quantization.affine import IntFormat, Quantized
 from compress.quantization.formats.bit_packing import pack
 from compress.quantization.formats.linear import PackedIntEmbedding, PackedIntLinear
+from models.config import ModelConfig
 from models.errors import UserError
-from models.families import dense, family_of, file_tensors, write_folder
+from models.families import Family, Transform, dense, family_of, file_tensors, write_folder
 from models.io import writing
 from models.transformer import Transformer
 
@@ -52,12 +53,10 @@ def export_compressed_tensors(
     family, values = family_of(model.config)
     dtype = next(model.parameters()).dtype  # packed weights are buffers
     format = _check(packed, dtype)
+    check_rows(family, model.config, packed)
     names = family.names(model.config)
-    ignore = [
-        names[f"{name}.weight"].removesuffix(".weight")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+    dense_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    ignore = list(dict.fromkeys(names[f"{name}.weight"].removesuffix(".weight") for name in dense_layers))
     if model.head is None:
         ignore.append("lm_head")  # transformers has a linear layer there, tied to the embedding
     values["quantization_config"] = scheme(format, ignore)
@@ -92,6 +91,31 @@ def uniform(packed: dict[str, PackedIntLinear], target: str) -> IntFormat:
                 f"group is shorter, which {target} does not have"
             )
     return format
+
+
+def check_rows(family: Family, config: ModelConfig, packed: Iterable[str]) -> None:
+    """Refuse packed layers whose rows the files of the family do not hold as rows."""
+    names = family.names(config)
+    for name in packed:
+        if not family.transform(names[f"{name}.weight"], config).row_by_row:
+            raise UserError(
+                f"{family.model_type} files hold {name} transposed, for which packed files have no form; export it "
+                "with --format transformers"
+            )
+
+
+def joined(modules: Sequence[PackedIntLinear], transform: Transform) -> Quantized:
+    """Packed matrices as the one of the file; with several, a scale of a whole matrix becomes one for each row."""
+    parts = [module.quantized() for module in modules]
+    if len(parts) == 1:
+        return parts[0]
+    format, width = parts[0].format, parts[0].codes.shape[1]
+    groups = -(-width // format.group(width))
+    scales = transform.join([part.scales.expand(len(part.codes), groups) for part in parts])
+    zeros = None
+    if parts[0].zeros is not None:
+        zeros = transform.join([part.zeros.expand(len(part.codes), groups) for part in parts])
+    return Quantized(transform.join([part.codes for part in parts]), scales, zeros, format)
 
 
 def _check(packed: dict[str, PackedIntLinear], dtype: torch.dtype) -> IntFormat:
@@ -133,12 +157,19 @@ def scheme(format: IntFormat, ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def pack_quantized(name: str, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The three tensors of a packed layer whose weight is `name` in the file; the dense one of a packed embedding."""
-    if not isinstance(module, PackedIntLinear):
-        yield from dense(name, module, dtype)
+def pack_quantized(
+    name: str, modules: Sequence[nn.Module], transform: Transform, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The three tensors of packed layers whose weight is `name` in the file; the dense one of a packed embedding."""
+    if not isinstance(modules[0], PackedIntLinear):
+        yield from dense(name, modules, transform, dtype)
         return
-    codes, scales, _, format = module.quantized()
+    codes, scales, _, format = joined(modules, transform)
+    if format.group_size == "tensor" and len(modules) > 1:
+        raise UserError(
+            f"{name} holds {len(modules)} matrices with a scale each, and the group size tensor means one; export it "
+            "with --format gptq"
+        )
     yield f"{name}_packed", words(codes, format.bits)
     yield f"{name}_scale", scales.to(dtype).view(-1 if format.group_size == "tensor" else scales.shape)
     yield f"{name}_shape", torch.tensor(codes.shape)

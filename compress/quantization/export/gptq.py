@@ -13,7 +13,7 @@ GPTQ with `act_order`, whose groups keep their columns here. N outputs, K inputs
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.quantization.affine import IntFormat
-from compress.quantization.export.compressed_tensors import uniform, words
+from compress.quantization.export.compressed_tensors import check_rows, joined, uniform, words
 from compress.quantization.formats.linear import PackedIntEmbedding, PackedIntLinear
 from models.errors import UserError
-from models.families import dense, family_of, file_tensors, write_folder
+from models.families import Transform, dense, family_of, file_tensors, write_folder
 from models.io import write_json, writing
 from models.transformer import Transformer
 
@@ -52,14 +52,16 @@ def export_gptq(
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedIntLinear)}
     family, values = family_of(model.config)
     format = uniform(packed, "GPTQ")
+    check_rows(family, model.config, packed)
     for name, module in packed.items():
         _check(name, module)
     names = family.names(model.config)
-    left = [
-        names[f"{name}.weight"].removesuffix(".weight")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "head" and f"{name}.weight" in names
-    ]
+    dense_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "head"]
+    left = list(
+        dict.fromkeys(
+            names[f"{name}.weight"].removesuffix(".weight") for name in dense_layers if f"{name}.weight" in names
+        )
+    )
     scheme = gptq_scheme(format, left, head="head" in packed)
     dtype = next(model.parameters()).dtype  # packed weights are buffers
     with writing(out, overwrite) as directory:
@@ -102,12 +104,14 @@ def gptq_scheme(format: IntFormat, left: list[str], head: bool) -> dict[str, Any
     return scheme
 
 
-def pack_gptq(name: str, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The four tensors of a packed layer whose weight is `name` in the file; the dense one of a packed embedding."""
-    if not isinstance(module, PackedIntLinear):
-        yield from dense(name, module, dtype)
+def pack_gptq(
+    name: str, modules: Sequence[nn.Module], transform: Transform, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The four tensors of packed layers whose weight is `name` in the file; the dense one of a packed embedding."""
+    if not isinstance(modules[0], PackedIntLinear):
+        yield from dense(name, modules, transform, dtype)
         return
-    codes, scales, zeros, format = module.quantized()
+    codes, scales, zeros, format = joined(modules, transform)
     rows, width = codes.shape
     groups = -(-width // format.group(width))
     if zeros is None:
