@@ -97,7 +97,10 @@ AXES = {
         example(POSITIONS, "rope", layout="interleaved"),
         example(POSITIONS, "shaw", clip=3, terms="keys_and_values"),
     ],
-    "norm": [example(NORMS, kind, position=position) for kind in NORMS for position in NORM_POSITIONS],
+    "norm": [
+        *(example(NORMS, kind, position=position) for kind in NORMS for position in NORM_POSITIONS),
+        example(NORMS, "rms", offset=1.0),
+    ],
     "order": [*ORDERS, "sandwich(1)", "ssff"],
     "feedforward": [
         *(example(FEEDFORWARDS, kind) for kind in led_by("mlp", FEEDFORWARDS)),
