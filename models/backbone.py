@@ -19,7 +19,7 @@ from models.attention.kernels.flex import block_masks
 from models.attention.protocol import ForwardInputs, Mixed, count_documents, document_mask, summed
 from models.attention.segments import document_starts
 from models.block import Block
-from models.cache import ContiguousCache, ModelCache, PagedCache
+from models.cache import ModelCache
 from models.config import SQRT_WIDTH, LayerConfig, ModelConfig
 from models.cpu.short_attention import training_bias
 from models.errors import UserError
@@ -133,8 +133,8 @@ class Backbone(nn.Module):
         streams = {f"blocks.{number}" for number in numbers}
         with self._watching(set(taps) - streams, found):
             for number in numbers:
-                layer = None if cache is None else cache.layers[number]
-                x, more, left = run(self.blocks[number], x, inputs, layer)  # (B, T, D)
+                own = None if cache is None else cache.blocks[number]
+                x, more, left = run(self.blocks[number], x, inputs, own)  # (B, T, D)
                 if left:
                     inputs = inputs._replace(state={**inputs.state, **left})
                 losses = summed(losses, more)
@@ -290,14 +290,8 @@ class Backbone(nn.Module):
             raise UserError("a bidirectional model cannot generate: what it makes of a token depends on later ones")
         reference = next(self.parameters())
         dtype, device = dtype or reference.dtype, reference.device
-        layers = []
-        for block in self.blocks:
-            plain = None if pages is None else block.new_cache(batch, capacity, torch.device("meta"), dtype)
-            if type(plain) is ContiguousCache:
-                layers.append(PagedCache.like(plain, pages, device))
-            else:
-                layers.append(block.new_cache(batch, capacity, device, dtype))
-        return ModelCache(layers, batch, capacity, device)
+        blocks = [block.new_cache(batch, capacity, device, dtype, pages) for block in self.blocks]
+        return ModelCache(blocks, batch, capacity, device)
 
     def after_step(self) -> None:
         """Let the mechanisms follow that move once an optimizer step without a gradient (loss-free balancing)."""

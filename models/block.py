@@ -9,17 +9,18 @@ in place of one) the branches A(N(x)), F(N(x)) and, in a parallel block, their s
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.attention.protocol import NOTHING, ForwardInputs, Mixed, mixed_of, summed
-from models.cache import LayerCache
-from models.config import ORDERS, LayerConfig, ModelConfig
-from models.mixture_of_depths import ShortenedCache
+from models.cache import BlockCache, ContiguousCache, PagedCache
+from models.config import SUBLAYERS, LayerConfig, ModelConfig
+from models.mixture_of_depths import DEPTH, ChosenTokens
 from models.norms import draw_deepnorm, residual_gain
-from models.specs import AFTER, LayerContext
+from models.specs import AFTER, LayerContext, SubLayerSpec
 
 
 class Block(nn.Module):
@@ -34,41 +35,35 @@ class Block(nn.Module):
         self.place, self.order, self.norm_position = place, layer.order, model.norm.position
         self.reversible = model.residual == "reversible"
         self.gain = residual_gain(self.norm_position, place.branches)
-        self.attention = self.feedforward = None
-        if layer.attention is not None:
-            self.attention_norm = model.norm.build(model.width)
-            self.attention = self._drawn(lambda: layer.attention.build(place), ("v", "o"))
+        self.sublayers = tuple(layer.sublayers)
+        kinds = [(name, spec.kind) for other in model.layers for name, spec in other.sublayers.items()]
+        for name in SUBLAYERS:
+            if name not in layer.sublayers:
+                setattr(self, name, None)
+                continue
+            spec = layer.sublayers[name]
+            self.add_module(f"{name}_norm", model.norm.build(model.width))
+            self.add_module(name, self._drawn(spec, kinds.count((name, spec.kind))))
             if self.norm_position == "sandwich":
-                self.attention_out_norm = model.norm.build(model.width)
-        if layer.feedforward is not None:
-            self.feedforward_norm = model.norm.build(model.width)
-            self.feedforward = self._drawn(lambda: self._feedforward(layer, model), None)
-            if self.norm_position == "sandwich":
-                self.feedforward_out_norm = model.norm.build(model.width)
-        self.sublayers = tuple(name for name in ORDERS[layer.order] if getattr(self, name) is not None)
+                self.add_module(f"{name}_out_norm", model.norm.build(model.width))
         self.dropout = nn.Dropout(model.dropout)
         self.depth = None if layer.depth is None else layer.depth.build(place, layer.attention is not None)
 
-    def _feedforward(self, layer: LayerConfig, model: ModelConfig) -> nn.Module:
-        feedforwards = [other.feedforward for other in model.layers if other.feedforward is not None]
-        alike = sum(other.kind == layer.feedforward.kind for other in feedforwards)
-        return layer.feedforward.build(model.width, self.place.branches, layer=self.place.layer, layers=alike)
-
-    def _drawn(self, build: Callable[[], nn.Module], small: tuple[str, ...] | None) -> nn.Module:
-        """The sub-layer with the weights that it starts from; in deepnorm the maps `small` (all: None) are smaller."""
+    def _drawn(self, spec: SubLayerSpec, alike: int) -> nn.Module:
+        """The sub-layer with the weights that it starts from; in deepnorm those of `spec.written` are smaller."""
         if self.norm_position != "deepnorm":
-            return build()
+            return spec.build_at(self.place, alike)
         with torch.device("meta"):  # nothing is drawn twice
-            module = build()
-        return draw_deepnorm(module, small, self.place.branches)
+            module = spec.build_at(self.place, alike)
+        return draw_deepnorm(module, spec.written, self.place.branches)
 
-    def forward(self, x: Tensor, inputs: ForwardInputs, cache: LayerCache | None = None) -> Mixed:
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: BlockCache | None = None) -> Mixed:
         """The layer on x, with the losses and the state that its mechanisms return."""
         if self.depth is None:
             return self.run(x, inputs, cache)
         return self.depth(x, inputs, cache, self.run)
 
-    def run(self, x: Tensor, inputs: ForwardInputs, cache: LayerCache | None = None) -> Mixed:
+    def run(self, x: Tensor, inputs: ForwardInputs, cache: BlockCache | None = None) -> Mixed:
         """The layer on all tokens of x, or on those that take part."""
         if self.reversible:
             a, b = x.chunk(2, dim=-1)  # (B, T, D) each
@@ -88,14 +83,14 @@ class Block(nn.Module):
             losses, state = summed(losses, more), {**state, **left} if left else state
         return Mixed(x, losses, state)
 
-    def branches(self) -> list[Callable[[Tensor, ForwardInputs, LayerCache | None], Mixed]]:
+    def branches(self) -> list[Callable[[Tensor, ForwardInputs, BlockCache | None], Mixed]]:
         """The branches of a reversible block in their order, each from (B, T, D) to (B, T, D).
 
         They compute in the dtype of the weights: the streams that they read and add to may be wider.
         """
 
-        def run(*names: str) -> Callable[[Tensor, ForwardInputs, LayerCache | None], Mixed]:
-            def branch(x: Tensor, inputs: ForwardInputs, cache: LayerCache | None = None) -> Mixed:
+        def run(*names: str) -> Callable[[Tensor, ForwardInputs, BlockCache | None], Mixed]:
+            def branch(x: Tensor, inputs: ForwardInputs, cache: BlockCache | None = None) -> Mixed:
                 x = x.to(getattr(self, f"{names[0]}_norm").weight.dtype)
                 parts = [self._branch(name, x, inputs, cache) for name in names]
                 losses, state = NOTHING, NOTHING
@@ -107,32 +102,41 @@ class Block(nn.Module):
 
         return [run(*self.sublayers)] if self.order == "parallel" else [run(name) for name in self.sublayers]
 
-    def _branch(self, name: str, x: Tensor, inputs: ForwardInputs, cache: LayerCache | None) -> Mixed:
+    def _branch(self, name: str, x: Tensor, inputs: ForwardInputs, cache: BlockCache | None) -> Mixed:
         """One sub-layer, normalised as `pre` and `sandwich` want it: (B, T, D) -> (B, T, D)."""
         module = getattr(self, name)
         x = x if self.norm_position in AFTER else getattr(self, f"{name}_norm")(x)
-        result = module(x, inputs, cache) if name == "attention" else module(x, inputs)
-        y, losses, state = mixed_of(result)
+        own = None if cache is None else cache.get(name)
+        y, losses, state = mixed_of(module(x, inputs) if own is None else module(x, inputs, own))
         y = getattr(self, f"{name}_out_norm")(y) if self.norm_position == "sandwich" else y
         return Mixed(self.dropout(y), losses, state)
 
     def advance(self) -> None:
         """Let the mechanisms take over what the latest forward in training counted; called before the next one."""
-        for module in (self.depth, self.feedforward):
+        for module in (self.depth, *self._modules_in_order()):
             if module is not None:
                 module.advance()
 
     def after_step(self) -> None:
         """Let the mechanisms follow that move once an optimizer step without a gradient."""
-        if self.feedforward is not None:
-            self.feedforward.after_step()
+        for module in self._modules_in_order():
+            module.after_step()
 
-    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache | None:
-        """An empty cache for `capacity` tokens in each of `batch` rows, or None for a layer without attention."""
-        if self.attention is None:
-            return None
-        cache = self.attention.new_cache(batch, capacity, device, dtype)
-        return cache if self.depth is None else ShortenedCache(cache)
+    def new_cache(
+        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype, pages: int | None = None
+    ) -> BlockCache:
+        """An empty cache for `capacity` tokens in each of `batch` rows; arguments as of `Backbone.new_cache`."""
+        caches = {} if self.depth is None else {DEPTH: ChosenTokens()}
+        for name in self.sublayers:
+            make = partial(getattr(self, name).new_cache, batch, capacity, dtype=dtype)
+            if pages is not None and type(plain := make(device=torch.device("meta"))) is ContiguousCache:
+                caches[name] = PagedCache.like(plain, pages, device)
+            elif (cache := make(device=device)) is not None:
+                caches[name] = cache
+        return caches
+
+    def _modules_in_order(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in self.sublayers]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `nn.Module.compile`; where shapes depend on the data, only what runs on the tokens that are chosen."""

@@ -23,6 +23,7 @@ from models.errors import UserError, did_you_mean
 from models.registry import dump_dataclass, read_dataclass
 from models.specs import AFTER, ATTENTIONS, DEPTHS, FEEDFORWARDS, NORMS, POSITIONS, AttentionSpec, PositionSpec
 
+SUBLAYERS = ("attention", "feedforward")  # that a layer may have, in the order of their weights
 ORDERS = {  # how a layer is wired -> its sub-layers, in their order
     "attention_first": ("attention", "feedforward"),
     "feedforward_first": ("feedforward", "attention"),
@@ -58,6 +59,11 @@ class LayerConfig:
             raise UserError("a layer needs an attention or a feedforward")
         if self.order == "parallel" and (self.attention is None or self.feedforward is None):
             raise UserError("a parallel layer needs both an attention and a feedforward")
+
+    @property
+    def sublayers(self) -> dict[str, Any]:
+        """The specs of those that the layer has, in their order."""
+        return {name: spec for name in ORDERS[self.order] if (spec := getattr(self, name)) is not None}
 
     @property
     def share(self) -> float:
@@ -197,7 +203,7 @@ class ModelConfig:
 
     def residual_branches(self) -> int:
         """Number of sub-layers that write into the residual stream."""
-        return sum((layer.attention is not None) + (layer.feedforward is not None) for layer in self.layers)
+        return sum(len(layer.sublayers) for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """The canonical form, JSON values only."""

@@ -9,25 +9,19 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.protocol import ForwardInputs, Mixed
+from models.attention.protocol import ForwardInputs, Mixed, SubLayer
 from models.errors import UserError, did_you_mean
-from models.linear import Drawn, Linear, residual_std
+from models.linear import Linear, residual_std
 from models.specs import FEEDFORWARDS, FeedForwardSpec
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
 
-class FeedForward(Drawn):
-    """A built feed-forward: (B, T, D) -> (B, T, D)."""
+class FeedForward(SubLayer):
+    """A built feed-forward: (B, T, D) -> (B, T, D), each token by itself."""
 
     def forward(self, x: Tensor, inputs: ForwardInputs | None = None) -> Tensor | Mixed:
         raise NotImplementedError
-
-    def advance(self) -> None:
-        """Take over what the latest forward in training counted; called before the next one."""
-
-    def after_step(self) -> None:
-        """Follow an optimizer step; called behind each."""
 
 
 def _check(width: int, activation: str) -> None:

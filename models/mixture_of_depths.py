@@ -22,17 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.protocol import ForwardInputs, Mixed, document_mask
-from models.cache import LayerCache
+from models.cache import BlockCache, LayerCache
 from models.cpu.short_attention import training_bias
 from models.errors import UserError
 from models.fp32 import ExactBuffers, exact, without_autocast
 from models.specs import DEPTHS, DepthSpec, LayerContext
 
+DEPTH = "depth"  # the name of its state in the cache of a block
 EXACT = ("threshold", "target")  # buffers of a layer that stay in at least fp32
 PAD = -1  # the document of padding, which nothing attends to
 ROUND = 16  # tokens to a multiple of which rows are shortened, at least
 
-Run = Callable[[Tensor, ForwardInputs, LayerCache | None], Mixed]  # the layer on x (B, C, D)
+Run = Callable[[Tensor, ForwardInputs, BlockCache | None], Mixed]  # the layer on x (B, C, D)
 
 
 @DEPTHS.register("mixture_of_depths")
@@ -145,7 +146,7 @@ class DepthRouter(ExactBuffers):
         self.observed = None
         self.threshold.lerp_(self.target, self.spec.rate)
 
-    def forward(self, x: Tensor, inputs: ForwardInputs, cache: "ShortenedCache | None", run: Run) -> Mixed:
+    def forward(self, x: Tensor, inputs: ForwardInputs, cache: BlockCache | None, run: Run) -> Mixed:
         """The layer `run` on the chosen tokens of x (B, T, D); the others as they are."""
         documents = None if inputs.documents is None else inputs.documents[:, inputs.past :]  # (B or 1, T)
         r = self.logits(x)  # (B, T)
@@ -159,8 +160,8 @@ class DepthRouter(ExactBuffers):
         before = x.gather(1, where)  # (B, C, D)
         inside = inputs._replace(documents=short.documents, past=0, block_masks={})
         if self.attends:
-            inside = self._context(before, inputs, short, cache)
-        after, losses, state = run(before, inside, cache and cache.inner)  # (B, C, D)
+            inside = self._context(before, inputs, short, cache and cache[DEPTH])
+        after, losses, state = run(before, inside, cache)  # (B, C, D)
         share = r.gather(1, short.index).sigmoid()[..., None].to(x.dtype)  # (B, C, 1)
         y = x.scatter(1, where, torch.where(short.kept[..., None], before + share * (after - before), before))
         return Mixed(y, losses, state)
@@ -191,7 +192,7 @@ class DepthRouter(ExactBuffers):
         return Shortened(index, kept, documents.gather(1, index).masked_fill(~kept, PAD))
 
     def _context(
-        self, x: Tensor, inputs: ForwardInputs, short: Shortened, cache: "ShortenedCache | None"
+        self, x: Tensor, inputs: ForwardInputs, short: Shortened, cache: "ChosenTokens | None"
     ) -> ForwardInputs:
         """`ForwardInputs` of the shortened rows x (B, C, D)."""
         causal, documents = not self.place.bidirectional, short.documents
@@ -232,14 +233,13 @@ def reference_mixture(router: DepthRouter, x: Tensor, inputs: ForwardInputs, run
     return torch.where(chosen[..., None], x + r.sigmoid()[..., None].to(x.dtype) * (y - x), x)
 
 
-class ShortenedCache(LayerCache):
-    """The cache of a layer that not every token takes part in: its attention's own, and whose keys they are.
+class ChosenTokens(LayerCache):
+    """Whose keys the cache of a layer's attention holds, where not every token takes part in the layer.
 
-    It has room for all tokens, as nobody knows beforehand which will be chosen.
+    That has room for all tokens, as nobody knows beforehand which will be chosen.
     """
 
-    def __init__(self, inner: LayerCache) -> None:
-        self.inner = inner
+    def __init__(self) -> None:
         self.documents: Tensor | None = None  # (B, places so far); PAD where a row had fewer tokens than another
 
     def extend(self, documents: Tensor) -> Tensor:
@@ -248,4 +248,5 @@ class ShortenedCache(LayerCache):
         return self.documents
 
     def bytes(self) -> int:
-        return self.inner.bytes()
+        """None are counted: documents are a number a token."""
+        return 0

@@ -45,7 +45,22 @@ class LayerContext(NamedTuple):
     shared: int = 0
 
 
-class AttentionSpec:
+class SubLayerSpec:
+    """A sub-layer of a block in a config.
+
+    Attributes:
+        written: names of the linear layers that norm position `deepnorm` draws smaller; None: all of them.
+    """
+
+    kind: ClassVar[str]
+    written: ClassVar[tuple[str, ...] | None] = None
+
+    def build_at(self, place: "Place", alike: int) -> nn.Module:
+        """The module, a `SubLayer`; `alike`: how many sub-layers of its kind the model has."""
+        raise NotImplementedError
+
+
+class AttentionSpec(SubLayerSpec):
     """An attention in a config.
 
     Attributes:
@@ -61,7 +76,7 @@ class AttentionSpec:
         position: its own position encoding; None: the model's.
     """
 
-    kind: ClassVar[str]
+    written = ("v", "o")
     needs_mask: bool = False
     directions: tuple[str, ...] = ("causal", "bidirectional")
     directions_because: str = ""
@@ -93,6 +108,9 @@ class AttentionSpec:
         """The module, an `Attention`."""
         raise NotImplementedError
 
+    def build_at(self, place: LayerContext, alike: int) -> nn.Module:
+        return self.build(place)
+
     def flops_per_token(self, width: int, length: int) -> int:
         """Forward FLOPs of one token that sees `length` tokens."""
         raise NotImplementedError
@@ -106,10 +124,8 @@ class AttentionSpec:
         return 0
 
 
-class FeedForwardSpec:
+class FeedForwardSpec(SubLayerSpec):
     """A feed-forward in a config."""
-
-    kind: ClassVar[str]
 
     def check(self, direction: str, context: int) -> None:
         """Raise UserError where it cannot be in a model of that direction and so many tokens."""
@@ -124,6 +140,9 @@ class FeedForwardSpec:
             layers: of the model that have a feed-forward of this kind.
         """
         raise NotImplementedError
+
+    def build_at(self, place: LayerContext, alike: int) -> nn.Module:
+        return self.build(place.width, place.branches, layer=place.layer, layers=alike)
 
     def flops_per_token(self, width: int) -> int:
         """Forward FLOPs of one token."""

@@ -83,18 +83,31 @@ def summed(losses: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tens
     return {**losses, **{name: losses[name] + loss if name in losses else loss for name, loss in more.items()}}
 
 
-class Attention(Drawn):
-    """A built mechanism: new tokens in, new tokens out."""
+class SubLayer(Drawn):
+    """One of the modules that a block is made of: what it makes of the normalised stream is added to the stream."""
 
     def forward(self, x: Tensor, inputs: ForwardInputs, cache: LayerCache | None = None) -> Tensor | Mixed:
-        """Mix x (B, T, D) over the tokens that it may see; append to the cache when there is one.
+        """From x (B, T, D) to (B, T, D), or `Mixed` where there is a training loss or something for later layers.
 
-        Returns (B, T, D), or `Mixed` where the mechanism has a training loss or leaves something for later layers.
+        cache: what `new_cache` made, with the tokens before these; the new ones are appended.
         """
         raise NotImplementedError
 
+    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache | None:
+        """An empty cache for `capacity` tokens in each of `batch` rows; None: it remembers nothing of earlier tokens."""
+        return None
+
+    def advance(self) -> None:
+        """Take over what the latest forward in training counted; called before the next one."""
+
+    def after_step(self) -> None:
+        """Follow an optimizer step; called behind each."""
+
+
+class Attention(SubLayer):
+    """A built mechanism: x (B, T, D) is mixed over the tokens that it may see."""
+
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
-        """An empty cache for `capacity` tokens."""
         raise NotImplementedError
 
     def flex_bands(self) -> tuple[Band | None, ...]:

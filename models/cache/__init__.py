@@ -1,10 +1,10 @@
-"""Key/value caches, one a file; `ModelCache` holds one per attention layer and what they share."""
+"""Key/value caches, one a file; `ModelCache` holds those of all sub-layers and what they share."""
 
 from models.cache.anchored import Anchored, AnchoredCache
 from models.cache.contiguous import ContiguousCache
 from models.cache.model import ModelCache
 from models.cache.paged import PagedCache
-from models.cache.protocol import Kept, KeyValueCache, LayerCache
+from models.cache.protocol import BlockCache, Kept, KeyValueCache, LayerCache
 from models.cache.recurrent import RecurrentCache, beginnings
 from models.cache.rolling import RollingCache
 from models.cache.selective import Remembered, SelectiveCache
@@ -14,6 +14,7 @@ from models.cache.transient_global import TransientCache
 __all__ = [
     "Anchored",
     "AnchoredCache",
+    "BlockCache",
     "ContiguousCache",
     "Entries",
     "Kept",

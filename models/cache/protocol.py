@@ -37,6 +37,9 @@ class LayerCache:
         raise NotImplementedError
 
 
+BlockCache = dict[str, LayerCache]  # of each sub-layer that remembers something, by its name; of `depth` too
+
+
 class KeyValueCache(LayerCache):
     """Keys and values of one layer."""
 

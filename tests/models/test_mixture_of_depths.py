@@ -199,8 +199,8 @@ def test_cached_decoding_chooses_the_same_tokens(chunks):
     assert len(runs) == sum(places > 0 for places in kept) + 1
     if len(chunks) == 30:
         assert 0 in kept  # no row chose its token: the layer is left out
-    assert cache.layers[1].documents.shape == (3, sum(kept))
-    assert cache.layers[1].inner.length == sum(kept) < 30
+    assert cache.blocks[1]["depth"].documents.shape == (3, sum(kept))
+    assert cache.blocks[1]["attention"].length == sum(kept) < 30
     assert sum(layer.bytes() for layer in cache.layers) == 3 * model.cache_bytes(30)
 
 
