@@ -19,7 +19,7 @@ from models.attention.kernels.flex import block_masks
 from models.attention.protocol import ForwardInputs, Mixed, count_documents, document_mask, summed
 from models.attention.segments import document_starts
 from models.block import Block
-from models.cache import ModelCache
+from models.cache import ModelCache, Rows
 from models.config import SQRT_WIDTH, LayerConfig, ModelConfig
 from models.cpu.short_attention import training_bias
 from models.errors import UserError
@@ -197,15 +197,8 @@ class Backbone(nn.Module):
             positions = self.default_positions(tokens, documents, cache)  # (B or 1, T)
         seen = documents
         if cache is not None:
-            if past and cache.documents is None and documents is not None:
-                raise UserError(
-                    f"documents are given behind {past} cached tokens without any: give them from the first token on"
-                )
-            if past and cache.documents is not None:
-                latest = cache.documents[:, -1:].expand(-1, new)  # (B, T)
-                documents = latest if documents is None else documents
-                seen = torch.cat([cache.documents, documents], dim=1)  # (B, S)
-            cache.advance(positions, seen)
+            seen = cache.documents(new, documents)  # (B, S)
+            cache.advance(positions, None if documents is None and cache.given is None else seen)
         x = self.embedding(tokens)  # (B, T, D)
         x = x if self.embedding_scale == 1 else x * self.embedding_scale
         context = self.context(x, positions, seen, past, cached=cache is not None)
@@ -258,6 +251,7 @@ class Backbone(nn.Module):
         steps = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         if cache is not None and cache.length:
             return cache.next_position + steps  # (B, T)
+        documents = documents if cache is None else cache.documents(tokens.shape[1], documents)
         return steps - document_starts(documents, tokens.shape[1], tokens.device)
 
     def _mask(self, x: Tensor, documents: Tensor | None, past: int) -> tuple[Tensor | None, bool]:
@@ -290,8 +284,9 @@ class Backbone(nn.Module):
             raise UserError("a bidirectional model cannot generate: what it makes of a token depends on later ones")
         reference = next(self.parameters())
         dtype, device = dtype or reference.dtype, reference.device
-        blocks = [block.new_cache(batch, capacity, device, dtype, pages) for block in self.blocks]
-        return ModelCache(blocks, batch, capacity, device)
+        rows = Rows(batch)
+        blocks = [block.new_cache(rows, capacity, device, dtype, pages) for block in self.blocks]
+        return ModelCache(blocks, rows, capacity, device)
 
     def after_step(self) -> None:
         """Let the mechanisms follow that move once an optimizer step without a gradient (loss-free balancing)."""

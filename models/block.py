@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.protocol import NOTHING, ForwardInputs, Mixed, mixed_of, summed
-from models.cache import BlockCache, ContiguousCache, PagedCache
+from models.cache import BlockCache, ContiguousCache, PagedCache, Rows
 from models.config import SUBLAYERS, LayerConfig, ModelConfig
 from models.mixture_of_depths import DEPTH, ChosenTokens
 from models.norms import draw_deepnorm, residual_gain
@@ -84,23 +84,18 @@ class Block(nn.Module):
         return Mixed(x, losses, state)
 
     def branches(self) -> list[Callable[[Tensor, ForwardInputs, BlockCache | None], Mixed]]:
-        """The branches of a reversible block in their order, each from (B, T, D) to (B, T, D).
+        """The branches of a reversible block in their order, each from (B, T, D) to (B, T, D)."""
+        together = [self.sublayers] if self.order == "parallel" else [(name,) for name in self.sublayers]
+        return [partial(self._sum, names) for names in together]
 
-        They compute in the dtype of the weights: the streams that they read and add to may be wider.
-        """
-
-        def run(*names: str) -> Callable[[Tensor, ForwardInputs, BlockCache | None], Mixed]:
-            def branch(x: Tensor, inputs: ForwardInputs, cache: BlockCache | None = None) -> Mixed:
-                x = x.to(getattr(self, f"{names[0]}_norm").weight.dtype)
-                parts = [self._branch(name, x, inputs, cache) for name in names]
-                losses, state = NOTHING, NOTHING
-                for part in parts:
-                    losses, state = summed(losses, part.losses), {**state, **part.state}
-                return Mixed(sum((part.y for part in parts[1:]), parts[0].y), losses, state)
-
-            return branch
-
-        return [run(*self.sublayers)] if self.order == "parallel" else [run(name) for name in self.sublayers]
+    def _sum(self, names: tuple[str, ...], x: Tensor, inputs: ForwardInputs, cache: BlockCache | None = None) -> Mixed:
+        """The sum of sub-layers, in the dtype of the weights: the streams that are read and added to may be wider."""
+        x = x.to(getattr(self, f"{names[0]}_norm").weight.dtype)
+        parts = [self._branch(name, x, inputs, cache) for name in names]
+        losses, state = NOTHING, NOTHING
+        for part in parts:
+            losses, state = summed(losses, part.losses), {**state, **part.state}
+        return Mixed(sum((part.y for part in parts[1:]), parts[0].y), losses, state)
 
     def _branch(self, name: str, x: Tensor, inputs: ForwardInputs, cache: BlockCache | None) -> Mixed:
         """One sub-layer, normalised as `pre` and `sandwich` want it: (B, T, D) -> (B, T, D)."""
@@ -123,16 +118,18 @@ class Block(nn.Module):
             module.after_step()
 
     def new_cache(
-        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype, pages: int | None = None
+        self, rows: Rows, capacity: int, device: torch.device, dtype: torch.dtype, pages: int | None = None
     ) -> BlockCache:
-        """An empty cache for `capacity` tokens in each of `batch` rows; arguments as of `Backbone.new_cache`."""
+        """An empty cache for `capacity` tokens in each of the rows; the rest as of `Backbone.new_cache`."""
         caches = {} if self.depth is None else {DEPTH: ChosenTokens()}
         for name in self.sublayers:
-            make = partial(getattr(self, name).new_cache, batch, capacity, dtype=dtype)
+            make = partial(getattr(self, name).new_cache, len(rows.starts), capacity, dtype=dtype)
             if pages is not None and type(plain := make(device=torch.device("meta"))) is ContiguousCache:
                 caches[name] = PagedCache.like(plain, pages, device)
             elif (cache := make(device=device)) is not None:
                 caches[name] = cache
+        for cache in caches.values() if self.depth is None else ():  # else places are not counted by the rows' tokens
+            cache.rows = rows
         return caches
 
     def _modules_in_order(self) -> list[nn.Module]:

@@ -63,7 +63,7 @@ class EarlyExit:
                 x = torch.cat([*self.waiting[number], x], dim=1)  # (B, P, D)
                 self.waiting[number] = []
                 past = cache.length - x.shape[1]
-                context = model.context(x, self.positions[:, past:], cache.documents, past, cached=True)
+                context = model.context(x, self.positions[:, past:], cache.documents(), past, cached=True)
             x = model.run(x, context, cache=cache, blocks=slice(begin, end)).x  # (B, P, D)
             if end == len(model.blocks):
                 break

@@ -17,7 +17,6 @@ from models.errors import UserError
 from models.finite import not_finite
 from models.transformer import Transformer
 
-PAD = -1  # the document of padding, which nothing attends to
 BROKEN = -1  # drawn where the logits are not finite
 
 
@@ -163,8 +162,7 @@ def _new_cache(
     kinds = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     if page_size is not None and share and len(kinds) < len(prompts):
         cache = model.new_cache(len(kinds), tokens, pages=page_size)
-        if cache.forks:
-            return cache, [kinds[tuple(prompt)] for prompt in prompts]
+        return cache, [kinds[tuple(prompt)] for prompt in prompts]
     return model.new_cache(len(prompts), tokens, pages=page_size), None
 
 
@@ -204,22 +202,22 @@ def _steps(
 ) -> Iterator[list[int | None]]:
     device = next(model.parameters()).device
     read = prompts if parents is None else list(dict.fromkeys(map(tuple, prompts)))
-    tokens, documents = _left_padded(read, device)  # (B, T) each
+    cache.begin([len(prompt) for prompt in read])
+    tokens = _left_padded(read, device)  # (B, T)
     uniforms = _uniforms(sampling, len(prompts), max_new_tokens, seed).to(device)  # (N, B)
     alive = [True] * len(prompts)
     for uniform in uniforms:
         # inference mode is left before every yield: it would leak into the code between two steps
         with torch.inference_mode(), _evaluating(model):
             if early is None:
-                logits = _next_logits(model, tokens, documents, cache)  # (B, V)
+                logits = _next_logits(model, tokens, cache)  # (B, V)
             else:
-                logits = early.step(tokens, documents, torch.tensor(alive, device=device))  # (B, V)
+                logits = early.step(tokens, going=torch.tensor(alive, device=device))  # (B, V)
             if parents is not None:
                 cache.fork(parents)
                 logits, parents = logits[parents], None
             tokens = sampling.draw(logits, uniform)[:, None]  # (B, 1)
         layers_used.append(len(model.blocks) if early is None else early.layers_used[-1])
-        documents = None
         drawn = tokens[:, 0].tolist()
         for prompt, living, token in zip(prompts, alive, drawn, strict=True):
             if living and token == BROKEN:
@@ -237,22 +235,17 @@ def _broken(model: Transformer, prompt: Sequence[int]) -> UserError:
         return not_finite(model, torch.tensor([list(prompt)], device=next(model.parameters()).device))
 
 
-def _next_logits(model: Transformer, tokens: Tensor, documents: Tensor | None, cache) -> Tensor:
+def _next_logits(model: Transformer, tokens: Tensor, cache: ModelCache) -> Tensor:
     """Feed tokens (B, T) to the model and its cache, and return the logits (B, V) after the last of them."""
-    x, context = model.embed(tokens, documents=documents, cache=cache)
+    x, context = model.embed(tokens, cache=cache)
     x = model.run(x, context, cache=cache).x  # (B, T, D)
     return model.project(model.finish(x[:, -1]))  # only the last position pays for the vocabulary
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, T) and their documents (B, T): 0 for a prompt, PAD for what fills it up; None if all are as long."""
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Tokens (B, T), those of a shorter prompt behind zeros."""
     longest = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    if (lengths == longest).all():
-        return tokens, None
-    padded = torch.arange(longest, device=device) < longest - lengths[:, None]  # (B, T)
-    return tokens, torch.where(padded, PAD, 0)
+    return torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
 
 
 def _uniforms(sampling: Sampling, count: int, steps: int, seed: int) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.protocol import ForwardInputs, Mixed, document_mask
-from models.cache import BlockCache, LayerCache
+from models.cache import PAD, BlockCache, LayerCache
 from models.cpu.short_attention import training_bias
 from models.errors import UserError
 from models.fp32 import ExactBuffers, exact, without_autocast
@@ -30,7 +30,7 @@ from models.specs import DEPTHS, DepthSpec, LayerContext
 
 DEPTH = "depth"  # the name of its state in the cache of a block
 EXACT = ("threshold", "target")  # buffers of a layer that stay in at least fp32
-PAD = -1  # the document of padding, which nothing attends to
+
 ROUND = 16  # tokens to a multiple of which rows are shortened, at least
 
 Run = Callable[[Tensor, ForwardInputs, BlockCache | None], Mixed]  # the layer on x (B, C, D)
@@ -246,6 +246,9 @@ class ChosenTokens(LayerCache):
         """Add the documents (B, C) of the next places, and return those of all places so far."""
         self.documents = documents if self.documents is None else torch.cat([self.documents, documents], dim=1)
         return self.documents
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.documents = None if self.documents is None else change(self.documents)
 
     def bytes(self) -> int:
         """None are counted: documents are a number a token."""

@@ -92,6 +92,7 @@ class BigBirdAttention(FullAttention):
         self.block, self.random, self.seed = spec.block, spec.random, spec.seed
 
     def mix(self, q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor:
+        kept = kept.in_order()
         if kept.keys.shape[2] <= SMALL * self.block:
             return self._at_once(q, kept, inputs)
         blocks = self._blocks(inputs, kept)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.attention.kernels.banded import Band
 from models.attention.kernels.flash import tiled_attention
 from models.attention.kernels.flex import attend_flex
-from models.attention.kernels.sdpa import ScoreMod, ValueTerms, attend, reference_attention
+from models.attention.kernels.sdpa import AttentionMask, ScoreMod, ValueTerms, attend, reference_attention
 from models.attention.options import QK_NORMS, SINKS, check_dropout, head_width_of
 from models.attention.protocol import Attention, ForwardInputs, Mixed, mixed_of
 from models.cache import ContiguousCache, Kept, KeyValueCache
@@ -163,17 +163,19 @@ class FullAttention(Attention):
         if self.kernel == "flex" and (mask := inputs.block_masks.get(None)) is not None:
             return attend_flex(q, kept.keys, kept.values, mask, self.scale)
         if self.kernel in ("flex", "tiled"):
+            kept = kept.in_order()
             documents = None if inputs.documents is None else (inputs.documents[:, inputs.past :], inputs.documents)
             causal = not self.bidirectional
             return tiled_attention(q, kept.keys, kept.values, causal=causal, scale=self.scale, documents=documents)
         biases = inputs.positional[self.positional].biases
+        kept, visible = in_sight(kept, inputs, ordered=biases)
         scoring = self.scoring(q, kept.keys, token_distance(q, kept, inputs) if biases else None, inputs)
         if self.kernel == "reference":
-            return reference_attention(q, kept.keys, kept.values, inputs.visible, scoring, self.drop())
+            return reference_attention(q, kept.keys, kept.values, visible, scoring, self.drop())
         if scoring.additive and trains_bias(q, scoring.position) and not self.bidirectional and not self.drop():
-            seen = inputs.visible.dense(q, kept.keys)
+            seen = visible.dense(q, kept.keys)
             return attend_causal(q, kept.keys, kept.values, scoring.position, seen, scoring.scale)
-        return attend(q, kept.keys, kept.values, inputs.visible, scoring, self.drop())
+        return attend(q, kept.keys, kept.values, visible, scoring, self.drop())
 
     def scoring(self, q: Tensor, k: Tensor, distance: Tensor | None, inputs: ForwardInputs) -> ScoreMod:
         """Score modification for q (B, H, T, d), `distance` (T, S) tokens behind their keys k (B, G, S, d).
@@ -195,6 +197,19 @@ class FullAttention(Attention):
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
         return ContiguousCache(batch, self.kv_heads, capacity, self.head_width, device, dtype)
+
+
+def in_sight(kept: Kept, inputs: ForwardInputs, ordered: bool) -> tuple[Kept, AttentionMask]:
+    """What is kept, and which of it the new queries see.
+
+    ordered: whether rows of other lengths have to end at the same place; else they are taken as they are stored.
+    """
+    if ordered or not kept.by_row:
+        return kept.in_order(), inputs.visible
+    tokens = inputs.mask.shape[3]
+    index = kept.key_positions[:, None, None]  # (B, 1, 1, K)
+    found = inputs.mask.gather(3, index.clamp(max=tokens - 1).expand(-1, 1, inputs.mask.shape[2], -1))
+    return kept._replace(columns=None), AttentionMask(found & (index < tokens), causal=False)  # (B, 1, T, K)
 
 
 def positioned(

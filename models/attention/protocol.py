@@ -94,7 +94,7 @@ class SubLayer(Drawn):
         raise NotImplementedError
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> LayerCache | None:
-        """An empty cache for `capacity` tokens in each of `batch` rows; None: it remembers nothing of earlier tokens."""
+        """An empty cache for `capacity` tokens in each of `batch` rows; None: it remembers no tokens."""
         return None
 
     def advance(self) -> None:

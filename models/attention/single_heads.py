@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from models.attention.full import positioned, token_distance
+from models.attention.full import in_sight, positioned, token_distance
 from models.attention.kernels.sdpa import PLAIN, ScoreMod, attend
 from models.attention.options import check_dropout
 from models.attention.protocol import Attention, ForwardInputs
@@ -100,12 +100,13 @@ class SingleHeadsAttention(Attention):
         positional, scoring = inputs.positional[self.positional], PLAIN
         q, k = positional.rotate(q), positional.rotate(k)
         kept = Kept(k, v, None) if cache is None else cache.append(k, v)
+        kept, visible = in_sight(kept, inputs, ordered=positional.biases)
         if positional.biases:
             distance = token_distance(q, kept, inputs)  # (T, S)
             position, values = positioned(positional, q, kept.keys, distance, None, inputs.past)
             scoring = ScoreMod(position=position, values=values)
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, kept.keys, kept.values, inputs.visible, scoring, dropout)  # (B, H, T, d)
+        y = attend(q, kept.keys, kept.values, visible, scoring, dropout)  # (B, H, T, d)
         return y.transpose(1, 2).flatten(2)  # (B, T, D)
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:

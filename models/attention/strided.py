@@ -55,7 +55,7 @@ class TwoPatternAttention(FullAttention):
     """The module of a `TwoPatterns`: subclasses give `near`, for the first half of the heads, and `far`."""
 
     def mix(self, q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor:
-        halves = []
+        halves, kept = [], kept.in_order()
         for number, pattern in enumerate((self.near, self.far)):
             heads, groups = (
                 slice(number * count // 2, (number + 1) * count // 2) for count in (self.heads, self.kv_heads)

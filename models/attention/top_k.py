@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models.attention.full import Full, FullAttention, token_distance
+from models.attention.full import Full, FullAttention, in_sight, token_distance
 from models.attention.kernels.backward import per_group, tile_gradients
 from models.attention.kernels.sdpa import AttentionMask, ScoreMod, logits, weigh
 from models.attention.protocol import ForwardInputs
@@ -57,8 +57,9 @@ class TopKAttention(FullAttention):
 
     def mix(self, q: Tensor, kept: Kept, inputs: ForwardInputs) -> Tensor:
         biases = inputs.positional[self.positional].biases
+        kept, visible = in_sight(kept, inputs, ordered=biases)
         scoring = self.scoring(q, kept.keys, token_distance(q, kept, inputs) if biases else None, inputs)
-        return top_k_attention(q, kept.keys, kept.values, self.keep, inputs.visible, scoring, self.drop())
+        return top_k_attention(q, kept.keys, kept.values, self.keep, visible, scoring, self.drop())
 
 
 def top_k_attention(

@@ -114,6 +114,8 @@ def complete_blocks(
     starts = document_starts(documents, tokens, device)
     count = tokens // block  # N: documents that begin inside a block have fewer, none has more
     complete = (torch.arange(tokens, device=device) - starts) % block == block - 1
+    if documents is not None:  # padding has none, so that the numbers of the others do not hang on it
+        complete = complete & (documents >= 0)
     numbers = torch.arange(1, count + 1, device=device).expand(len(starts), -1)
     ends = torch.searchsorted(complete.cumsum(1), numbers.contiguous())  # (B or 1, N)
     first = starts.gather(1, ends.clamp(max=tokens - 1))

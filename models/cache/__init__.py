@@ -7,11 +7,13 @@ from models.cache.paged import PagedCache
 from models.cache.protocol import BlockCache, Kept, KeyValueCache, LayerCache
 from models.cache.recurrent import RecurrentCache, beginnings
 from models.cache.rolling import RollingCache
+from models.cache.rows import PAD, Rows
 from models.cache.selective import Remembered, SelectiveCache
 from models.cache.summaries import Entries, SummaryCache, Tail
 from models.cache.transient_global import TransientCache
 
 __all__ = [
+    "PAD",
     "Anchored",
     "AnchoredCache",
     "BlockCache",
@@ -25,6 +27,7 @@ __all__ = [
     "RecurrentCache",
     "Remembered",
     "RollingCache",
+    "Rows",
     "SelectiveCache",
     "SummaryCache",
     "Tail",

@@ -3,6 +3,7 @@
 B batch, G key/value heads, T new tokens, X anchors, d channels of a head.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,15 @@ class AnchoredCache(LayerCache):
             found = torch.stack([x.gather(2, index) for x in (k, v, own_k, own_v)])  # (4, B, G, X, d)
             self.anchors = torch.where(new, found.to(self.anchors.dtype), self.anchors)
         return self.recent.append(k, v)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.recent.each(change)
+        self.starts = change(self.starts.expand(self.anchors.shape[1]).clone())
+        self.anchors = change(self.anchors.transpose(0, 1)).transpose(0, 1)
+
+    def shift(self, by: int) -> None:
+        self.recent.shift(by)
+        self.starts = self.starts + by
 
     def bytes(self) -> int:
         return self.recent.bytes() + self.anchors.nbytes

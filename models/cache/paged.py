@@ -26,8 +26,6 @@ class PagedCache(KeyValueCache):
         free: pages that no row reads.
     """
 
-    forks = True
-
     def __init__(
         self, batch: int, kv_heads: int, page: int, head_width: int, device: torch.device, dtype: torch.dtype
     ) -> None:
@@ -50,14 +48,21 @@ class PagedCache(KeyValueCache):
 
     def append(self, k: Tensor, v: Tensor) -> Kept:
         """Store k, v (B, G, T, d) and return all that is stored, in the order of the tokens."""
-        new = k.shape[2]
+        begin, new = self.length, k.shape[2]
         self._make_room(new)
-        numbers = torch.arange(self.length, self.length + new, device=k.device)
-        pages, places = self._table[:, numbers // self.page], numbers % self.page  # (B, T), (T,)
-        self.keys[pages, :, places] = k.transpose(1, 2)  # (B, T, G, d)
-        self.values[pages, :, places] = v.transpose(1, 2)
         self.length += new
-        return Kept(self._gather(self.keys), self._gather(self.values), None)
+        if self.rows.even:
+            place = torch.arange(begin, self.length, device=k.device)  # (T,)
+            pages, k_new, v_new = self._table[:, place // self.page], k.transpose(1, 2), v.transpose(1, 2)
+        else:
+            row, place, step = self.rows.slots(begin, new, k.device)
+            pages, k_new, v_new = self._table[row, place // self.page], k[row, :, step], v[row, :, step]
+        self.keys[pages, :, place % self.page] = k_new  # (B, T, G, d)
+        self.values[pages, :, place % self.page] = v_new
+        if begin == 0 and not self.rows.even:
+            return Kept(k, v, None)
+        numbers = None if self.rows.even else self.rows.numbers(self.length, k.device)
+        return Kept(self._gather(self.keys), self._gather(self.values), numbers)
 
     def fork(self, parents: Sequence[int]) -> None:
         """Let row i go on from where row `parents[i]` is; their pages are shared until one of them writes.
@@ -71,34 +76,62 @@ class PagedCache(KeyValueCache):
             self._leave(number)
         self._table = self._as_tensor()
 
+    def shift(self, by: int) -> None:
+        self.length += by
+
+    def put(self, row: int, other: Self, source: int) -> None:
+        """Copy what a row of another cache has stored to pages of this one."""
+        place = torch.arange(other._lengths(other.length)[source], device=self.keys.device)  # (n,)
+        for number in self.tables[row]:
+            self._leave(number)
+        count = -(-len(place) // self.page)
+        self._grow(count)
+        self.tables[row] = [self._take() for _ in range(count)]
+        self._table = self._as_tensor()
+        theirs, mine = other._table[source, place // other.page], self._table[row, place // self.page]
+        self.keys[mine, :, place % self.page] = other.keys[theirs, :, place % other.page]
+        self.values[mine, :, place % self.page] = other.values[theirs, :, place % other.page]
+
+    def check_shorten(self, counts: Sequence[int]) -> None:
+        pass
+
+    def shorten(self, by: Sequence[int], length: int) -> None:
+        for table, more, stored in zip(self.tables, by, self._lengths(self.length), strict=True):
+            left = stored - (self.length + more - length)
+            while len(table) > -(-left // self.page):
+                self._leave(table.pop())
+        self._table, self.length = self._as_tensor(), length
+
     def bytes(self) -> int:
         """Bytes of the pages that are read by some row."""
         return (len(self.readers) - len(self.free)) * (self.keys[:1].nbytes + self.values[:1].nbytes)
 
+    def _lengths(self, length: int) -> list[int]:
+        """Tokens of each row where the longest has `length`."""
+        starts = [0] * len(self.tables) if self.rows.even else self.rows.starts
+        return [max(0, length - start) for start in starts]
+
     def _make_room(self, new: int) -> None:
         """Give every row pages for `new` tokens that it may write to."""
-        count = -(-(self.length + new) // self.page)
-        missing = count - -(-self.length // self.page)
-        partial = self.length // self.page if self.length % self.page else None
-        shared = []
-        if partial is not None:
-            readers = list(self.readers)
-            for table in self.tables:
-                if readers[table[partial]] > 1:  # the last reader of a page keeps it
-                    readers[table[partial]] -= 1
-                    shared.append(table)
-        if not missing and not shared:
+        before, after = self._lengths(self.length), self._lengths(self.length + new)
+        missing = [-(-length // self.page) - len(table) for table, length in zip(self.tables, after, strict=True)]
+        readers, shared = list(self.readers), []
+        for table, length in zip(self.tables, before, strict=True):
+            if length % self.page and readers[table[-1]] > 1:  # the last reader of a page keeps it
+                readers[table[-1]] -= 1
+                shared.append(table)
+        if not any(missing) and not shared:
             return
-        self._grow(missing * len(self.tables) + len(shared))
-        copies = [(table[partial], self._take()) for table in shared]
+        self._grow(sum(missing) + len(shared))
+        copies = [(table[-1], self._take()) for table in shared]
         for table, (source, target) in zip(shared, copies, strict=True):
-            table[partial] = target
+            table[-1] = target
             self._leave(source)
         if copies:
             sources, targets = (list(numbers) for numbers in zip(*copies, strict=True))
             self.keys[targets], self.values[targets] = self.keys[sources], self.values[sources]
-        for table in self.tables:
-            table += [self._take() for _ in range(missing)]
+        for table, count in zip(self.tables, missing, strict=True):
+            table += [self._take() for _ in range(count)]
         self._table = self._as_tensor()
 
     def _grow(self, wanted: int) -> None:
@@ -108,7 +141,7 @@ class PagedCache(KeyValueCache):
         more = max(wanted - len(self.free), len(self.readers))
         with torch.inference_mode(False):  # the pool may be written outside the mode in which it has grown
             self.keys, self.values = (
-                torch.cat([pool, pool.new_empty(more, *pool.shape[1:])]) for pool in (self.keys, self.values)
+                torch.cat([pool, pool.new_zeros(more, *pool.shape[1:])]) for pool in (self.keys, self.values)
             )
         self.free += range(len(self.readers), len(self.readers) + more)
         self.readers += [0] * more
@@ -124,8 +157,10 @@ class PagedCache(KeyValueCache):
             self.free.append(number)
 
     def _as_tensor(self) -> Tensor:
-        """The tables as (B, n) int64."""
-        return torch.tensor(self.tables, dtype=torch.int64, device=self.keys.device)
+        """The tables as (B, n) int64, those of shorter rows filled up with a page that they do not read."""
+        most = max(map(len, self.tables), default=0)
+        tables = [table + [0] * (most - len(table)) for table in self.tables]
+        return torch.tensor(tables, dtype=torch.int64, device=self.keys.device)
 
     def _gather(self, pool: Tensor) -> Tensor:
         """Stored keys or values of the rows from a pool (P, G, page, d), as (B, G, tokens, d)."""

@@ -3,7 +3,7 @@
 B batch, T new tokens, S tokens so far, the new ones last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,12 @@ class RecurrentCache(LayerCache):
 
     def __init__(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
         self.state = torch.zeros(*shape, device=device, dtype=dtype)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.state = change(self.state)
+
+    def shift(self, by: int) -> None:
+        pass
 
     def bytes(self) -> int:
         return self.state.nbytes

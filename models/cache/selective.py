@@ -3,7 +3,8 @@
 B batch, G key/value heads, T new tokens, K tokens that are remembered, the new ones included.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +51,8 @@ class SelectiveCache(KeyValueCache):
         dtype: torch.dtype,
     ) -> None:
         slots = capacity if budget is None else min(budget, capacity)
-        self.keys = torch.empty(batch, kv_heads, slots, head_width, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
+        self.keys = torch.zeros(batch, kv_heads, slots, head_width, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
         self.selected = torch.zeros(batch, slots, device=device, dtype=torch.promote_types(dtype, torch.float32))
         rows = 1 if budget is None else batch
         self.columns = torch.full((rows, slots), NOTHING, dtype=torch.int64, device=device)
@@ -99,6 +100,28 @@ class SelectiveCache(KeyValueCache):
         self.selected[:, : self.filled] = selected.gather(1, order)
         columns = memory.columns.gather(1, order)
         self.columns[:, : self.filled] = columns.where(worthy.gather(1, order), NOTHING)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().each(change)
+        self.selected = change(self.selected)
+        if self.budget is not None:
+            self.columns = change(self.columns)
+
+    def shift(self, by: int) -> None:
+        self.length += by
+        if self.budget is not None:
+            self.columns = torch.where(self.columns >= 0, self.columns + by, NOTHING)
+            return
+        self.keys, self.values, self.selected = (
+            x.roll(by, dim) for x, dim in ((self.keys, 2), (self.values, 2), (self.selected, 1))
+        )
+        self.filled = self.length
+        self.selected[:, self.filled :] = 0
+        self.columns[:, : self.filled] = torch.arange(self.filled, device=self.columns.device)
+
+    def put(self, row: int, other: Self, source: int) -> None:
+        super().put(row, other, source)
+        self.filled = max(self.filled, other.filled)
 
     def bytes(self) -> int:
         """Bytes of keys, values and running sums."""

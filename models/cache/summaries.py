@@ -3,7 +3,8 @@
 B batch, N entries that are kept, A entries that are added, m summaries of an entry, G key/value heads, d channels.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Tail:
         self, batch: int, capacity: int, channels: tuple[int, int], device: torch.device, dtype: torch.dtype
     ) -> None:
         inner, heads, second = (
-            torch.empty(batch, capacity, width, device=device, dtype=dtype) for width in (*channels, channels[1])
+            torch.zeros(batch, capacity, width, device=device, dtype=dtype) for width in (*channels, channels[1])
         )
         start = torch.full((batch, capacity), ABSENT, dtype=torch.int64, device=device)
         self.buffers = Entries(inner, heads, second, start, torch.zeros_like(start))
@@ -77,6 +78,10 @@ class Tail:
         self.buffers.start[:, self.capacity - count :].masked_fill_(~there, ABSENT)
         self.count = count
 
+    def shift(self, by: int) -> None:
+        start = self.buffers.start
+        self.buffers = self.buffers._replace(start=torch.where(start < 0, start, start + by))
+
     def bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers[:3])
 
@@ -86,6 +91,21 @@ class SummaryCache(LayerCache):
 
     def __init__(self, lists: list[Tail]) -> None:
         self.lists = lists
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for tail in self.lists:
+            tail.buffers = Entries(*map(change, tail.buffers))
+
+    def shift(self, by: int) -> None:
+        for tail in self.lists:
+            tail.shift(by)
+
+    def put(self, row: int, other: Self, source: int) -> None:
+        for mine, theirs in zip(self.lists, other.lists, strict=True):
+            for tail in (mine, theirs):  # what was there before the entries that it keeps now
+                tail.buffers.start[:, : tail.capacity - tail.count] = ABSENT
+            mine.count = max(mine.count, theirs.count)
+        super().put(row, other, source)
 
     def bytes(self) -> int:
         return sum(tail.bytes() for tail in self.lists)

@@ -3,6 +3,8 @@
 B batch, G key/value heads, T new tokens, N summaries, C of them new, d channels of a head, D model width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,14 @@ class TransientCache(LayerCache):
             self.summaries[..., :count, :] = torch.where(old, self.summaries[..., :count, :], found)
         k, v = self.summaries[..., :count, :]
         return k, v
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.recent.each(change)
+        self.summaries = change(self.summaries.transpose(0, 1)).transpose(0, 1)
+        self.inputs = change(self.inputs)
+
+    def shift(self, by: int) -> None:
+        self.recent.shift(by)
 
     def bytes(self) -> int:
         return self.recent.bytes() + self.summaries.nbytes + self.inputs.nbytes

@@ -142,7 +142,6 @@ def test_layers_that_do_not_keep_everything_keep_their_own_cache():
     model = build("window", window=4)
     cache = model.new_cache(2, 20, pages=4)
     assert all(type(layer) is RollingCache for layer in cache.layers)
-    assert not cache.forks
     prompts = [[1, 2, 3], [1, 2, 3]]
     assert generate(model, prompts, max_new_tokens=9, page_size=4) == generate(model, prompts, max_new_tokens=9)
 

@@ -411,6 +411,81 @@ def test_pages_change_nothing(case):
     assert generate(model, prompts, max_new_tokens=6, page_size=4) == generate(model, prompts, max_new_tokens=6)
 
 
+class Beside:
+    """A cache of rows, and each row alone in a cache of its own: what follows must be the same."""
+
+    def __init__(self, model, rows, pages=None):
+        self.model, self.rows, self.pages = model, [list(row) for row in rows], pages
+        self.cache = self.caches_of(self.rows)
+        self.check(self.begun)
+
+    def caches_of(self, rows):
+        cache = self.model.new_cache(len(rows), 24, pages=self.pages)
+        cache.begin([len(row) for row in rows])
+        longest = max(map(len, rows))
+        tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        self.begun = logits(self.model, tokens, cache=cache)[:, -1:]
+        return cache
+
+    def check(self, found):
+        assert self.cache.lengths == [len(row) for row in self.rows]
+        for row, mine in zip(self.rows, found, strict=True):
+            close(mine, logits(self.model, torch.tensor([row]))[0, -len(mine) :])
+
+    def go_on(self, *chunks):
+        for chunk in chunks:
+            tokens = random_tokens(len(self.rows), sum(map(len, self.rows)))[:, -chunk:]
+            self.rows = [row + more for row, more in zip(self.rows, tokens.tolist(), strict=True)]
+            self.check(logits(self.model, tokens, cache=self.cache))
+
+    def fork(self, *parents):
+        self.cache.fork(parents)
+        self.rows = [self.rows[parent] for parent in parents]
+
+    def put(self, number, row):
+        self.cache.put(number, self.caches_of([[3], row]), 1)
+        self.rows[number] = row
+
+    def shorten(self, *counts):
+        self.cache.shorten(counts)
+        self.rows = [row[: len(row) - count] for row, count in zip(self.rows, counts, strict=True)]
+
+
+@pytest.mark.parametrize("case", marked(few(CASES, variants), few(CASES, kinds)), ids=label)
+@pytest.mark.parametrize("pages", [None, 4], ids=["whole", "pages"])
+def test_rows_of_their_own_lengths_are_as_each_would_be_alone(case, pages):
+    """Where rows cannot be replaced or shortened, this is said, and nothing has changed."""
+    rows = Beside(shared(case, torch.float64), [random_tokens(length).tolist() for length in (7, 1, 4)], pages)
+    rows.go_on(1, 1, 3)
+    rows.fork(1, 2, 1, 2)  # the longest is gone
+    rows.go_on(1, 4)
+    if case["depths"] is not None:
+        for change in (lambda: rows.put(0, [1, 2]), lambda: rows.shorten(1, 0, 0, 0)):
+            with pytest.raises(UserError, match="where tokens pass by a layer"):
+                change()
+        return rows.go_on(1)
+    rows.put(1, random_tokens(14).tolist())  # longer than all
+    rows.go_on(1, 2)
+    rows.put(0, [5, 6])  # shorter than all
+    rows.go_on(3, 1)
+    try:
+        rows.shorten(3, 0, 2, 1)
+    except UserError as error:
+        assert kinds_of_attention(case) - set(WHOLE), error
+    else:
+        assert kinds_of_attention(case) <= {*WHOLE, "window"}
+    rows.go_on(1, 2)
+
+
+WHOLE = {"full", "top_k", "strided", "fixed", "bigbird", "lsh", "single_heads"}  # keep every token
+
+
+def kinds_of_attention(case):
+    if "kind" in case["attention"]:
+        return {case["attention"]["kind"]}
+    return {spec["kind"] for spec in case["attention"].values()}
+
+
 def unchosen(model):
     """How the names of the experts begin that no token of the latest forward chose."""
     prefixes = []
