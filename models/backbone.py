@@ -23,7 +23,6 @@ from models.cache import ModelCache, Rows
 from models.config import SQRT_WIDTH, LayerConfig, ModelConfig
 from models.cpu.short_attention import training_bias
 from models.errors import UserError
-from models.linear import Embedding
 from models.reversible import merge, run_reversible, split
 from models.specs import AFTER, LayerContext
 
@@ -52,7 +51,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.width, std=0.02)
+        self.embedding = config.input.build(config.width, config.vocab_size)
         self.embedding_scale = config.width**0.5 if config.embedding_scale == SQRT_WIDTH else config.embedding_scale
         self.positions = nn.ModuleList()
         self.shared = nn.ModuleList()

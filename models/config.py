@@ -21,7 +21,18 @@ from models import catalog  # noqa: F401  fills the registries
 from models.early_exit import EXITS
 from models.errors import UserError, did_you_mean
 from models.registry import dump_dataclass, read_dataclass
-from models.specs import AFTER, ATTENTIONS, DEPTHS, FEEDFORWARDS, NORMS, POSITIONS, AttentionSpec, PositionSpec
+from models.specs import (
+    AFTER,
+    ATTENTIONS,
+    DEPTHS,
+    FEEDFORWARDS,
+    HEADS,
+    INPUTS,
+    NORMS,
+    POSITIONS,
+    AttentionSpec,
+    PositionSpec,
+)
 
 SUBLAYERS = ("attention", "feedforward")  # that a layer may have, in the order of their weights
 ORDERS = {  # how a layer is wired -> its sub-layers, in their order
@@ -30,7 +41,6 @@ ORDERS = {  # how a layer is wired -> its sub-layers, in their order
     "parallel": ("attention", "feedforward"),
 }
 RESIDUALS = ("standard", "reversible")
-HEADS = ("tied", "untied")
 DIRECTIONS = ("causal", "bidirectional")
 SQRT_WIDTH = "sqrt_width"  # of an embedding_scale
 MOST_LAYERS = 10_000
@@ -82,7 +92,8 @@ class ModelConfig:
         context: tokens of the longest training sequence; a hard limit for learned positions.
         norm: kind and position of the normalisation.
         position: position encoding of every attention that names none of its own.
-        head: `tied` (the embedding is also the output projection) or `untied`.
+        input: what becomes the stream (models/inputs): `tokens`.
+        head: what is read from it (models/heads): `tied` (the embedding is also the output projection) or `untied`.
         embedding_scale: what token embeddings are multiplied by on their way into the stream: a number, or `sqrt_width`
             (arXiv 1706.03762, section 3.4). The tied head reads them as they are.
         dropout: on the embeddings and on every residual branch, in training.
@@ -98,7 +109,8 @@ class ModelConfig:
     context: int = 1024
     norm: Any = field(default_factory=lambda: NORMS["rms"](), metadata={"registry": NORMS})
     position: Any = field(default_factory=lambda: POSITIONS["rope"](), metadata={"registry": POSITIONS})
-    head: str = "tied"
+    input: Any = field(default="tokens", metadata={"registry": INPUTS})
+    head: Any = field(default="tied", metadata={"registry": HEADS})
     embedding_scale: float | str = 1.0
     dropout: float = 0.0
     direction: str = "causal"
@@ -110,8 +122,8 @@ class ModelConfig:
         for name in ("vocab_size", "width", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.head not in HEADS:
-            raise UserError(f"unknown head {self.head!r}{did_you_mean(self.head, HEADS)}")
+        object.__setattr__(self, "input", INPUTS.parse(self.input, "input"))
+        object.__setattr__(self, "head", HEADS.parse(self.head, "head"))
         if self.direction not in DIRECTIONS:
             raise UserError(f"unknown direction {self.direction!r}{did_you_mean(self.direction, DIRECTIONS)}")
         if self.residual not in RESIDUALS:
@@ -245,7 +257,8 @@ class _Plain:
     context: int = 1024
     norm: Any = field(default_factory=lambda: NORMS["rms"](), metadata={"registry": NORMS})
     position: Any = field(default_factory=lambda: POSITIONS["rope"](), metadata={"registry": POSITIONS})
-    head: str = "tied"
+    input: Any = field(default="tokens", metadata={"registry": INPUTS})
+    head: Any = field(default="tied", metadata={"registry": HEADS})
     embedding_scale: float | str = 1.0
     dropout: float = 0.0
     direction: str = "causal"

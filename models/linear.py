@@ -1,4 +1,4 @@
-"""The linear map and the token embedding of every module in the core."""
+"""The linear map and the table of vectors of every module in the core."""
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Token embedding (V, D) that can also serve as the output projection of a tied model."""
+    """`nn.Embedding` whose `reset_parameters` draws from N(0, std^2), also after a start on the meta device."""
 
     def __init__(self, count: int, width: int, *, std: float) -> None:
         self.std = std
@@ -41,9 +41,6 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
-
-    def project(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
-        return linear(hidden, self.weight)
 
 
 def residual_std(std: float, branches: int) -> float:

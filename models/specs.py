@@ -6,7 +6,7 @@ itself there by name, and `build` makes the module. `models/catalog.py` imports 
 
 from typing import Any, ClassVar, NamedTuple, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.errors import UserError, did_you_mean
 from models.registry import Registry
@@ -16,6 +16,8 @@ FEEDFORWARDS = Registry("feedforward", example="{kind: swiglu, width: 688}")
 POSITIONS = Registry("position")
 NORMS = Registry("norm")
 DEPTHS = Registry("depth")
+INPUTS = Registry("input")
+HEADS = Registry("head")
 
 NORM_POSITIONS = ("pre", "post", "sandwich", "deepnorm")
 AFTER = ("post", "deepnorm")  # the positions that normalise the stream itself, behind each sub-layer
@@ -192,6 +194,42 @@ class NormSpec:
 
     def build(self, width: int) -> nn.Module:
         raise NotImplementedError
+
+
+class InputSpec:
+    """What becomes the residual stream, in a config."""
+
+    kind: ClassVar[str]
+
+    def build(self, width: int, vocab_size: int) -> nn.Module:
+        """The module `embedding` of the model, from a batch of inputs (B, T, ...) to (B, T, D)."""
+        raise NotImplementedError
+
+
+class HeadSpec:
+    """What is read from the residual stream, in a config.
+
+    Attributes:
+        tied: whether the model's embedding is its head, and it has no other.
+    """
+
+    kind: ClassVar[str]
+    tied: ClassVar[bool] = False
+
+    def build(self, width: int, vocab_size: int) -> nn.Module | None:
+        """The module `head` of the model, from what is read (..., D) to the outputs; None where it is tied."""
+        raise NotImplementedError
+
+    def read(self, hidden: Tensor, documents: Tensor | None) -> Tensor:
+        """Where it reads: of the last hidden states (B, T, D) every token, or in a pooled head one (B, D) for a row.
+
+        documents: (B or 1, T), -1 for padding; None: all tokens of a row are of one.
+        """
+        return hidden
+
+    def flops_per_token(self, width: int, vocab_size: int) -> int:
+        """Forward FLOPs of one token."""
+        return 2 * width * vocab_size
 
 
 class DepthSpec:

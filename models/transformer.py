@@ -1,4 +1,4 @@
-"""The Transformer: a backbone with a language-model head, single-device pure PyTorch.
+"""The Transformer: a backbone and the head that its config names, single-device pure PyTorch.
 
 B batch, T new tokens, D model width, V vocabulary.
 """
@@ -15,7 +15,7 @@ from models.cache import ModelCache
 from models.config import ModelConfig
 from models.early_exit import ExitNorms
 from models.errors import UserError
-from models.linear import Linear, itemsize
+from models.linear import itemsize
 from models.memory import check_memory
 from models.projection import SoftmaxError, linear_cross_entropy, projected_cross_entropy
 
@@ -47,9 +47,7 @@ class Transformer(Backbone):
         super().__init__(config)
         self.exits = None if config.exits is None else ExitNorms(config.exits, config.norm, config.width)
         self.compiled_softmax_error: SoftmaxError | None = None
-        self.head = None
-        if config.head == "untied":
-            self.head = Linear(config.width, config.vocab_size, bias=False, std=0.02)
+        self.head = config.head.build(config.width, config.vocab_size)
 
     def forward(
         self,
@@ -77,7 +75,7 @@ class Transformer(Backbone):
         x, inputs = self.embed(tokens, documents=documents, positions=positions, cache=cache)
         teaches = self.exits is not None and targets is not None and self.training
         run = self.run(x, inputs, cache=cache, taps={*taps, *(self.exits.taps if teaches else ())})
-        hidden = self.finish(run.x)  # (B, T, D)
+        hidden = self.config.head.read(self.finish(run.x), documents)  # (B, T, D), or (B, D)
         if targets is None:
             return Output(self.project(hidden), None, None, run.taps, run.losses)
         loss, z_term = self.loss(hidden, targets, z_loss=z_loss)
@@ -88,7 +86,7 @@ class Transformer(Backbone):
         return Output(None, loss, z_term, found, losses)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D) that have passed the final norm."""
+        """Logits (..., V) of what the head reads (..., D)."""
         return self.embedding.project(hidden) if self.head is None else self.head(hidden)
 
     def loss(self, hidden: Tensor, targets: Tensor, *, z_loss: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +113,7 @@ class Transformer(Backbone):
 
     def flops_per_token(self, length: int) -> int:
         """FLOPs of the forward for one token that sees `length` tokens (PaLM's count, arXiv 2204.02311, app. B)."""
-        flops = 2 * self.config.width * self.config.vocab_size
+        flops = self.config.head.flops_per_token(self.config.width, self.config.vocab_size)
         for layer in self.config.layers:
             if layer.attention is not None:
                 seen = round(layer.share * length)

@@ -27,7 +27,8 @@ from compress.quantization.formats.linear import PackedInt, PackedIntEmbedding, 
 from compress.quantization.formats.packed import Packed
 from compress.quantization.methods.rtn import bits_per_weight
 from models.errors import UserError
-from models.linear import Embedding, Linear
+from models.inputs.tokens import TokenEmbedding
+from models.linear import Linear
 from models.transformer import Transformer
 from models.weight_formats import described, form_of
 
@@ -119,7 +120,7 @@ def unpack(model: Transformer) -> list[str]:
     for name, module in packed.items():
         rows, width = module.shape
         if isinstance(module, PackedIntEmbedding):
-            new: nn.Module = Embedding(rows, width, std=0.0)
+            new: nn.Module = TokenEmbedding(rows, width, std=0.0)
         else:
             new = Linear(width, rows, bias=module.bias is not None, std=0.0)
             if module.bias is not None:

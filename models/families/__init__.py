@@ -117,7 +117,7 @@ def _names_in(files: TensorFiles, config: ModelConfig, family: Family) -> dict[s
     for name in [name for name in files if name.endswith(family.buffers)]:
         files.drop(name)
     embedding = names["embedding.weight"]
-    if config.head == "tied" and head in files:
+    if config.head.tied and head in files:
         if embedding not in files:
             names["embedding.weight"] = head  # the file has the one matrix under its other name
         elif not torch.equal(files[head], files[embedding]):
@@ -127,7 +127,7 @@ def _names_in(files: TensorFiles, config: ModelConfig, family: Family) -> dict[s
             )
         else:
             files.drop(head)
-    if config.head == "untied" and head not in files:
+    if not config.head.tied and head not in files:
         raise UserError(
             f"{files.folder} has no {head}, and its {CONFIG} says no tie_word_embeddings: true, which would take "
             f"{embedding} for it"

@@ -70,7 +70,7 @@ class Gpt2(Family):
             "attn_pdrop": attention["dropout"],
             "embd_pdrop": config.dropout,
             "resid_pdrop": config.dropout,
-            "tie_word_embeddings": config.head == "tied",
+            "tie_word_embeddings": config.head.tied,
         }
 
     def names(self, config: ModelConfig) -> dict[str, str]:
@@ -78,7 +78,7 @@ class Gpt2(Family):
         for i in range(len(config.layers)):
             names |= paired(LAYER, f"blocks.{i}", f"transformer.h.{i}")
         names |= {f"norm.{leaf}": f"transformer.ln_f.{leaf}" for leaf in ("weight", "bias")}
-        return names | ({"head.weight": self.head} if config.head == "untied" else {})
+        return names | ({"head.weight": self.head} if not config.head.tied else {})
 
     def transform(self, name: str, config: ModelConfig) -> Transform:
         return TRANSPOSED if ".c_" in name and name.endswith(".weight") else ROWS

@@ -79,7 +79,7 @@ class GptNeoX(Family):
             "attention_dropout": attention["dropout"],
             "hidden_dropout": config.dropout,
             "use_parallel_residual": order == "parallel",
-            "tie_word_embeddings": config.head == "tied",
+            "tie_word_embeddings": config.head.tied,
             "rope_parameters": rope["rope_parameters"],
             "rope_scaling": rope["rope_scaling"],
             "rotary_emb_base": config.position.base,
@@ -92,7 +92,7 @@ class GptNeoX(Family):
         for i in range(len(config.layers)):
             names |= paired(LAYER, f"blocks.{i}", f"gpt_neox.layers.{i}", without)
         names |= {f"norm.{leaf}": f"gpt_neox.final_layer_norm.{leaf}" for leaf in ("weight", "bias")}
-        return names | ({"head.weight": self.head} if config.head == "untied" else {})
+        return names | ({"head.weight": self.head} if not config.head.tied else {})
 
     def transform(self, name: str, config: ModelConfig) -> Transform:
         return PerHead(config.layers[0].attention.heads) if ".query_key_value." in name else ROWS

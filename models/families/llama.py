@@ -115,7 +115,7 @@ class Llama(Family):
             "max_position_embeddings": config.context,
             "rms_norm_eps": config.norm.eps,
             "attention_dropout": attention["dropout"],
-            "tie_word_embeddings": config.head == "tied",
+            "tie_word_embeddings": config.head.tied,
             **write_rope(config.position, self.model_type == "phi3"),
             **{key: biases[key] for key in allowed},
         }
@@ -143,7 +143,7 @@ class Llama(Family):
                 for leaf in ("weight", "bias") if biases["mlp_bias"] else ("weight",):
                     names[f"{ours}.feedforward.{part}.{leaf}"] = f"{theirs}.mlp.{part}_proj.{leaf}"
         names["norm.weight"] = "model.norm.weight"
-        if config.head == "untied":
+        if not config.head.tied:
             names["head.weight"] = "lm_head.weight"
         return names
 

@@ -92,7 +92,7 @@ def write_model(config: ModelConfig, attention: Mapping[str, Any]) -> dict[str, 
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm.eps,
         "attention_dropout": attention["dropout"],
-        "tie_word_embeddings": config.head == "tied",
+        "tie_word_embeddings": config.head.tied,
         **write_rope(config.position),
     }
 
@@ -160,7 +160,7 @@ def names(
         for part, name in parts(i, layer).items():
             found[f"{ours}.feedforward.{part}.weight"] = f"{theirs}.{name}.weight"
     found["norm.weight"] = "model.norm.weight"
-    if config.head == "untied":
+    if not config.head.tied:
         found["head.weight"] = "lm_head.weight"
     return found
 

@@ -1,0 +1,1 @@
+"""Heads: what a model reads from the residual stream, one a file."""

@@ -1,0 +1,1 @@
+"""Inputs: what becomes the residual stream, one a file."""
