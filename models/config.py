@@ -99,7 +99,7 @@ class ModelConfig:
         dropout: on the embeddings and on every residual branch, in training.
         direction: `causal`, where a token sees itself and those before it, or `bidirectional`, an encoder.
         residual: `standard`, or `reversible`: two streams, of which training keeps no layer's (models/reversible.py).
-        exits: after which layers a token may leave early (models/exits.py), or nothing.
+        exits: after which layers a token may leave early (models/early_exit.py), or nothing.
         compression: module name -> stored form, for modules that are not plain dense weights.
     """
 

@@ -135,7 +135,7 @@ def stream(
         stop_tokens: ids that end a prompt's continuation; they are not part of it.
         seed: of the draws.
         exit_confidence: probability that the likeliest token needs at an early exit of the model, in every prompt that
-            goes on, for the step to be drawn from there (models/exits.py). By default all layers run.
+            goes on, for the step to be drawn from there (models/early_exit.py). By default all layers run.
         layers_used: gets the number of layers that each step has run, step by step.
         page_size: tokens of a page, to keep keys and values in pages (models/cache/paged.py). Prompts that are the same
             are then read once and share their pages. By default room for all tokens is taken at once.

@@ -57,7 +57,7 @@ class SubLayerSpec:
     kind: ClassVar[str]
     written: ClassVar[tuple[str, ...] | None] = None
 
-    def build_at(self, place: "Place", alike: int) -> nn.Module:
+    def build_at(self, place: "LayerContext", alike: int) -> nn.Module:
         """The module, a `SubLayer`; `alike`: how many sub-layers of its kind the model has."""
         raise NotImplementedError
 

@@ -209,7 +209,7 @@ def in_sight(kept: Kept, inputs: ForwardInputs, ordered: bool) -> tuple[Kept, At
     tokens = inputs.mask.shape[3]
     index = kept.key_positions[:, None, None]  # (B, 1, 1, K)
     found = inputs.mask.gather(3, index.clamp(max=tokens - 1).expand(-1, 1, inputs.mask.shape[2], -1))
-    return kept._replace(columns=None), AttentionMask(found & (index < tokens), causal=False)  # (B, 1, T, K)
+    return kept._replace(key_positions=None), AttentionMask(found & (index < tokens), causal=False)  # (B, 1, T, K)
 
 
 def positioned(

@@ -17,8 +17,8 @@ class Kept(NamedTuple):
 
     Attributes:
         keys, values: (B, G, K, head_width).
-        key_positions: which of the S tokens so far these are: (K,) int64 in any order; or (B, K), each row's own from its
-            first token on, in order, S and more where it has no more; None: all of them, in order.
+        key_positions: which of the S tokens so far these are: (K,) int64 in any order; or (B, K), each row's own from
+            its first token on, in order, S and more where it has no more; None: all of them, in order.
     """
 
     keys: Tensor

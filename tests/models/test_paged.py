@@ -33,7 +33,7 @@ def drawn(batch, tokens):
 
 
 def same(one, other):
-    assert one.columns is None
+    assert one.key_positions is None
     assert torch.equal(one.keys, other.keys)
     assert torch.equal(one.values, other.values)
 
