@@ -19,7 +19,6 @@ from models.io import sha256_of
 from models.shapes import EACH, VALUES, Leaf, check_shape
 from models.transformer import Transformer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARDED = "meta.pt"  # a file of every sharded checkpoint
 CHECKPOINT = {  # what a checkpoint holds, where it holds it
     "espalier?": {"recipe?": VALUES},
@@ -99,7 +98,7 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str) -> torch.dtype | None:
     """Return the dtype of that name; None for `auto`, which keeps the stored one."""
-    return None if name == "auto" else DTYPES[name]
+    return None if name == "auto" else getattr(torch, name)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Loaded:

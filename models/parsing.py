@@ -109,6 +109,7 @@ _FLOAT = re.compile(  # of YAML 1.2, where `1e-5` is a number
     |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
+_INT = re.compile(r"^[-+]?(?:0b[01_]+|0x[\da-fA-F_]+|0[0-7_]*|[1-9][\d_]*)$")  # `2:4` is a text, not sixty times two
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
@@ -121,7 +122,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if tag is None or tag.rpartition(":")[2] in _PLAIN
     }
     yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, form) for tag, form in forms if not tag.endswith((":timestamp", ":float"))]
+        first: [(tag, form) for tag, form in forms if not tag.endswith((":timestamp", ":float", ":int"))]
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -145,6 +146,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 
 
 def parse_yaml(text: str) -> Any:

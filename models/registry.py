@@ -5,6 +5,7 @@ spec is `{"kind": NAME, ...numbers}`, or just `NAME` when the defaults will do.
 """
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -67,6 +68,13 @@ class Registry:
         if not isinstance(kind, str) or kind not in self._specs:
             raise UserError(f"{where}: unknown {self.axis} {kind!r}{did_you_mean(kind, self._specs)}")
         arguments = {key: argument for key, argument in value.items() if key != "kind"}
+        for key in arguments:
+            able = [other for other in self if key in _hints(self._specs[other])]
+            if able and kind not in able:
+                able = " or ".join(able)
+                raise UserError(
+                    f"{where}: {key} is an option of {self.axis} {able}, not of {kind}; leave it out, or choose {able}"
+                )
         return read_dataclass(self._specs[kind], arguments, where, f" ({kind} needs it)")
 
     def dump(self, spec: Any) -> dict[str, Any]:
@@ -86,6 +94,19 @@ class Several:
 
     def dump(self, specs: tuple[Any, ...]) -> list[dict[str, Any]]:
         return [self.registry.dump(spec) for spec in specs]
+
+
+class Names:
+    """In a field's `registry`: names, as `a,b` or a list, and a tuple in the spec."""
+
+    def parse(self, value: Any, where: str) -> tuple[str, ...]:
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            raise UserError(f"{where}: expected names such as a,b or a list of them, got {value!r}")
+        return tuple(part.strip() for part in parts if part.strip())
+
+    def dump(self, names: tuple[str, ...]) -> list[str]:
+        return list(names)
 
 
 class Single:
@@ -111,8 +132,8 @@ def read_dataclass(cls: type, arguments: Mapping[str, Any], where: str, needed: 
 
     needed: what an error adds about a missing key.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = _hints(cls)
     values = {}
     for name, value in arguments.items():
         if name not in fields:
@@ -146,15 +167,42 @@ def dump_dataclass(spec: Any) -> dict[str, Any]:
     return values
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a spec's options by name."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
 def _checked(value: Any, hint: Any, where: str) -> Any:
     """Return `value` as the annotated plain type (an int passes as a float); refuse any other, NaN and what is huge."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    allowed = typing.get_args(hint) if union else (hint,)
-    if type(value) not in allowed and not (float in allowed and type(value) is int):
-        names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
+    allowed = _alternatives(hint)
+    fits = type(value) in [typing.get_origin(kind) or kind for kind in allowed] or value in _choices(allowed)
+    if not fits and not (float in allowed and type(value) is int):
+        names = " or ".join(dict.fromkeys(map(_named, allowed)))
         raise UserError(f"{where}: expected {names}, got {value!r}")
+    for kind in allowed:
+        if typing.get_origin(kind) is dict is type(value):
+            return {key: _checked(one, typing.get_args(kind)[1], f"{where}.{key}") for key, one in value.items()}
     whole = type(value) is int and int in allowed
     if type(value) in (int, float) and not abs(value) <= (LARGEST if whole else LARGEST_FLOAT):
         most = f"a whole number of at most {LARGEST}" if whole else "a finite number of at most 3.4e38"
         raise UserError(f"{where}: expected {most}, got {value!r}")
     return float(value) if type(value) is int and not whole else value
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _choices(allowed: tuple[Any, ...]) -> list[Any]:
+    """The values of the Literals among types."""
+    return [one for kind in allowed if typing.get_origin(kind) is typing.Literal for one in typing.get_args(kind)]
+
+
+def _named(kind: Any) -> str:
+    if kind is type(None):
+        return "nothing"
+    if choices := _choices((kind,)):
+        return f"one of {', '.join(map(str, choices))}"
+    return (typing.get_origin(kind) or kind).__name__

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 from models.errors import UserError, did_you_mean, printable
 from recipes.commands import options
-from recipes.commands.parser import build_parser, parse_arguments
+from recipes.commands.parser import parse_arguments, print_help
 from recipes.termination import Terminated, terminable
 
 
@@ -116,7 +116,7 @@ def _run(argv: list[str]) -> int:
     if verb.options is None:
         return _function(verb)(name, argv) or 0
     if "-h" in argv or "--help" in argv:
-        build_parser(name, verb.options).print_help()
+        print_help(name, verb.options)
         return 0
     trusts = any(field.name == "trust" for field in fields(verb.options))
     if _take(argv, "--trust") and trusts:  # elsewhere nothing names a class, and there is nothing to trust

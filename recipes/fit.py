@@ -5,6 +5,7 @@ The command line wins over the recipes, and both win over what a checkpoint hold
 
 import json
 import logging
+import re
 import shutil
 import sys
 import warnings
@@ -47,7 +48,7 @@ from app.tasks.architecture import resolve_architecture
 from app.tasks.gradients import check_max_norm
 from app.tasks.training import Training
 from models.errors import UserError, did_you_mean
-from recipes.fit_arguments import prepare, trusting
+from recipes.fit_arguments import prepare, trusting, types_of
 from recipes.fit_errors import explained
 from recipes.fit_state import (
     FitPlan,
@@ -143,9 +144,14 @@ class FitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         verb, *argv = args
         self.parser = parser
-        keys = {action.dest.removesuffix(".help") for action in self._subcommand_parsers[verb]._actions}
-        leaves = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
-        self.config = parser.parse_args([verb, *prepare(verb, argv, leaves)])
+        if any(re.match(r"(-h|--([\w.]+\.)?help)\b", argument) for argument in argv):
+            parser.parse_args(args)
+        shown = [argument for argument in argv if argument.startswith("--print_config")]
+        argv = [argument for argument in argv if argument not in shown]
+        values = prepare(verb, argv, types_of(self._subcommand_parsers[verb]))
+        if shown:
+            parser.parse_args([verb, f"--config={json.dumps(values)}", *shown])
+        self.config = parser.parse_object({"subcommand": verb, verb: values})
         if not trusting(argv):
             check_recipe(self.config[verb].as_dict())
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from compress.calibration.records import LayerRecord
-from compress.pruning.criteria.criterion import Criterion
+from compress.pruning.sparsify import Criterion
 from compress.quantization.quantizer import Quantizer, requested
 
 

@@ -11,12 +11,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
 from compress.calibration.records import LayerRecord
 from compress.calibration.sequential import Batch
 from compress.calibration.store import Store
+from compress.pruning.method import METHODS, PruningMethod
 from models.attention.selective import Selective
 from models.config import ModelConfig
 from models.errors import UserError
@@ -28,26 +30,27 @@ ENTRY = "budgets"  # under which the steps so far are stored
 Progress = Callable[[int, int], None]
 
 
+@METHODS.register("context")
 @dataclass(frozen=True)
-class Goal:
-    """Bounds of the search for budgets; at least one of the two.
+class ContextPruning(PruningMethod):
+    """Context pruning: layers of selective attention remember fewer tokens. How far, one of two bounds says, or both.
 
     Args:
-        step: tokens by which a budget is lowered at a time.
+        step: tokens by which one layer's budget is lowered at a time.
         budget_ratio: share of the cache of the selective layers at or below which the search ends, above 0 and below 1;
             the last step may take it below by less than that step.
         tolerance: nats per token by which the loss may rise over that of the model as it came.
     """
 
-    step: int
+    split: ClassVar[str] = "validation"  # it compares losses
+
+    step: int = 32
     budget_ratio: float | None = None
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if self.step < 1:
             raise UserError(f"step is {self.step}; it must be at least 1 token")
-        if self.budget_ratio is None and self.tolerance is None:
-            raise UserError("context pruning has no end: give budget_ratio, tolerance or both")
         if self.budget_ratio is not None and not 0 < self.budget_ratio < 1:
             raise UserError(
                 f"budget_ratio {self.budget_ratio:g} is impossible: it is the share of the cache that stays, between 0 "
@@ -55,6 +58,22 @@ class Goal:
             )
         if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
             raise UserError(f"tolerance is {self.tolerance:g}; it must be at least 0 nats per token")
+
+    def title(self) -> str:
+        share = None if self.budget_ratio is None else f"down to at most {self.budget_ratio:.0%} of the cache"
+        loss = None if self.tolerance is None else f"for at most {self.tolerance:g} nats per token"
+        return "context pruning, " + " and ".join(filter(None, (share, loss)))
+
+    def check(self, config: ModelConfig) -> None:
+        selective_layers(config)  # first: without such a layer no other option helps
+        if self.budget_ratio is None and self.tolerance is None:
+            raise UserError("context pruning has no end: give budget_ratio, tolerance or both")
+
+    def prune(
+        self, model: Transformer, batches: Sequence[Batch] | None, *, store: Store, searching: Progress, **_: Any
+    ) -> tuple[list[LayerRecord], dict[str, Any]]:
+        records, trace = prune_context(model, batches or (), self, store=store, progress=searching)
+        return records, {"budgets.json": {"steps": [asdict(step) for step in trace]}}
 
 
 @dataclass(frozen=True)
@@ -93,7 +112,8 @@ class BudgetSearch:
         UserError: a model without selective attention, no data, or a goal that asks for nothing or the impossible.
     """
 
-    def __init__(self, model: Transformer, batches: Sequence[Batch], goal: Goal) -> None:
+    def __init__(self, model: Transformer, batches: Sequence[Batch], goal: ContextPruning) -> None:
+        goal.check(model.config)
         self.specs = selective_layers(model.config)
         if not batches:
             raise UserError("the held-out data has no batch; give text that fills at least one sequence")
@@ -188,7 +208,7 @@ class BudgetSearch:
 def prune_context(
     model: Transformer,
     batches: Sequence[Batch],
-    goal: Goal,
+    goal: ContextPruning,
     *,
     store: Store | None = None,
     progress: Progress = lambda done, total: None,

@@ -7,14 +7,16 @@ Of equal scores the one at the lowest index goes first, so that the count is exa
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from models.errors import UserError
+from models.registry import Registry
 
-SCOPES = ("row", "layer", "global")
+Scope = Literal["row", "layer", "global"]
 
 
 class Pattern(ABC):
@@ -37,26 +39,48 @@ class Pattern(ABC):
         """Return the mask (out, in), True = keep, for scores (out, in)."""
 
     @abstractmethod
+    def given(self, sparsity: float | None = None, scope: str | None = None) -> Self:
+        """The pattern with what is not None. Raises `UserError` for what it does not have or contradicts it."""
+
+    @abstractmethod
     def spec(self) -> dict[str, object]:
         """The pattern as JSON values."""
 
 
+class _Patterns(Registry):
+    def parse(self, value: Any, where: str) -> Pattern:
+        if isinstance(value, str) and (numbers := re.fullmatch(r"(\d{1,9}):(\d{1,9})", value)):
+            value = {"kind": "N:M", "n": int(numbers[1]), "m": int(numbers[2])}
+        return super().parse(value, where)
+
+
+PATTERNS = _Patterns("pattern", example="2:4 (keep 2 of every 4)")
+
+
+@PATTERNS.register("unstructured")
 @dataclass(frozen=True)
 class Unstructured(Pattern):
     """Remove the `sparsity` smallest scores of each row ("row"), of each layer ("layer") or of all layers ("global").
 
     The number removed of n weights is `round(sparsity * n)`. "row" means per output row, Wanda's comparison group
     (arXiv 2306.11695, section 3); "global" needs the scores of all layers at once: `global_masks`.
+
+    Args:
+        sparsity: fraction removed, from 0 on and below 1.
+        scope: within which weights the smallest are sought.
     """
 
-    sparsity: float
-    scope: str = "row"
+    sparsity: float = 0.5
+    scope: Scope = "row"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.sparsity < 1.0:
             raise UserError(f"sparsity is {self.sparsity:g}; it is the fraction removed and must lie in [0, 1)")
-        if self.scope not in SCOPES:
-            raise UserError(f"unknown scope '{self.scope}' of unstructured sparsity; one of {', '.join(SCOPES)}")
+
+    def given(self, sparsity: float | None = None, scope: str | None = None) -> Self:
+        return replace(
+            self, sparsity=self.sparsity if sparsity is None else sparsity, scope=self.scope if scope is None else scope
+        )
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
         count = shape[1] if self.scope == "row" else shape[0] * shape[1]
@@ -75,9 +99,15 @@ class Unstructured(Pattern):
         return {"pattern": "unstructured", "scope": self.scope, "sparsity": self.sparsity}
 
 
+@PATTERNS.register("N:M")
 @dataclass(frozen=True)
 class NOfM(Pattern):
-    """Keep the `n` largest scores of every `m` consecutive inputs (2:4, 4:8, ...), along the input axis."""
+    """Keep the `n` largest scores of every `m` consecutive inputs (2:4, 4:8, ...), along the input axis; written `2:4`.
+
+    Args:
+        n: inputs that stay.
+        m: of so many.
+    """
 
     n: int
     m: int
@@ -91,6 +121,19 @@ class NOfM(Pattern):
     @property
     def sparsity(self) -> float:
         return 1.0 - self.n / self.m
+
+    def given(self, sparsity: float | None = None, scope: str | None = None) -> Self:
+        if sparsity is not None and abs(sparsity - self.sparsity) > 1e-6:
+            raise UserError(
+                f"pattern {self.n}:{self.m} removes {self.sparsity:g} of the weights, not {sparsity:g}; leave sparsity "
+                "out"
+            )
+        if scope is not None:
+            raise UserError(
+                f"scope is an option of pattern unstructured, not of {self.n}:{self.m}; leave it out, or choose "
+                "unstructured"
+            )
+        return self
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
         if shape[1] % self.m:
@@ -133,23 +176,3 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Ten
                 f"global sparsity {sparsity:g} leaves nothing of {name}; ask for less, or for scope 'layer'"
             )
     return masks
-
-
-def parse_pattern(text: str, sparsity: float | None = None, scope: str = "row") -> Pattern:
-    """Read `unstructured` or `N:M`; `sparsity` belongs to the first and follows from the second.
-
-    Raises `UserError` for any other text, a missing sparsity, or one that contradicts N:M.
-    """
-    if text == "unstructured":
-        if sparsity is None:
-            raise UserError("pattern 'unstructured' needs a sparsity, for example 0.5")
-        return Unstructured(sparsity, scope)
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if match is None:
-        raise UserError(f"unknown pattern '{text}'; it is 'unstructured' or N:M, for example 2:4 (keep 2 of every 4)")
-    pattern = NOfM(int(match[1]), int(match[2]))
-    if sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
-        raise UserError(
-            f"pattern {text} removes {pattern.sparsity:g} of the weights, not {sparsity:g}; leave sparsity out"
-        )
-    return pattern

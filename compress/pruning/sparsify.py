@@ -1,7 +1,10 @@
 """Unstructured and N:M pruning of a whole model: a criterion gives scores, a pattern turns them into zeros in place."""
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +15,66 @@ from compress.calibration.records import LayerRecord
 from compress.calibration.sequential import Batch, LayerMethod, Progress, calibrate_sequentially, steps_of
 from compress.calibration.statistics import Statistic, StatisticType
 from compress.calibration.store import Store
-from compress.pruning.criteria import (
-    magnitude,
-    wanda,  # noqa: F401  register their criteria
-)
-from compress.pruning.criteria.criterion import CRITERIA, Criterion
-from compress.pruning.patterns import Pattern, global_masks
+from compress.pruning.method import METHODS, PruningMethod
+from compress.pruning.patterns import PATTERNS, Pattern, Scope, Unstructured, global_masks
+from models.config import ModelConfig
 from models.errors import UserError
+from models.registry import Names
 from models.weight_formats import described
 
 ENDS = ("embedding", "head")
+
+
+@dataclass(frozen=True)
+class Criterion(PruningMethod):
+    """Criterion of unstructured and N:M pruning: a score for every weight; the weights of the smallest are set to zero.
+
+    Args:
+        sparsity: share of the weights to set to zero; the pattern's, where it is not given.
+        pattern: which weights are compared with each other.
+        scope: that of the pattern, where it is given.
+        include: which of embedding and head to prune as well.
+
+    Attributes:
+        comparable: whether scores of different layers are on one scale, which a global pattern needs.
+    """
+
+    comparable: ClassVar[bool] = False
+
+    sparsity: float | None = None
+    pattern: Pattern = field(default=Unstructured(), metadata={"registry": PATTERNS})
+    scope: Scope | None = None
+    include: tuple = field(default=(), metadata={"registry": Names()})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", self.pattern.given(self.sparsity, self.scope))
+        for name in ("sparsity", "scope"):  # they stand in the pattern now
+            object.__setattr__(self, name, None)
+
+    def statistic(self) -> StatisticType | None:
+        """What to gather at the input of a linear layer; None: the criterion needs no data."""
+        return None
+
+    @property
+    def calibrated(self) -> bool:
+        return self.statistic() is not None
+
+    @abstractmethod
+    def scores(self, weight: Tensor, statistic: Statistic | None) -> Tensor:
+        """Scores (out, in) fp32, at least 0, of the weight (out, in)."""
+
+    def title(self) -> str:
+        pattern = self.pattern
+        share = f"{pattern.sparsity:.0%}" if isinstance(pattern, Unstructured) else pattern.spec()["pattern"]
+        return f"{self.kind.capitalize()}, {share}"
+
+    def check(self, config: ModelConfig) -> None:
+        Sparsify(self, self.pattern, self.include)
+
+    def prune(
+        self, model: nn.Module, batches: Sequence[Batch] | None, *, searching: Callable[[int, int], None], **how: Any
+    ) -> tuple[list[LayerRecord], dict[str, Any]]:
+        return sparsify(model, self, self.pattern, batches, include=self.include, **how), {}
 
 
 class Sparsify(LayerMethod):
@@ -77,11 +130,13 @@ class Sparsify(LayerMethod):
         if reason is not None:
             return None, LayerRecord.skip(name, tuple(weight.shape), reason, requested)
         notes = []
-        criterion = self.criterion
-        if criterion.calibrated and (statistic is None or statistic.tokens == 0):
-            criterion = magnitude.Magnitude()
+        if self._global is not None:
+            mask = self._global[name].to(weight.device)  # (out, in)
+        elif self.criterion.calibrated and (statistic is None or statistic.tokens == 0):
+            mask = self.pattern.mask(weight.float().abs())
             notes.append("no calibration token reached this layer: pruned by magnitude")
-        mask = self._mask(name, weight, criterion, statistic)  # (out, in)
+        else:
+            mask = self.pattern.mask(self.criterion.scores(weight, statistic))
         error = _removed_energy(weight, mask)
         zeros = int((weight == 0).sum())
         weight.masked_fill_(~mask, 0.0)
@@ -92,11 +147,6 @@ class Sparsify(LayerMethod):
         seconds = time.perf_counter() - started
         record = LayerRecord(name, tuple(weight.shape), requested, achieved, error, seconds, "; ".join(notes))
         return None, record
-
-    def _mask(self, name: str, weight: Tensor, criterion: Criterion, statistic: Statistic | None) -> Tensor:
-        if self._global is not None:
-            return self._global[name].to(weight.device)
-        return self.pattern.mask(criterion.scores(weight, statistic))
 
     def _reason(self, name: str) -> str | None:
         """Why a layer is left alone, or None."""
@@ -122,7 +172,7 @@ def sparsify(
 
     Args:
         criterion: `magnitude`, `wanda`, or an object of the protocol.
-        pattern: as `compress.pruning.patterns.parse_pattern` reads it.
+        pattern: such as `Unstructured(0.5)`.
         batches: calibration tokens for a criterion that looks at data.
         include: which of `embedding` and `head` are pruned as well.
         store, progress, device, autocast: see `compress.calibration.sequential.calibrate_sequentially`.
@@ -134,7 +184,7 @@ def sparsify(
         UserError: a pattern that a layer cannot take, a global scope for scores that are not comparable, a quantized
             model, missing calibration data.
     """
-    method = Sparsify(CRITERIA.parse(criterion, "method"), pattern, include)
+    method = Sparsify(METHODS.parse(criterion, "method"), pattern, include)
     with apart(model):
         records = calibrate_sequentially(
             model, method, batches, store=store, progress=progress, device=device, autocast=autocast

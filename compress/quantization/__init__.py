@@ -1,4 +1,4 @@
-"""Quantization methods, one a file, behind the protocol of `methods.py`: importing the package registers them all."""
+"""Quantization methods, one a file, behind the protocol of `quantizer.py`: importing the package registers them all."""
 
 from compress.quantization.methods.awq import Awq
 from compress.quantization.methods.fp8 import Fp8

@@ -79,17 +79,18 @@ class Quantizer(LayerMethod):
 
 
 def read_method(value: Any, where: str) -> Quantizer:
-    """The method that `NAME` or `{kind: NAME, ...its own options}` stands for.
+    """The method that `NAME` or `{kind: NAME, ...}` stands for: its own options, and those of `GRID` that it has.
 
     Raises:
-        UserError: an unknown name or option, with its place, or one that stands beside the method.
+        UserError: an unknown name or option, with its place.
     """
-    if isinstance(value, Mapping):
-        for name in ("format", *GRID):
-            if name in value:
-                beside = "bits, group_size and symmetric stand" if name == "format" else f"{name} stands"
-                raise UserError(f"{where}: {beside} beside the method, not in it")
-    return METHODS.parse(value, where)
+    if not isinstance(value, Mapping):
+        return METHODS.parse(value, where)
+    grid = {name: number for name, number in value.items() if name in GRID}
+    own = {name: number for name, number in value.items() if name not in GRID}
+    if "format" in own:
+        raise UserError(f"{where}: unknown key 'format'; give {', '.join(GRID)} themselves")
+    return with_grid(METHODS.parse(own, where), grid, where)
 
 
 def with_grid(method: Quantizer, values: Mapping[str, Any], where: str = "") -> Quantizer:

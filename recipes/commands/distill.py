@@ -59,17 +59,20 @@ class Distill(Stage[options.Distill]):
         return f"{kind} ({', '.join(self.losses())}), {self.options.max_steps} steps"
 
     def losses(self) -> dict[str, Any]:
-        """The losses by name, as specs; --temperature is that of a logit loss that names none."""
-        given = self.options.losses
-        listed = list(options.names(given)) if isinstance(given, str) else given
-        temperature = self.options.temperature
-        if temperature is not None and "logit" not in listed:
-            raise UserError(
-                "temperature is an option of the loss logit, which losses does not name (or names with its "
-                "own); leave it out, or add logit"
-            )
-        logit = {"kind": "logit", "temperature": 2.0 if temperature is None else temperature}
-        return parse_losses([logit if loss == "logit" else loss for loss in listed])
+        """The losses by name, as specs; --temperature is that of a logit loss that has none of its own."""
+        given, temperature = self.options.losses, self.options.temperature
+        listed: list[Any] = list(options.names(given)) if isinstance(given, str) else given
+        listed = [listed] if isinstance(listed, dict) else listed
+        specs = [{"kind": loss} if isinstance(loss, str) else loss for loss in listed]
+        open_ones = [spec for spec in specs if spec.get("kind") == "logit" and "temperature" not in spec]
+        if temperature is not None:
+            if not open_ones:
+                raise UserError(
+                    "temperature is an option of the loss logit, which losses does not name (or names with its "
+                    "own); leave it out, or add logit"
+                )
+            specs = [spec | {"temperature": temperature} if spec in open_ones else spec for spec in specs]
+        return parse_losses(specs)
 
     def combine(self) -> Combine:
         """Weights of the losses."""

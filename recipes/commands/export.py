@@ -2,32 +2,76 @@
 
 import contextlib
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from app.loading import Loaded, load_model, resolve_dtype
 from compress.quantization.export.compressed_tensors import export_compressed_tensors
 from compress.quantization.export.gptq import export_gptq
 from models.families import export_folder
+from models.registry import Registry
+from models.transformer import Transformer
 from models.weight_formats import described
 from recipes.commands import options, resume
 from recipes.commands.terminal import say
 
-PACKED = {"compressed-tensors": export_compressed_tensors, "gptq": export_gptq}
+FORMATS = Registry("export format")
+
+
+class ExportFormat(ABC):
+    """Base class of the registered formats, each a frozen dataclass of its options."""
+
+    @abstractmethod
+    def write(self, model: Transformer, out: Path, source: Path | None, overwrite: bool) -> list[str]:
+        """Write a folder whole or not at all; returns sentences on what became of the model.
+
+        Args:
+            source: a folder with the files of the tokenizer, or None.
+
+        Raises:
+            UserError: the format cannot hold this model.
+        """
+
+
+@FORMATS.register("transformers")
+@dataclass(frozen=True)
+class Transformers(ExportFormat):
+    """Dense weights, in the files of a family that `transformers` knows."""
+
+    def write(self, model: Transformer, out: Path, source: Path | None, overwrite: bool) -> list[str]:
+        export_folder(model, out, source, overwrite)
+        packed = len(described(model))
+        return [f"{packed} packed layers are written as the dense weights that they stand for"] if packed else []
+
+
+@FORMATS.register("compressed-tensors")
+@dataclass(frozen=True)
+class CompressedTensors(ExportFormat):
+    """Symmetric weights of 2, 4 and 8 bits stay packed."""
+
+    def write(self, model: Transformer, out: Path, source: Path | None, overwrite: bool) -> list[str]:
+        return export_compressed_tensors(model, out, source, overwrite)
+
+
+@FORMATS.register("gptq")
+@dataclass(frozen=True)
+class GptqFiles(ExportFormat):
+    """Weights of 2, 3, 4 and 8 bits stay packed, with or without zero points (version 2 of GPTQ's files)."""
+
+    def write(self, model: Transformer, out: Path, source: Path | None, overwrite: bool) -> list[str]:
+        return export_gptq(model, out, source, overwrite)
 
 
 def main(chosen: options.Export) -> None:
-    """Run `espalier export`: dense for `transformers`, or packed integers for compressed-tensors or GPTQ's readers."""
+    """Run `espalier export`."""
     out = Path(chosen.out).expanduser().absolute()
     resume.check_output(out, chosen.overwrite)
+    form = FORMATS.parse(chosen.format, "format")
     loaded = load_model(chosen.model, dtype=resolve_dtype(chosen.dtype))
     with tokenizer_folder(loaded) as source:
-        if chosen.format in PACKED:
-            notes = PACKED[chosen.format](loaded.model, out, source, chosen.overwrite)
-        else:
-            export_folder(loaded.model, out, source, chosen.overwrite)
-            packed = len(described(loaded.model))
-            notes = [f"{packed} packed layers are written as the dense weights that they stand for"] if packed else []
+        notes = form.write(loaded.model, out, source, chosen.overwrite)
     if loaded.tokenizer is None:
         notes.append(f"no tokenizer is written: none came with {loaded.source.path}")
     for note in notes:

@@ -6,13 +6,10 @@ parser, `cli.py` says which function a verb calls with the result.
 
 # ruff: noqa: RUF009 (the calls in the defaults return dataclass fields)
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
 
 from models.errors import UserError
-
-Options = TypeVar("Options")
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -35,42 +32,32 @@ def option(
     factory: Any = MISSING,
     least: float | None = None,
     most: float = LARGEST,
+    registry: str = "",
+    beside: bool = False,
+    of: str = "",
 ) -> Any:
     """Return a dataclass field with the sentence that `--help` shows; without a default the option must be given.
 
-    A number below `least` or above `most` is refused before any work.
+    Args:
+        least, most: a number below or above is refused before any work.
+        registry: of the objects that it names: folder:VARIABLE (recipes/kinds.py).
+        beside: whether the options of these objects may stand beside it, as flags of their own.
+        of: the option of whose object this is one.
     """
-    return field(default=default, default_factory=factory, metadata={"help": help, "least": least, "most": most})
+    metadata = {"help": help, "least": least, "most": most, "registry": registry, "beside": beside, "of": of}
+    return field(default=default, default_factory=factory, metadata=metadata)
 
 
 def positional(help: str, metavar: str, *, many: bool = False) -> Any:
     """Return a field that is given by its place on the command line; `many` takes one or more."""
-    return field(metadata={"help": help, "metavar": metavar, "nargs": "+" if many else None})
+    metadata = {"help": help, "registry": "", "beside": False, "of": ""}
+    return field(metadata={**metadata, "metavar": metavar, "nargs": "+" if many else None})
 
 
 def names(value: Names) -> tuple[str, ...]:
     """Return `a,b` or `[a, b]` as `("a", "b")`."""
     parts = value.split(",") if isinstance(value, str) else value
     return tuple(part.strip() for part in parts if part.strip())
-
-
-def apply_defaults(chosen: Options, key: str, own: Mapping[str, Mapping[str, Any]]) -> Options:
-    """Return the options with defaults for those that only some choices of `key` have.
-
-    Args:
-        key: the option that is chosen, such as `method`.
-        own: choice -> the options that it has, with their defaults; another choice may have them too.
-
-    Raises:
-        UserError: an option is given that the choice does not have.
-    """
-    choice = getattr(chosen, key)
-    has = own.get(choice, {})
-    for name in dict.fromkeys(name for defaults in own.values() for name in defaults):
-        if name not in has and getattr(chosen, name) is not None:
-            right = " or ".join(other for other, defaults in own.items() if name in defaults)
-            raise UserError(f"{name} is an option of {key} {right}, not of {choice}; leave it out, or choose {right}")
-    return replace(chosen, **{name: default for name, default in has.items() if getattr(chosen, name) is None})
 
 
 def check_numbers(chosen: Any) -> None:
@@ -148,13 +135,10 @@ class Quantize(StageOptions):
     """Store the weights in fewer bits, and report what that cost."""
 
     model: str = positional(MODEL, "MODEL")
-    method: Spec = option(
-        "a name, or one with options of its own: '{kind: gptq, act_order: false, clip: mse}'. rtn rounds every weight "
-        "to the nearest grid point; gptq lets the weights that are still free make up for the error of those already "
-        "rounded, on calibration text; awq rounds channels with large activations finer",
-        "gptq",
+    method: Spec = option("how weights are rounded", "gptq", registry="compress/quantization:METHODS")
+    bits: int | None = option(
+        "bits of a weight of a linear layer; default: 4, where the method has a choice", None, of="method"
     )
-    bits: int | None = option("bits of a weight of a linear layer; default: 4, where the method has a choice", None)
     budget_bits: float | None = option(
         "in place of bits: the most bits that a weight of a linear layer takes on average, with scales and zeros; each "
         "layer is given those of 2, 3, 4 and 8 that lose least on the validation text together",
@@ -173,10 +157,12 @@ class Quantize(StageOptions):
         "weights of one row that share a scale; `channel` or -1: the whole row, `tensor`: all of them; default: 64, "
         "where the method has groups",
         None,
+        of="method",
     )
     symmetric: bool | None = option(
         "a grid around zero (true), or one with a zero point for each group (false); default: what suits the method",
         None,
+        of="method",
     )
     embedding_bits: Literal[2, 3, 4, 8, 16] = option("bits of the token embedding; 16 leaves it as it is", 16)
     head_bits: Literal[2, 3, 4, 8, 16] = option("bits of an untied output head; 16 leaves it as it is", 16)
@@ -201,50 +187,7 @@ class Prune(StageOptions):
     """Take weights, neurons, heads or remembered tokens away, and report what that cost."""
 
     model: str = positional(MODEL, "MODEL")
-    method: str = option(
-        "magnitude and wanda set weights to zero; structured takes neurons or heads out of the tensors; context lets "
-        "layers of selective attention remember fewer tokens",
-        "wanda",
-    )
-    sparsity: float | None = option("magnitude, wanda: share of the weights to set to zero; default: 0.5", None)
-    pattern: str | None = option(
-        "magnitude, wanda: `unstructured` (the default), or N:M to keep the N largest of every M inputs", None
-    )
-    scope: Literal["row", "layer", "global"] | None = option(
-        "pattern unstructured: within which weights the smallest are sought; default: row", None
-    )
-    include: Names | None = option("magnitude, wanda: which of embedding, head to prune as well, comma-separated", None)
-    targets: Names | None = option(
-        "structured: what to take out, comma-separated: neurons (the default; of each expert as many), heads, groups "
-        "(key/value groups with their heads), experts",
-        None,
-    )
-    ratio: float | dict[str, float] | None = option(
-        "structured: share of the targets to take out, above 0 and below 1; or one for each: {neurons: 0.25}; "
-        "default: 0.25",
-        None,
-    )
-    criterion: Spec | None = option(
-        "structured: which targets go: variance (the default), norm, magnitude, taylor", None
-    )
-    allocation: Spec | None = option(
-        "structured: uniform (the default) takes as much out of every layer, global compares layers", None
-    )
-    round_to: int | None = option(
-        "structured: the number of neurons that stay is a multiple of this; default: 8", None, least=1
-    )
-    compensation: Literal["none", "existing", "add"] | None = option(
-        "structured: whether an output bias takes over the mean of what goes: none, existing where there is one (the "
-        "default), or add one",
-        None,
-    )
-    budget_ratio: float | None = option(
-        "context: share of the cache that stays, above 0 and below 1; this, tolerance, or whichever comes first", None
-    )
-    tolerance: float | None = option("context: nats per token by which the loss may rise at most", None)
-    step: int | None = option(
-        "context: tokens by which one layer's budget is lowered at a time; default: 32", None, least=1
-    )
+    method: Spec = option("what goes, and by which measure", "wanda", registry="compress/pruning:METHODS", beside=True)
     samples: int = option(
         "calibration blocks of --sequence_length tokens, from the training split of --data; of context, which compares "
         "losses, from its validation split",
@@ -265,13 +208,12 @@ class Distill(StageOptions):
     )
     student_layers: int | None = option("without --student: how many layers the student has; default: half", None)
     initialization: Spec | None = option(
-        "of a student that is no model yet: layers copies evenly spaced layers of the teacher, upcycled makes every "
-        "expert a copy of its feed-forward beside, random copies nothing; default: layers without --student, random "
-        "with an architecture file",
+        "of a student that is no model yet; default: layers without --student, random with an architecture file",
         None,
+        registry="compress/distillation:INITIALIZATIONS",
     )
-    losses: str | list[str | dict[str, Any]] = option(
-        "what the student imitates, comma-separated: logit, feature", "logit"
+    losses: str | list[str | dict[str, Any]] | dict[str, Any] = option(
+        "what the student imitates: names, comma-separated, or a list", "logit", registry="compress/distillation:LOSSES"
     )
     temperature: float | None = option(
         "logit: divides the logits of both models before they are compared; default: 2", None, least=0
@@ -360,11 +302,7 @@ class Export(Written):
     """Write a model in a format that other software loads."""
 
     model: str = positional("model folder or Lightning checkpoint", "MODEL")
-    format: Literal["transformers", "compressed-tensors", "gptq"] = option(
-        "transformers writes dense weights; compressed-tensors keeps symmetric weights of 2, 4 and 8 bits packed, gptq "
-        "(version 2 of its files) those of 2, 3, 4 and 8 bits, with or without zero points",
-        "transformers",
-    )
+    format: Spec = option("what loads it", "transformers", registry="recipes/commands:FORMATS")
     dtype: Dtype = option("number format of dense weights: auto keeps the stored one", "auto")
 
 

@@ -4,53 +4,66 @@ import argparse
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from enum import Enum
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
 import jsonargparse
-import yaml
 
-from models.errors import UserError, did_you_mean
-from models.parsing import Malformed, parse_yaml, read_plain
-from recipes.commands.options import check_numbers
+from models.errors import UserError
+from recipes.command_line import (
+    COMMAND_LINE,
+    check_keys,
+    flag_value,
+    merged,
+    nested,
+    read_recipe,
+    refuse_classes,
+    refuse_keys,
+    split,
+)
+from recipes.commands.options import Names, Spec, check_numbers
+from recipes.kinds import describe, kinds
 from recipes.values import check_finite
 
 Options = TypeVar("Options")
-COMMAND_LINE = ("overwrite", "trust")  # a recipe may come from anybody, and neither replaces a folder nor trusts itself
-_RECIPES = Path(__file__).parents[1]
+Where = str | os.PathLike[str]
 
 
-def _value(text: str) -> Any:
-    """The value of YAML on the command line or in a recipe; `Once:` and `{a, b}`, without any values, stay text."""
-    value = parse_yaml(text)
-    return text if isinstance(value, dict) and value and all(v is None for v in value.values()) else value
+def print_help(verb: str, options: type) -> None:
+    """Print the options of a verb, and what the registries hold that they choose from."""
+    parser = build_parser(verb, options)
+    lists = [(name, one.metadata) for name, one in _fields(options).items() if one.metadata["registry"]]
+    parser.epilog = "\n\n".join(describe(name, more["registry"], more["beside"]) for name, more in lists)
+    parser.print_help()
 
 
-jsonargparse.set_loader("yaml", _value, (Malformed,))  # for every parser, that of `fit` too
-# jsonargparse writes defaults as YAML, and that of one of Lightning's callbacks is an Enum
-yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
-
-
-def build_parser(verb: str, options: type, *, partial: bool = False) -> jsonargparse.ArgumentParser:
-    """Return the parser of `espalier VERB`: one argument a field, plus `-c/--config FILE` for a recipe.
-
-    partial: nothing is required, and nothing is positional: the parser of a recipe alone.
-    """
+def build_parser(verb: str, options: type) -> jsonargparse.ArgumentParser:
+    """Return the parser of `espalier VERB`, one argument a field."""
     parser = jsonargparse.ArgumentParser(
-        prog=f"espalier {verb}", description=options.__doc__, exit_on_error=False, allow_abbrev=False
+        prog=f"espalier {verb}",
+        description=options.__doc__,
+        formatter_class=_Help,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
-    parser.add_argument("-c", "--config", action="config", help="recipe (YAML); several merge from left to right")
+    again = "recipe (YAML); several merge from left to right"
+    parser.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help=again)
     own = options.__annotations__  # what this verb alone has comes first in its help, what verbs share after that
-    for field in sorted(dataclasses.fields(options), key=lambda field: field.name not in own):
-        if partial:
-            parser.add_argument(f"--{field.name}", type=field.type | None, default=None)
-        elif "metavar" in field.metadata:
-            parser.add_argument(field.name, **_arguments(field))
-        else:
-            parser.add_argument(f"--{field.name}", **_arguments(field))
+    fields = _fields(options)
+    for name, field in sorted(fields.items(), key=lambda item: item[0] not in own):
+        parser.add_argument(name if "metavar" in field.metadata else f"--{name}", **_arguments(field))
+    for name, (_, kind) in short_forms(options).items():
+        if name not in fields:
+            parser.add_argument(f"--{name}", type=kind | None, default=None, help=argparse.SUPPRESS)
     return parser
+
+
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of what stands below the options."""
+
+
+def _fields(options: type) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(options)}
 
 
 def _arguments(field: dataclasses.Field) -> dict[str, Any]:
@@ -60,13 +73,24 @@ def _arguments(field: dataclasses.Field) -> dict[str, Any]:
         if field.metadata["nargs"]:
             arguments |= {"nargs": field.metadata["nargs"], "type": get_args(field.type)[0]}
         return arguments
-    if field.type is bool:  # `--overwrite` alone means true
-        arguments |= {"nargs": "?", "const": True}
-    if field.default is not dataclasses.MISSING:
-        return arguments | {"default": field.default}
     if field.default_factory is not dataclasses.MISSING:
         return arguments | {"default": field.default_factory()}
-    return arguments | {"required": True}
+    return arguments | ({"required": True} if _required(field) else {"default": field.default})
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def short_forms(options: type) -> dict[str, tuple[str, Any]]:
+    """The options of an object that may stand beside it: name -> (the option whose object it is, type)."""
+    fields = _fields(options)
+    found = {name: (field.metadata["of"], field.type) for name, field in fields.items() if field.metadata["of"]}
+    for key, field in fields.items():
+        for kind in kinds(field.metadata["registry"]) if field.metadata["beside"] else ():
+            for one in kind.options:
+                found.setdefault(one.name, (key, one.type or Spec | Names))
+    return found
 
 
 def parse_arguments(verb: str, options: type[Options], argv: list[str]) -> Options:
@@ -75,157 +99,87 @@ def parse_arguments(verb: str, options: type[Options], argv: list[str]) -> Optio
     Raises:
         UserError: an unknown key or flag, a value of the wrong type, a missing option, a recipe that is no YAML.
     """
-    recipes, rest = _split_recipes(verb, argv)
-    keys = {field.name for field in dataclasses.fields(options)}
-    for recipe in recipes:
-        values = read_recipe(recipe)
-        check_keys(values, keys, recipe)
-        refuse_keys(values, COMMAND_LINE, recipe)
-        check_given(options, values, recipe)
-        check = build_parser(verb, options, partial=True)
-        _parsed(options, lambda: check.parse_object(values), recipe)  # noqa: B023 (called at once)
-    _check_flags(verb, rest, keys)
-    parser = build_parser(verb, options)
-    argv = [f"--config={recipe}" for recipe in recipes] + rest
-    return _checked(options(**_parsed(options, lambda: parser.parse_args(argv), parser.prog)), parser.prog)
+    fields, where = _fields(options), f"espalier {verb}"
+    keys = {*fields, *short_forms(options)}
+    line = split(verb, argv, keys, [name for name, field in fields.items() if field.type is bool])
+    sources: list[tuple[Mapping[str, Any], Where]] = [(read_recipe(path), path) for path in line.recipes]
+    for values, path in sources:
+        refuse_keys(values, COMMAND_LINE, path)
+    texts = {name for name, field in fields.items() if field.type in (str, str | None)}
+    said: dict[str, Any] = {}
+    for name, text in line.flags:
+        said = merged(said, nested(name, flag_value(name, text, keys, texts)))
+    words = list(line.words)
+    for name, field in fields.items():
+        if "metavar" in field.metadata and words:
+            said[name] = words if field.metadata["nargs"] else words.pop(0)
+            words = [] if field.metadata["nargs"] else words
+    chosen = parse_sources(verb, options, [*sources, (said, where)])
+    if words:
+        raise UserError(f"{where}: unrecognized arguments: {' '.join(words)}")
+    return chosen
 
 
 def parse_values(verb: str, options: type[Options], values: dict[str, Any], where: str) -> Options:
-    """Return the options that a mapping gives: a stage inside a pipeline file.
-
-    Raises:
-        UserError: as `parse_arguments`; `where` names the file and the stage.
-    """
-    check_keys(values, {field.name for field in dataclasses.fields(options)}, where)
-    check_given(options, values, where)
-    parser = build_parser(verb, options)
-    return _checked(options(**_parsed(options, lambda: parser.parse_object(values), where)), where)
+    """Return the options that a mapping gives; otherwise as `parse_arguments`, `where` is the place of the mapping."""
+    return parse_sources(verb, options, [(values, where)])
 
 
-def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds.
-
-    Raises:
-        UserError: there is no such file, or it holds something else.
-    """
-    path = Path(path)
+def parse_sources(verb: str, options: type[Options], sources: Iterable[tuple[Mapping[str, Any], Where]]) -> Options:
+    """Return the options that mappings give, each with the place that it comes from; later ones win."""
+    fields, shorts = _fields(options), short_forms(options)
+    values: dict[str, Any] = {name: field.default for name, field in fields.items() if field.metadata["registry"]}
+    places: dict[str, Where] = {}  # of each key
+    for source, where in sources:
+        check_keys(source, {*fields, *shorts}, where)
+        refuse_classes(source, where)
+        _check_given(options, source, where)
+        for name, (key, _) in shorts.items():
+            if isinstance(source.get(key), dict) and name in source[key]:
+                if name in source:
+                    raise UserError(f"{where}: {name} stands both in {key} and beside it; keep one of them")
+                values.pop(name, None)
+        values = merged(values, source)
+        places |= dict.fromkeys(source, where)
+    if missing := [field for name, field in fields.items() if _required(field) and name not in values]:
+        missing.sort(key=lambda field: "metavar" not in field.metadata)
+        shown = [field.metadata.get("metavar", f"--{field.name}") for field in missing]
+        raise UserError(f"{where}: {' and '.join(shown)} must be given (--help lists the options)")
+    found = _parsed(verb, options, values, places)
+    for name in shorts.keys() - fields.keys():
+        if (value := found.pop(name)) is not None:
+            key = shorts[name][0]
+            found[key] = merged(found[key], {name: value})
     try:
-        values = read_plain(path, parse_yaml)
-    except FileNotFoundError:
-        raise UserError(f"there is no recipe {path}") from None
-    except (OSError, Malformed) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a mapping of keys to values, not a {type(values).__name__}")
-    return values
-
-
-def find_recipe(name: str, file: Path, where: str | os.PathLike[str]) -> Path:
-    """Return the recipe that `file` names: beside it, below the working directory, or one of Espalier's own.
-
-    Raises:
-        UserError: there is none; `where` is the place that names it.
-    """
-    places = [file.parent / name, Path(name).expanduser(), _RECIPES / name]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise UserError(f"{where}: there is no recipe {name} beside {file} or in the working directory")
-    return found
-
-
-def check_keys(values: dict[str, Any], allowed: set[str], where: str | os.PathLike[str]) -> None:
-    """Raise UserError for the first key that is not allowed, with the nearest one that is, and for a class anywhere.
-
-    The parser would import a class that stands where any value may.
-    """
-    for key in values:
-        if key not in allowed:
-            raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), allowed)}")
-        if (named := _class_in(values[key])) is not None:
-            raise UserError(f"{where}: {key} names the class {named}; nothing here takes a class")
-
-
-def refuse_keys(values: Mapping[str, Any], keys: Iterable[str], where: str | os.PathLike[str]) -> None:
-    """Raise UserError for a key that a recipe may not hold: what is replaced or trusted is for the person to say."""
-    for key in keys:
-        if key in values:
-            raise UserError(
-                f"{where}: '{key}' is no key of a recipe; it can only be given on the command line: --{key}"
-            )
-
-
-def _class_in(value: Any) -> str | None:
-    """The first `class_path` in a value of YAML, however deep; None: there is none."""
-    if isinstance(value, dict) and "class_path" in value:
-        return str(value["class_path"])
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((named for one in inner if (named := _class_in(one)) is not None), None)
-
-
-def check_given(options: type, values: dict[str, Any], where: str | os.PathLike[str]) -> None:
-    """Raise UserError for `null` where an option must have a value; jsonargparse takes it for one that is not given."""
-    for field in dataclasses.fields(options):
-        if values.get(field.name, field) is None and type(None) not in get_args(field.type):
-            raise UserError(f"{where}: {field.name} must be {_describe(field.type)}, not null")
-
-
-def _checked(chosen: Options, where: str) -> Options:
-    try:
+        chosen = options(**found)
+        check_finite(found)
         check_numbers(chosen)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return chosen
 
 
-def _split_recipes(verb: str, argv: list[str]) -> tuple[list[str], list[str]]:
-    """Take `-c FILE` out of the arguments: recipes come first, so that the command line wins wherever it stands."""
-    recipes, rest, arguments = [], [], iter(argv)
-    for argument in arguments:
-        if argument in ("-c", "--config"):
-            recipe = next(arguments, None)
-            if recipe is None:
-                raise UserError(f"espalier {verb}: {argument} needs the path of a recipe")
-            recipes.append(recipe)
-        elif argument.startswith("--config="):
-            recipes.append(argument.removeprefix("--config="))
-        else:
-            rest.append(argument)
-    return recipes, rest
-
-
-def _check_flags(verb: str, argv: list[str], keys: set[str]) -> None:
-    known = {f"--{key}" for key in (*keys, "help", "print_config")}
-    for argument in argv:
-        flag = re.match(r"--[A-Za-z_][\w-]*", argument)
-        if flag and flag[0] not in known:
-            raise UserError(f"espalier {verb}: unknown option {flag[0]}{did_you_mean(flag[0], known)}")
-
-
-def _parsed(options: type, parse: Callable[[], jsonargparse.Namespace], where: str) -> dict[str, Any]:
+def _parsed(verb: str, options: type, values: Mapping[str, Any], places: Mapping[str, Where]) -> dict[str, Any]:
+    """The values by their types, defaults where there are none."""
     try:
-        namespace = parse()
+        found = vars(build_parser(verb, options).parse_object(dict(values)))
     except argparse.ArgumentError as error:
-        raise UserError(f"{where}: {_sentence(str(error), options)}") from None
-    values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)}
-    check_finite(values)
-    return values
+        message, where = str(error), f"espalier {verb}"
+        types = {name: field.type for name, field in _fields(options).items()}
+        types |= {name: kind for name, (_, kind) in short_forms(options).items()}
+        if (key := re.match(r'Parser key "([\w]+)', message)) and key[1] in types:
+            given = re.search(r"(?:Given|Got) value: (.*)", message)
+            message = f"{key[1]} must be {_describe(types[key[1]])}, not {given[1] if given else 'that'}"
+            where = places.get(key[1], where)
+        raise UserError(f"{where}: {' '.join(message.split())}") from None
+    return {key: value for key, value in found.items() if key != "config"}
 
 
-def _sentence(message: str, options: type) -> str:
-    """Return jsonargparse's complaint, which spans lines and shows Python types, as one sentence."""
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    key = re.match(r'Parser key "([\w.]+)"', message)
-    if key and key[1] in fields:
-        given = re.search(r"(?:Given|Got) value: (.*)", message)
-        return f"{key[1]} must be {_describe(fields[key[1]].type)}, not {given[1] if given else 'that'}"
-    missing = re.match(r"the following arguments are required: (.*)", message)
-    if missing:
-        absent = [name.strip().lstrip("-") for name in missing[1].split(",")]
-        shown = [fields[name].metadata.get("metavar", f"--{name}") for name in absent if name in fields]
-        return f"{' and '.join(shown)} must be given (--help lists the options)"
-    return _one_line(message)
+def _check_given(options: type, values: Mapping[str, Any], where: Where) -> None:
+    """Raise UserError for `null` where an option must have a value; jsonargparse takes it for one that is not given."""
+    for name, field in _fields(options).items():
+        if values.get(name, field) is None and type(None) not in get_args(field.type):
+            raise UserError(f"{where}: {name} must be {_describe(field.type)}, not null")
 
 
 def _describe(kind: Any) -> str:
@@ -247,7 +201,3 @@ def _describe(kind: Any) -> str:
         return "one of " + ", ".join(str(argument) for argument in arguments)
     inner = [_describe(argument) for argument in arguments if argument is not type(None)]
     return " or ".join(dict.fromkeys(inner)) or str(kind)
-
-
-def _one_line(message: object) -> str:
-    return re.sub(r"\s+", " ", str(message)).strip()

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError, did_you_mean
+from recipes.command_line import COMMAND_LINE, check_keys, find_recipe, read_recipe, refuse_classes, refuse_keys
 from recipes.commands import options
-from recipes.commands.parser import COMMAND_LINE, check_keys, find_recipe, parse_values, read_recipe, refuse_keys
+from recipes.commands.parser import parse_sources, short_forms
 from recipes.commands.pipeline_inputs import Input, pretraining_inputs, stage_inputs
 from recipes.commands.resume import fingerprint_of
 from recipes.fit_arguments import ALIASES
@@ -73,13 +74,19 @@ def read_pipeline(
     common = {} if values.get("common") is None else values["common"]
     if not isinstance(common, dict):
         raise UserError(f"{path}: common must be a mapping of options to values, not {common!r}")
-    every = {field.name for kind in OPTIONS.values() for field in dataclasses.fields(kind)} - {"out", "overwrite"}
+    every = set().union(*(keys_of(kind) for kind in OPTIONS.values())) - {"out", "overwrite"}
     check_keys(common, every, f"{path}: common")
+    refuse_classes(common, f"{path}: common")
     common = {"device": "auto"} | common | ({} if device is None else {"device": device})
     reader = _Reader(path, out, common, model, trust)
     for number, stage in enumerate(stages, start=1):
         reader.add(number, stage)
     return reader.steps
+
+
+def keys_of(kind: type) -> set[str]:
+    """The options of a stage, short forms among them."""
+    return {field.name for field in dataclasses.fields(kind)} | short_forms(kind).keys()
 
 
 class _Reader:
@@ -115,7 +122,7 @@ class _Reader:
             told: Any = {"recipe": recipe, "values": {key: flags[key] for key in flags.keys() - {"device"}}}
             inputs = pretraining_inputs(recipe, flags)
         else:
-            chosen = self._options(verb, recipe | values, out, where)
+            chosen = self._options(verb, recipe, values, out, where)
             told = {key: value for key, value in dataclasses.asdict(chosen).items() if key != "out"}
             inputs = stage_inputs(chosen, self.out)
         self.fingerprint = fingerprint_of({"before": self.fingerprint, "stage": verb, "told": self._portable(told)})
@@ -137,20 +144,19 @@ class _Reader:
         argv += [f"--{key}={value}" for key, value in flags.items()]
         return [*argv, *(["--trust"] if self.trust else []), f"--out={out}", "--ckpt_path=last"]
 
-    def _options(self, verb: str, values: dict[str, Any], out: Path, where: str) -> Any:
-        kind = OPTIONS[verb]
-        allowed = {field.name for field in dataclasses.fields(kind)}
-        values = {key: value for key, value in self.common.items() if key in allowed} | values
-        for key in ("out", "overwrite"):
-            if key in values:
-                raise UserError(f"{where}: {key} is not for a stage; its folder is {out}")
+    def _options(self, verb: str, recipe: dict[str, Any], values: dict[str, Any], out: Path, where: str) -> Any:
+        common = {key: value for key, value in self.common.items() if key in keys_of(OPTIONS[verb])}
         role = "teacher" if verb == "distill" else "model"
-        if self.latest is not None:
-            values.setdefault(role, str(self.latest))
-        if role not in values:
+        before = {} if self.latest is None else {role: str(self.latest)}
+        given = before | common | recipe | values
+        for key in ("out", "overwrite"):
+            if key in given:
+                raise UserError(f"{where}: {key} is not for a stage; its folder is {out}")
+        if role not in given:
             raise UserError(f"{where}: nothing comes before it; name a model with --model, or pretrain first")
-        values = {key: self._folder(value, where) for key, value in values.items()}
-        return parse_values(verb, kind, values | {"out": str(out)}, where)
+        sources = [before, common, recipe, values]
+        placed = [{key: self._folder(value, where) for key, value in source.items()} for source in sources]
+        return parse_sources(verb, OPTIONS[verb], [(source, where) for source in [*placed, {"out": str(out)}]])
 
     def _folder(self, value: Any, where: str) -> Any:
         """`@NAME` is the folder of that stage."""

@@ -17,9 +17,9 @@ from compress.quantization.quantizer import GRID, Quantizer, grid_of, own_option
 from models import checkpoint
 from models.errors import UserError
 from models.transformer import Transformer
+from recipes.command_line import check_keys
 from recipes.commands import options
 from recipes.commands.bit_allocation import CHOICES, Mixed, mix, read_budget
-from recipes.commands.parser import check_keys
 from recipes.commands.stage import Stage
 from recipes.commands.stage_data import Text
 from recipes.commands.terminal import Bars, by_layer

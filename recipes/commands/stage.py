@@ -63,7 +63,6 @@ class Stage(ABC, Generic[Options]):
     def title(self) -> str:
         """Title of the stage in a few words, such as "GPTQ, 4 bits, groups of 64"."""
 
-    @abstractmethod
     def check(self) -> None:
         """Raise UserError for options that cannot work with any model."""
 

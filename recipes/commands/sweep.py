@@ -33,9 +33,9 @@ from models.errors import UserError, did_you_mean
 from models.io import read_json
 from models.shapes import check_shape
 from recipes import cli
+from recipes.command_line import check_keys, find_recipe, read_recipe
 from recipes.commands import options
 from recipes.commands.evaluate import write_figures
-from recipes.commands.parser import check_keys, find_recipe, read_recipe
 from recipes.commands.terminal import Bars, out_console, say
 from recipes.fit_state import run_folder
 

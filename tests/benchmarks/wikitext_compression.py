@@ -37,7 +37,7 @@ from app.optim import AdamW, Cosine
 from app.tasks.compile import CompileBlocks
 from app.tasks.gradients import scale_and_clip
 from app.tasks.precision import call_in
-from compress.pruning.patterns import parse_pattern
+from compress.pruning.patterns import PATTERNS
 from compress.pruning.sparsify import sparsify
 from compress.quantization.affine import IntFormat
 from compress.quantization.methods.gptq import Gptq
@@ -74,7 +74,9 @@ def methods(calibration: Batches) -> dict[str, Callable[[Transformer], object]]:
 
     def prune(criterion: str, pattern: str, sparsity: float | None) -> Callable[[Transformer], object]:
         scope = "layer" if criterion == "magnitude" else "row"
-        return lambda model: sparsify(model, criterion, parse_pattern(pattern, sparsity, scope), calibration)
+        return lambda model: sparsify(
+            model, criterion, PATTERNS.parse(pattern, "pattern").given(sparsity, scope), calibration
+        )
 
     formats = {bits: IntFormat(bits, "channel", scale_dtype="float32") for bits in (4, 3)}
     return {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from compress.calibration.store import FolderStore
-from compress.pruning.context import BudgetSearch, Goal, prune_context
+from compress.pruning.context import BudgetSearch, ContextPruning, prune_context
 from compress.pruning.structured.sequential import prune_structured
 from models.config import ModelConfig
 from models.errors import UserError
@@ -56,7 +56,7 @@ def loss_of(model, budgets):
 
 def test_every_step_is_the_least_harmful_one():
     model = build()
-    _, trace = prune_context(model, batches(), Goal(step=5, budget_ratio=0.4))
+    _, trace = prune_context(model, batches(), ContextPruning(step=5, budget_ratio=0.4))
     budgets = [LENGTH] * 3
     assert trace[0].loss == pytest.approx(loss_of(model, budgets), rel=1e-5)
     for step in trace[1:]:
@@ -76,7 +76,7 @@ def test_every_step_is_the_least_harmful_one():
 def test_the_result_is_an_ordinary_config():
     model = build()
     whole = model.cache_bytes(LENGTH)
-    records, trace = prune_context(model, batches(), Goal(step=4, budget_ratio=0.5))
+    records, trace = prune_context(model, batches(), ContextPruning(step=4, budget_ratio=0.5))
     budgets = [layer.attention.budget for layer in model.config.layers]
     assert loss_of(model, budgets) == pytest.approx(trace[-1].loss, rel=1e-5)
     assert [block.attention.budget for block in model.blocks] == budgets
@@ -91,11 +91,11 @@ def test_the_result_is_an_ordinary_config():
 
 
 def test_a_tolerance_ends_the_search():
-    _, whole = prune_context(build(), batches(), Goal(step=4, budget_ratio=0.3))
+    _, whole = prune_context(build(), batches(), ContextPruning(step=4, budget_ratio=0.3))
     rises = [step.loss - whole[0].loss for step in whole[1:]]
     assert rises[-1] > 0.01
     tolerance = rises[-1] / 2
-    _, trace = prune_context(build(), batches(), Goal(step=4, budget_ratio=0.3, tolerance=tolerance))
+    _, trace = prune_context(build(), batches(), ContextPruning(step=4, budget_ratio=0.3, tolerance=tolerance))
     allowed = list(itertools.takewhile(lambda rise: rise <= tolerance, rises))
     assert 0 < len(allowed) < len(rises)
     assert trace == whole[: len(allowed) + 1]
@@ -103,14 +103,14 @@ def test_a_tolerance_ends_the_search():
 
 def test_without_a_ratio_budgets_may_fall_to_two_tokens():
     model = build(("selective",))
-    _, trace = prune_context(model, batches(), Goal(step=6, tolerance=100.0))
+    _, trace = prune_context(model, batches(), ContextPruning(step=6, tolerance=100.0))
     assert [step.budget for step in trace] == [None, 10, 4, 2]
     assert model.config.layers[0].attention.budget == 2
 
 
 def test_other_layers_and_earlier_budgets_stay():
     model = build(("full", "selective", "full"), budget=10)
-    records, trace = prune_context(model, batches(), Goal(step=3, budget_ratio=0.5))
+    records, trace = prune_context(model, batches(), ContextPruning(step=3, budget_ratio=0.5))
     assert [record.name for record in records] == ["blocks.1.attention"]
     assert [step.budget for step in trace] == [None, 7]
     assert trace[0].memory == 10 / LENGTH
@@ -118,7 +118,7 @@ def test_other_layers_and_earlier_budgets_stay():
 
 
 def test_an_interrupted_search_goes_on(tmp_path):
-    goal = Goal(step=4, budget_ratio=0.4)
+    goal = ContextPruning(step=4, budget_ratio=0.4)
     model, store, every, seen = build(), FolderStore(tmp_path), [], []
     expected = BudgetSearch(build(), batches(), goal).run(None, lambda *one: every.append(one))
 
@@ -153,18 +153,18 @@ def test_an_interrupted_search_goes_on(tmp_path):
 )
 def test_impossible_wishes(kinds, goal, words):
     with pytest.raises(UserError, match=words):
-        prune_context(build(kinds), batches(), Goal(**{"step": 4, **goal}))
+        prune_context(build(kinds), batches(), ContextPruning(**{"step": 4, **goal}))
 
 
 def test_nothing_to_lower_is_said():
     with pytest.raises(UserError, match="at 0.25 already"):
-        prune_context(build(budget=4), batches(), Goal(step=1, budget_ratio=0.3))
+        prune_context(build(budget=4), batches(), ContextPruning(step=1, budget_ratio=0.3))
     with pytest.raises(UserError, match="no budget can be lowered any more"):
-        prune_context(build(budget=2), batches(), Goal(step=1, tolerance=0.3))
+        prune_context(build(budget=2), batches(), ContextPruning(step=1, tolerance=0.3))
     with pytest.raises(UserError, match="tolerance 0 allows no step of 14 tokens: the best one costs"):
-        prune_context(build(), batches(), Goal(step=14, tolerance=0.0))
+        prune_context(build(), batches(), ContextPruning(step=14, tolerance=0.0))
     with pytest.raises(UserError, match="no batch"):
-        prune_context(build(), [], Goal(step=1, tolerance=0.3))
+        prune_context(build(), [], ContextPruning(step=1, tolerance=0.3))
 
 
 def test_heads_are_bound_to_the_one_that_selects():

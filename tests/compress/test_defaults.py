@@ -7,7 +7,7 @@ import torch
 
 from compress.distillation.losses.loss import LOSSES, Combine, DistillationLoss, StateLoss, parse_losses
 from compress.distillation.objective import Objective
-from compress.pruning.criteria.criterion import CRITERIA
+from compress.pruning import METHODS as PRUNING_METHODS
 from compress.pruning.patterns import Unstructured
 from compress.pruning.sparsify import sparsify
 from compress.pruning.structured.importance import IMPORTANCES, Importance
@@ -51,7 +51,7 @@ class TwoLoss(StateLoss):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    for registry, cls in ((METHODS, Halves), (CRITERIA, Column), (IMPORTANCES, Number), (LOSSES, Two)):
+    for registry, cls in ((METHODS, Halves), (PRUNING_METHODS, Column), (IMPORTANCES, Number), (LOSSES, Two)):
         monkeypatch.setattr(registry, "_specs", dict(registry._specs))
         registry.register("toy")(cls)
 

@@ -15,7 +15,7 @@ from app.evaluation.quality import Quality, evaluate_quality, paired
 from compress.distillation.losses.loss import Combine, parse_losses
 from compress.distillation.objective import Objective
 from compress.pruning.masks import HeldMasks, count_violations, masks_of
-from compress.pruning.patterns import parse_pattern
+from compress.pruning.patterns import PATTERNS, Unstructured
 from compress.pruning.sparsify import sparsify
 from compress.pruning.structured.sequential import prune_structured
 from compress.quantization.affine import IntFormat
@@ -54,7 +54,7 @@ def test_gptq_is_better_than_round_to_nearest_at_three_bits(trained, dense):
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.5), ("2:4", None)])
 def test_wanda_is_no_worse_than_magnitude(trained, dense, pattern, sparsity):
-    chosen = parse_pattern(pattern, sparsity)
+    chosen = PATTERNS.parse(pattern, "pattern").given(sparsity)
     magnitude = changed(trained, lambda model: sparsify(model, "magnitude", chosen))
     wanda = changed(trained, lambda model: sparsify(model, "wanda", chosen, trained.calibration))
     assert paired(dense, magnitude).low > 0
@@ -62,14 +62,14 @@ def test_wanda_is_no_worse_than_magnitude(trained, dense, pattern, sparsity):
 
 
 def test_wanda_is_better_than_magnitude_where_much_goes(trained):
-    chosen = parse_pattern("unstructured", 0.7)
+    chosen = Unstructured(0.7)
     magnitude = changed(trained, lambda model: sparsify(model, "magnitude", chosen))
     wanda = changed(trained, lambda model: sparsify(model, "wanda", chosen, trained.calibration))
     assert paired(magnitude, wanda).high < 0
 
 
 def test_two_of_four_costs_more_than_half_of_each_row(trained):
-    half, pattern = parse_pattern("unstructured", 0.5), parse_pattern("2:4")
+    half, pattern = Unstructured(0.5), PATTERNS.parse("2:4", "")
     free = changed(trained, lambda model: sparsify(model, "wanda", half, trained.calibration))
     bound = changed(trained, lambda model: sparsify(model, "wanda", pattern, trained.calibration))
     assert paired(free, bound).low > 0
@@ -110,7 +110,7 @@ def test_distillation_wins_back_most_of_what_structured_pruning_lost(trained, de
 
 def test_masked_distillation_recovers_and_keeps_every_zero(trained, dense):
     student = copy.deepcopy(trained.model)
-    sparsify(student, "wanda", parse_pattern("unstructured", 0.7), trained.calibration)
+    sparsify(student, "wanda", Unstructured(0.7), trained.calibration)
     masks = masks_of(student)
     pruned = evaluate_quality(student, trained.held_out)
     held = HeldMasks(student, masks)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.pruning.patterns import NOfM, Unstructured, global_masks, parse_pattern, smallest
+from compress.pruning.patterns import PATTERNS, NOfM, Unstructured, global_masks, smallest
 from models.errors import UserError
 
 
@@ -63,22 +63,21 @@ def test_global_sparsity_that_empties_a_layer_is_refused():
 
 
 def test_parse():
-    assert parse_pattern("2:4") == NOfM(2, 4)
-    assert parse_pattern("4:8", 0.5) == NOfM(4, 8)
-    assert parse_pattern("unstructured", 0.3, "layer") == Unstructured(0.3, "layer")
+    assert PATTERNS.parse("2:4", "") == NOfM(2, 4)
+    assert PATTERNS.parse("4:8", "").given(0.5) == NOfM(4, 8)
+    assert PATTERNS.parse("unstructured", "").given(0.3, "layer") == Unstructured(0.3, "layer")
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: parse_pattern("two:four"), "unknown pattern"),
-        (lambda: parse_pattern("unstructured"), "needs a sparsity"),
-        (lambda: parse_pattern("2:4", 0.7), "not 0.7"),
-        (lambda: parse_pattern("4:4"), "0 < N < M"),
-        (lambda: parse_pattern("0:4"), "0 < N < M"),
+        (lambda: PATTERNS.parse("two:four", ""), "unknown pattern"),
+        (lambda: PATTERNS.parse("2:4", "").given(0.7), "not 0.7"),
+        (lambda: PATTERNS.parse("4:4", ""), "0 < N < M"),
+        (lambda: PATTERNS.parse("0:4", ""), "0 < N < M"),
         (lambda: Unstructured(1.0), r"\[0, 1\)"),
         (lambda: Unstructured(-0.1), r"\[0, 1\)"),
-        (lambda: Unstructured(0.5, "column"), "scope"),
+        (lambda: PATTERNS.parse({"kind": "unstructured", "scope": "column"}, ""), "one of row, layer, global"),
         (lambda: NOfM(2, 4).check("blocks.0.attention.q", (8, 30)), "blocks.0.attention.q has 30"),
         (lambda: Unstructured(0.99).check("q", (8, 8)), "leaves nothing of q"),
         (lambda: Unstructured(0.5).mask(torch.full((2, 2), float("nan"))), "NaN"),

@@ -61,8 +61,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "quantize.yaml": {"method": {"kind": "gptq", "act_order": True}, "bits": 4, "group_size": 8, "samples": 4,
                       "layers": {"*.down": {"bits": 8}}, "embedding_bits": 8},
     "awq.yaml": {"method": "awq", "bits": 3, "group_size": 8, "samples": 4, "skip": ["blocks.0.*"]},
-    "prune.yaml": {"method": "structured", "targets": "neurons", "ratio": 0.25, "round_to": 4, "samples": 4},
-    "wanda.yaml": {"method": "wanda", "sparsity": 0.5, "pattern": "2:4", "samples": 4},
+    "prune.yaml": {"method": {"kind": "structured", "targets": "neurons", "ratio": 0.25, "round_to": 4}, "samples": 4},
+    "wanda.yaml": {"method": {"kind": "wanda", "pattern": "2:4"}, "sparsity": 0.5, "samples": 4},
     "distill.yaml": {"student_layers": 1, "losses": "logit", "temperature": 2.0, "alpha": 0.5, "max_steps": 2,
                      "train_batch_size": 2, "learning_rate": 0.001, "warmup_steps": 1, "checkpoint_every": 10},
     "pipeline.yaml": {

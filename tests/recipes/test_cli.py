@@ -10,7 +10,7 @@ import pytest
 from models.errors import UserError
 from recipes import cli
 from recipes.commands import options
-from recipes.commands.parser import parse_arguments, parse_values
+from recipes.commands.parser import build_parser, parse_arguments, parse_values
 
 STAGE_VERBS = [name for name, verb in cli.VERBS.items() if verb.options is not None]
 
@@ -52,7 +52,7 @@ def test_help_lists_every_verb(capsys):
 
 def test_every_option_has_help():
     for name in STAGE_VERBS:
-        parser = cli.build_parser(name, cli.VERBS[name].options)
+        parser = build_parser(name, cli.VERBS[name].options)
         assert all(action.help for action in parser._actions), name
 
 
@@ -115,6 +115,42 @@ def test_recipes_merge_from_left_to_right_and_the_command_line_wins(tmp_path):
     assert options.names(chosen.skip) == ("head", "blocks.0.*")
 
 
+def test_options_of_a_method_stand_in_it_or_beside_it_and_the_later_ones_win(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+
+    def method(kind, text, *argv):
+        recipe.write_text(text)
+        verb = kind.__name__.lower()
+        chosen = parse_arguments(verb, kind, ["m", "--out", "o", "-c", str(recipe), *argv])
+        return chosen.method, getattr(chosen, "bits", None)
+
+    half = "method: {kind: magnitude, sparsity: 0.5}"
+    assert method(options.Prune, half, "--sparsity", "0.7")[0] == {"kind": "magnitude", "sparsity": 0.7}
+    assert method(options.Prune, "method: wanda\nsparsity: 0.5", "--method.sparsity", ".7")[0]["sparsity"] == 0.7
+    found, _ = method(options.Prune, half, "--pattern", "2:4", "--method", "magnitude")
+    assert found == {"kind": "magnitude", "sparsity": 0.5, "pattern": "2:4"}
+    assert method(options.Prune, half, "--method", "{kind: wanda, pattern: 2:4}")[0] == {
+        "kind": "wanda",
+        "pattern": "2:4",
+    }
+    assert method(options.Quantize, "bits: 3", "--method", "{kind: rtn, bits: 8}") == ({"kind": "rtn", "bits": 8}, None)
+    found = method(options.Quantize, "method: {kind: gptq, clip: mse}", "--method.act_order", "false", "--bits", "8")
+    assert found == ({"kind": "gptq", "clip": "mse", "act_order": False}, 8)
+    with pytest.raises(UserError, match="sparsity stands both in method and beside it; keep one of them"):
+        method(options.Prune, f"{half}\nsparsity: 0.7")
+
+
+def test_help_lists_kinds_with_their_options(capsys):
+    for verb, words in (
+        ("quantize", ["squeezellm", "act_order", "group_size", "mse {steps: 25, smallest: 0.5}"]),
+        ("prune", ["structured", "taylor", "--OPTION VALUE", "(default: existing)"]),
+        ("distill", ["upcycled", "cosine, mean_squared", "--losses.OPTION"]),
+        ("export", ["compressed-tensors", "Dense weights"]),
+    ):
+        shown = " ".join(run_cli(verb, "--help", capsys=capsys)[1].out.split())
+        assert all(word in shown for word in words), verb
+
+
 def test_numbers_in_scientific_notation(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learning_rate: 1e-3\n")
@@ -129,7 +165,8 @@ def test_a_flag_alone_means_true():
 
 
 def test_values_of_a_pipeline_are_checked_like_flags():
-    assert parse_values("prune", options.Prune, {"model": "m", "out": "o", "ratio": 0.5}, "here").ratio == 0.5
+    chosen = parse_values("prune", options.Prune, {"model": "m", "out": "o", "ratio": 0.5}, "here")
+    assert chosen.method == {"kind": "wanda", "ratio": 0.5}
     with pytest.raises(UserError, match=r"p.yaml, stage 2: unknown key 'ration' \(did you mean 'ratio'"):
         parse_values("prune", options.Prune, {"model": "m", "out": "o", "ration": 0.5}, "p.yaml, stage 2")
 

@@ -14,7 +14,7 @@ from app.evaluation.report.overview import read_report
 from app.tasks import TASKS
 from app.tasks.tokens import TokenTask
 from compress.distillation.losses.loss import LOSSES, DistillationLoss, StateLoss
-from compress.pruning.criteria.criterion import CRITERIA
+from compress.pruning import METHODS as PRUNING_METHODS
 from compress.quantization.quantizer import METHODS
 from models.attention.protocol import Attention
 from models.checkpoint import read_task
@@ -131,7 +131,7 @@ class Toy(Llama):
 ADDED = (
     (ATTENTIONS, "toy_attention", Pairs),
     (METHODS, "toy_method", Halves),
-    (CRITERIA, "toy_criterion", Column),
+    (PRUNING_METHODS, "toy_criterion", Column),
     (LOSSES, "toy_loss", Constant),
     (METRICS, "surprise", Surprise),
     (TASKS, "toy_task", Copy),
@@ -218,7 +218,7 @@ def test_a_pruning_criterion(parrot, espalier, refused, tmp_path):
     weight = models.load(tmp_path / "out").blocks[0].feedforward.up.weight
     assert not weight[:, :8].any()
     assert weight[:, 8:].all()
-    refused("prune", parrot, "--method", "toy", "--out", tmp_path / "no", words=["method must be one of", "wanda"])
+    refused("prune", parrot, "--method", "toy", "--out", tmp_path / "no", words=["unknown method 'toy'", "wanda"])
 
 
 def test_a_distillation_loss(parrot, espalier, tmp_path):

@@ -1,25 +1,19 @@
-"""The arguments of fit before the parser: recipes, architecture on the command line, aliases, unknown keys."""
-
-import json
+"""The arguments of fit as one mapping: recipes that merge, architecture on the command line, aliases, unknown keys."""
 
 import pytest
 import yaml
 
 from models.errors import UserError
-from recipes.fit_arguments import changed, check_keys, prepare, trusting
+from recipes.command_line import check_keys, merged
+from recipes.fit_arguments import prepare, trusting
 
-KEYS = {
-    *(
-        "seed_everything",
-        "out",
-        "overwrite",
-        "ckpt_path",
-        "model.architecture",
-        "model.optimizer",
-        "model.compute_dtype",
-    ),
-    *("data.source", "data.seed", "data.sequence_length", "trainer.max_steps", "trainer.accelerator"),
-}
+KEYS = dict.fromkeys(
+    (
+        *("seed_everything", "overwrite", "ckpt_path", "model.architecture", "model.optimizer", "model.task"),
+        *("model.compute_dtype", "data.seed", "data.sequence_length", "trainer.max_steps", "trainer.accelerator"),
+        "trainer.callbacks",
+    )
+) | {"out": str | None, "data.source": str}
 
 
 @pytest.fixture
@@ -32,21 +26,15 @@ def recipe(tmp_path):
     return write
 
 
-def architecture(arguments):
-    (found,) = [argument for argument in arguments if argument.startswith("--model.architecture=")]
-    return json.loads(found.partition("=")[2])
-
-
 def test_sub_keys_of_the_architecture_win_over_the_recipe(recipe):
     path = recipe(model={"architecture": {"width": 256, "attention": {"kind": "full", "heads": 4}, "position": "rope"}})
-    arguments = prepare(
+    values = prepare(
         "fit",
         ["--model.architecture.width", "512", "-c", path, "--model.architecture.attention.heads=8",
          "--model.architecture.position.base", "5e5", "--model.architecture.layers", "[a/b, c/d]"],
         KEYS,
     )  # fmt: skip
-    assert arguments[0] == f"--config={path}"
-    assert architecture(arguments) == {
+    assert values["model"]["architecture"] == {
         "width": 512,
         "attention": {"kind": "full", "heads": 8},
         "position": {"kind": "rope", "base": 500000.0},
@@ -55,47 +43,99 @@ def test_sub_keys_of_the_architecture_win_over_the_recipe(recipe):
 
 
 def test_a_preset_can_be_changed_in_part():
-    arguments = prepare("fit", ["--model.architecture", "gpt2-small", "--model.architecture.depth", "2"], KEYS)
-    found = architecture(arguments)
+    values = prepare("fit", ["--model.architecture", "gpt2-small", "--model.architecture.depth", "2"], KEYS)
+    found = values["model"]["architecture"]
     assert (found["depth"], found["width"]) == (2, 768)
 
 
 def test_a_preset_alone_stays_a_name():
-    assert prepare("fit", ["--model.architecture", "gpt2-small"], KEYS) == ["--model.architecture=gpt2-small"]
+    assert prepare("fit", ["--model.architecture", "gpt2-small"], KEYS) == {"model": {"architecture": "gpt2-small"}}
 
 
-def test_the_last_recipe_gives_the_architecture(recipe, tmp_path):
+def test_a_second_recipe_merges_into_the_first(recipe, tmp_path):
+    """Mappings merge, lists and values are replaced, and another kind or class replaces its mapping."""
     other = tmp_path / "other.yaml"
-    other.write_text("model: {architecture: {width: 1}}")
-    first = recipe(model={"architecture": {"width": 256}})
-    assert architecture(prepare("fit", ["-c", first, "-c", str(other)], KEYS)) == {"width": 1}
+    first = recipe(
+        model={
+            "architecture": {
+                "width": 256,
+                "attention": {"kind": "full", "heads": 4},
+                "position": "rope",
+                "feedforward": {"kind": "swiglu", "width": 688},
+                "layers": ["a", "b"],
+            },
+            "optimizer": {"class_path": "app.optim.Muon", "init_args": {"lr": 1, "momentum": 2}},
+        }
+    )
+    second = {
+        "architecture": {
+            "attention": {"heads": 8},
+            "position": {"base": 5},
+            "feedforward": {"kind": "mlp"},
+            "layers": ["c"],
+        },
+        "optimizer": {"class_path": "Muon", "init_args": {"lr": 3}},
+    }
+    other.write_text(yaml.safe_dump({"model": second}))
+    found = prepare("fit", ["-c", first, "-c", str(other), "--model.optimizer.momentum", "4"], KEYS)["model"]
+    assert found["architecture"] == {
+        "width": 256,
+        "attention": {"kind": "full", "heads": 8},
+        "position": {"kind": "rope", "base": 5},
+        "feedforward": {"kind": "mlp"},
+        "layers": ["c"],
+    }
+    assert found["optimizer"]["init_args"] == {"lr": 3, "momentum": 4}
+    other.write_text("model: {optimizer: {class_path: AdamW}}")
+    assert prepare("fit", ["-c", first, "-c", str(other)], KEYS)["model"]["optimizer"] == {"class_path": "AdamW"}
+
+
+def test_a_second_recipe_changes_a_preset_in_part(recipe, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("model: {architecture: {depth: 2}}")
+    arguments = ["-c", recipe(model={"architecture": "gpt2-small"}), "-c", str(other)]
+    found = prepare("fit", arguments, KEYS)["model"]["architecture"]
+    assert (found["depth"], found["width"]) == (2, 768)
+
+
+def test_a_part_of_a_recipe_in_a_file_of_its_own(tmp_path):
+    (tmp_path / "data.yaml").write_text("source: text.txt\n")
+    arguments = ["--data.seed", "3", "--data", str(tmp_path / "data.yaml")]
+    assert prepare("fit", arguments, KEYS) == {"data": {"seed": "3", "source": "text.txt"}}
+    (tmp_path / "data.yaml").write_text("sorce: text.txt\n")
+    with pytest.raises(UserError, match=r"data\.yaml: unknown key 'data\.sorce' \(did you mean 'source'"):
+        prepare("fit", arguments, KEYS)
 
 
 def test_flags_mean_the_same_as_in_every_verb():
-    arguments = prepare(
+    values = prepare(
         "fit",
         ["--data", "text.txt", "--seed", "7", "--device", "cpu", "--dtype", "float32", "--sequence_length", "64",
          "--overwrite"],
         KEYS,
     )  # fmt: skip
-    assert arguments == [
-        *("--data.source=text.txt", "--seed_everything=7", "--data.seed=7", "--trainer.accelerator=cpu"),
-        *("--model.compute_dtype=float32", "--data.sequence_length=64", "--overwrite=true"),
-    ]
+    assert values == {
+        "data": {"source": "text.txt", "seed": "7", "sequence_length": "64"},  # text that the parser reads by its type
+        "seed_everything": "7",
+        "trainer": {"accelerator": "cpu"},
+        "model": {"compute_dtype": "float32"},
+        "overwrite": "true",
+    }
 
 
 def test_negative_numbers_are_values():
-    assert prepare("fit", ["--trainer.max_steps", "-1"], KEYS) == ["--trainer.max_steps=-1"]
+    assert prepare("fit", ["--trainer.max_steps", "-1"], KEYS) == {"trainer": {"max_steps": "-1"}}
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--trainer.max_stps", "3"], r"unknown option --trainer\.max_stps \(did you mean max_steps\?\)"),
-        (["--max_steps", "3"], r"did you mean trainer\.max_steps"),
+        (["--trainer.max_stps", "3"], r"unknown option --trainer\.max_stps \(did you mean '--trainer\.max_steps'\?\)"),
+        (["--max_steps", "3"], r"did you mean '--trainer\.max_steps'"),
         (["--modle.optimizer", "AdamW"], r"unknown option --modle\.optimizer"),
         (["recipe.yaml"], "-c recipe.yaml"),
         (["-c"], "needs the path"),
+        (["--out", "--overwrite"], "--out needs a value"),
         (["-c", "/nowhere.yaml"], "no recipe /nowhere.yaml"),
     ],
 )
@@ -122,12 +162,16 @@ def test_below_an_object_everything_is_left_to_the_parser():
     check_keys({"model": {"optimizer": {"class_path": "X", "init_args": {"anything": 1}}}}, KEYS, "recipe.yaml")
 
 
-def test_changing_leaves_the_original_alone():
-    original = {"attention": {"heads": 4}}
-    assert changed(original, {"attention.heads": 8}) == {"attention": {"heads": 8}}
-    assert original == {"attention": {"heads": 4}}
-    with pytest.raises(UserError, match="width is 3 and has no keys"):
-        changed({"width": 3}, {"width.x": 1})
+def test_merging_leaves_the_originals_alone():
+    before, now = {"attention": {"heads": 4}}, {"attention": {"heads": 8}}
+    assert merged(before, now) == now
+    assert before == {"attention": {"heads": 4}}
+
+
+def test_a_name_alone_keeps_the_options_of_the_same_kind():
+    chosen = {"kind": "wanda", "pattern": "2:4"}
+    assert merged({"method": chosen}, {"method": "wanda"}) == {"method": chosen}
+    assert merged({"method": chosen}, {"method": "magnitude"}) == {"method": "magnitude"}
 
 
 def test_only_the_flag_allows_other_classes(monkeypatch):

@@ -99,9 +99,9 @@ def test_overwriting_and_trust_are_said_on_the_command_line(tmp_path):
     with pytest.raises(UserError, match=words):
         parse_arguments("run", Run, ["-c", str(recipe), "pipeline.yaml", "--out", "out"])
     with pytest.raises(UserError, match=words):
-        fit_arguments("fit", ["-c", str(write(recipe, overwrite=True))], ["overwrite", "out"])
+        fit_arguments("fit", ["-c", str(write(recipe, overwrite=True))], {"overwrite": bool, "out": str})
     with pytest.raises(UserError, match=words):
-        fit_arguments("fit", ["-c", str(write(recipe, config="other.yaml"))], ["config", "out"])
+        fit_arguments("fit", ["-c", str(write(recipe, config="other.yaml"))], {"config": None, "out": str})
     write(tmp_path / "plain.yaml")
     for key in ("overwrite", "trust"):
         for stage in ({"stage": "pretrain", "config": "plain.yaml"}, {"stage": "prune"}):

@@ -38,7 +38,7 @@ def test_wanda_writes_a_whole_folder(teacher, espalier, tmp_path):
 def test_history_names_the_defaults_of_the_method(teacher, espalier, tmp_path):
     assert espalier("prune", teacher, "--out", tmp_path / "a", *QUICK, "--method", "magnitude")[0] == 0
     recipe = json.loads((tmp_path / "a" / "history.json").read_text())["stages"][0]["recipe"]
-    assert (recipe["pattern"], recipe["scope"], recipe["ratio"]) == ("unstructured", "row", None)
+    assert recipe["method"]["pattern"] == {"kind": "unstructured", "sparsity": 0.5, "scope": "row"}
 
 
 def test_calibration_text_is_recorded_beside_the_text_that_is_measured_on(teacher, espalier, tmp_path):

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compress.calibration.statistics import Statistic
-from compress.pruning.criteria.criterion import CRITERIA, Criterion
+from compress.pruning.method import METHODS
+from compress.pruning.sparsify import Criterion
 
 
-@CRITERIA.register("magnitude")
+@METHODS.register("magnitude")
 @dataclass(frozen=True)
 class Magnitude(Criterion):
     """|W|; needs no data."""

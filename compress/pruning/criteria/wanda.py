@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compress.calibration.statistics import InputNorm, StatisticType
-from compress.pruning.criteria.criterion import CRITERIA, Criterion
+from compress.pruning.method import METHODS
+from compress.pruning.sparsify import Criterion
 
 
-@CRITERIA.register("wanda")
+@METHODS.register("wanda")
 @dataclass(frozen=True)
 class Wanda(Criterion):
     """|W_ij| * ||x_j||_2 over all calibration tokens (eq. 1), compared within each output row by default.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from models.errors import UserError, did_you_mean
 from models.feedforward import DenseFeedForward
 
 TARGETS = ("neurons", "heads", "groups", "experts")
-COMPENSATIONS = ("none", "existing", "add")
+Compensation = Literal["none", "existing", "add"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StructuredConfig:
     ratios: Mapping[str, float]
     allocation: Allocation
     round_to: int = 1
-    compensation: str = "existing"
+    compensation: Compensation = "existing"
 
     def __post_init__(self) -> None:
         if not self.ratios:
@@ -47,10 +47,8 @@ class StructuredConfig:
                 )
         if self.round_to < 1:
             raise UserError(f"round_to is {self.round_to}; it must be at least 1")
-        if self.compensation not in COMPENSATIONS:
-            raise UserError(
-                f"unknown compensation '{self.compensation}'{did_you_mean(self.compensation, COMPENSATIONS)}"
-            )
+        if self.compensation not in (known := get_args(Compensation)):
+            raise UserError(f"unknown compensation '{self.compensation}'{did_you_mean(self.compensation, known)}")
 
     def expected(self, unit: str) -> float | None:
         """The fraction of a linear layer's units that is asked to go; query heads go with their groups as well."""

@@ -16,7 +16,7 @@ F neurons, E experts (1 where there are none), G key/value groups, R query heads
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,12 +28,15 @@ from compress.calibration.records import LayerRecord
 from compress.calibration.sequential import Batch, BlockStep, Method, Progress, calibrate_sequentially
 from compress.calibration.statistics import Moments, StatisticType
 from compress.calibration.store import Store
+from compress.pruning.method import METHODS, PruningMethod
 from compress.pruning.patterns import smallest
 from compress.pruning.sparsify import refuse_packed
 from compress.pruning.structured import surgery
-from compress.pruning.structured.allocation import ALLOCATIONS, Allocation
-from compress.pruning.structured.importance import IMPORTANCES, Importance
+from compress.pruning.structured.allocation import ALLOCATIONS, Allocation, Uniform
+from compress.pruning.structured.importance import IMPORTANCES, Importance, Variance
 from compress.pruning.structured.plan import (
+    TARGETS,
+    Compensation,
     KeptCounts,
     StructuredConfig,
     has_heads,
@@ -44,6 +47,7 @@ from compress.pruning.structured.plan import (
 )
 from models.attention.full import FullAttention
 from models.feedforward import DenseFeedForward
+from models.registry import Names
 
 UNITS = {
     "gate": "neurons",
@@ -359,3 +363,40 @@ def prune_structured(
             model, method, batches, store=store, progress=progress, device=device, autocast=autocast
         )
         return records + left_out(model, "dense")
+
+
+@METHODS.register("structured")
+@dataclass(frozen=True)
+class Structured(PruningMethod):
+    """Structured pruning: neurons, heads, key/value groups or experts are taken out of the tensors.
+
+    Args:
+        targets: what to take out: neurons (of each expert as many), heads, groups (key/value groups with their heads),
+            experts.
+        ratio: share of the targets to take out, above 0 and below 1; or one for each, as in {neurons: 0.25}.
+        criterion: which of them go.
+        allocation: how much every layer loses.
+        round_to: the number of neurons that stay is a multiple of this.
+        compensation: whether an output bias takes over the mean of what goes: none, existing where there is one, or add
+            one.
+    """
+
+    targets: tuple = field(default=TARGETS[:1], metadata={"registry": Names()})
+    ratio: float | dict[str, float] = 0.25
+    criterion: Importance = field(default=Variance(), metadata={"registry": IMPORTANCES})
+    allocation: Allocation = field(default=Uniform(), metadata={"registry": ALLOCATIONS})
+    round_to: int = 8
+    compensation: Compensation = "existing"
+
+    def __post_init__(self) -> None:
+        StructuredConfig(read_ratios(self.targets, self.ratio), self.allocation, self.round_to, self.compensation)
+
+    def title(self) -> str:
+        ratios = read_ratios(self.targets, self.ratio)
+        return "structured pruning, " + ", ".join(f"{ratio:.0%} of the {target}" for target, ratio in ratios.items())
+
+    def prune(
+        self, model: nn.Module, batches: Sequence[Batch] | None, *, searching: Callable[[int, int], None], **how: Any
+    ) -> tuple[list[LayerRecord], dict[str, Any]]:
+        own = {name: getattr(self, name) for name in ("allocation", "round_to", "compensation")}
+        return prune_structured(model, self.targets, self.ratio, self.criterion, batches, **own, **how), {}
