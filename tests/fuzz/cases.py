@@ -159,7 +159,7 @@ def option(random: Random) -> tuple[list[str], str]:
 
     argv = command(random.choice(list(COMMANDS)))
     options = cli.VERBS[argv[0]].options
-    keys = dotted(FIT) if options is None else {field.name: None for field in dataclasses.fields(options)}
+    keys = dotted(FIT) if options is None else options_of(options)
     drawn = random.random()
     if drawn < 0.1:
         place = random.randrange(1, len(argv))
@@ -173,6 +173,18 @@ def option(random: Random) -> tuple[list[str], str]:
     value = mutators.bearable(key, value)
     text = (value if isinstance(value, str) else json.dumps(value)).replace("\0", "")
     return [*argv, f"--{key}={text}"], f"--{key} := {mutators.show(value)}"
+
+
+def options_of(options: type) -> list[str]:
+    """The flags of a verb: its options, and those of the kinds that they name, beside them and below."""
+    from recipes.commands.parser import short_forms
+    from recipes.kinds import kinds
+
+    found = [*(field.name for field in dataclasses.fields(options)), *short_forms(options)]
+    for field in dataclasses.fields(options):
+        for kind in kinds(field.metadata["registry"]) if field.metadata["registry"] else ():
+            found += [f"{field.name}.kind", *(f"{field.name}.{one.name}" for one in kind.options)]
+    return found
 
 
 def dotted(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
