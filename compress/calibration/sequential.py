@@ -195,6 +195,25 @@ class Activations:
         if not self.inputs:
             raise UserError("the calibration data holds no batch; give text that fills at least one sequence")
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The hidden states, and what the layers so far have left to later ones, by batch."""
+        found = {str(i): x for i, x in enumerate(self.inputs)}
+        for i, context in enumerate(self.contexts):
+            found |= {f"{i}:{layer}:{name}": tensor for (layer, name), tensor in context.state.items()}
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from `tensors`."""
+        states: list[dict[tuple[int, str], Tensor]] = [{} for _ in self.inputs]
+        for key, tensor in tensors.items():
+            i, *rest = key.split(":", 2)
+            tensor = tensor.to(self.inputs[int(i)].device)
+            if rest:
+                states[int(i)][int(rest[0]), rest[1]] = tensor
+            else:
+                self.inputs[int(i)] = tensor
+        self.contexts = [one._replace(state=state) for one, state in zip(self.contexts, states, strict=True)]
+
     def casting(self) -> AbstractContextManager:
         """Autocast of the forward passes, where a dtype was given."""
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
@@ -338,7 +357,7 @@ def _keep(
     if store is None:
         return
     if step.index < last:
-        store.save(f"chain-{step.index}", {str(i): x for i, x in enumerate(activations.inputs)}, {})
+        store.save(f"chain-{step.index}", activations.tensors(), {})
     tensors = {f"state:{name}": tensor for name, tensor in step.state().items()}
     tensors |= {f"extra:{name}": tensor for name, tensor in step.extras.items()}
     info = {"forms": step.forms(), "records": [record.to_dict() for record in records]}
@@ -359,7 +378,7 @@ def _resume(
     while 0 < len(saved) <= last:
         held = store.load(f"chain-{len(saved) - 1}")
         if held is not None:
-            activations.inputs = [held[0][str(i)].to(x.device) for i, x in enumerate(activations.inputs)]
+            activations.restore(held[0])
             break
         saved.pop()
     records = []

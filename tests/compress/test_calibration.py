@@ -393,3 +393,31 @@ def test_the_variance_of_what_never_changes_is_never_below_zero():
     assert (mean[2] - mean[0].square()).min() < 0
     assert moments.variance().min() == 0
     assert moments.variance().max() < 1e-12
+
+
+def test_a_resumed_run_knows_what_earlier_layers_left_to_later_ones(tmp_path):
+    """Selective attention with `carry` reads the masks of the layers below it, which are no part of the stream."""
+    attention = {"kind": "selective", "heads": 2, "carry": 0.5}
+    values = {"width": 32, "depth": 3, "vocab_size": 64, "feedforward": {"kind": "swiglu", "width": 48}}
+
+    def selective():
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig.from_dict({**values, "attention": attention}))
+        for parameter in model.parameters():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+        return model
+
+    whole, resumed = Look(), Look()
+    calibrate_sequentially(selective(), whole, batches())
+
+    class Killed(Look):
+        def compress(self, name, module, statistic):
+            if name.startswith("blocks.2."):
+                raise KeyboardInterrupt
+            return super().compress(name, module, statistic)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_sequentially(selective(), Killed(), batches(), store=FolderStore(tmp_path))
+    calibrate_sequentially(selective(), resumed, batches(), store=FolderStore(tmp_path))
+    name = "blocks.2.attention.o"
+    assert torch.equal(whole.seen[name].matrix(), resumed.seen[name].matrix())
