@@ -68,10 +68,8 @@ class Registry:
         if not isinstance(kind, str) or kind not in self._specs:
             raise UserError(f"{where}: unknown {self.axis} {kind!r}{did_you_mean(kind, self._specs)}")
         arguments = {key: argument for key, argument in value.items() if key != "kind"}
-        for key in arguments:
-            able = [other for other in self if key in _hints(self._specs[other])]
-            if able and kind not in able:
-                able = " or ".join(able)
+        for key in arguments.keys() - _hints(self._specs[kind]).keys():
+            if able := " or ".join(other for other in self if key in _hints(self._specs[other])):
                 raise UserError(
                     f"{where}: {key} is an option of {self.axis} {able}, not of {kind}; leave it out, or choose {able}"
                 )
@@ -168,22 +166,26 @@ def dump_dataclass(spec: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    """The types of a spec's options by name."""
+def _hints(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The types that each option of a spec may have."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    return {field.name: _alternatives(hints[field.name]) for field in dataclasses.fields(cls) if field.init}
 
 
-def _checked(value: Any, hint: Any, where: str) -> Any:
-    """Return `value` as the annotated plain type (an int passes as a float); refuse any other, NaN and what is huge."""
-    allowed = _alternatives(hint)
-    fits = type(value) in [typing.get_origin(kind) or kind for kind in allowed] or value in _choices(allowed)
-    if not fits and not (float in allowed and type(value) is int):
-        names = " or ".join(dict.fromkeys(map(_named, allowed)))
-        raise UserError(f"{where}: expected {names}, got {value!r}")
-    for kind in allowed:
-        if typing.get_origin(kind) is dict is type(value):
-            return {key: _checked(one, typing.get_args(kind)[1], f"{where}.{key}") for key, one in value.items()}
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _checked(value: Any, allowed: tuple[Any, ...], where: str) -> Any:
+    """Return `value` as one of the plain types (an int passes as a float); refuse any other, NaN and what is huge."""
+    if type(value) not in allowed and not (float in allowed and type(value) is int):
+        for kind in allowed:
+            if typing.get_origin(kind) is dict is type(value):
+                inner = _alternatives(typing.get_args(kind)[1])
+                return {key: _checked(one, inner, f"{where}.{key}") for key, one in value.items()}
+            if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
+                return value
+        raise UserError(f"{where}: expected {' or '.join(dict.fromkeys(map(_named, allowed)))}, got {value!r}")
     whole = type(value) is int and int in allowed
     if type(value) in (int, float) and not abs(value) <= (LARGEST if whole else LARGEST_FLOAT):
         most = f"a whole number of at most {LARGEST}" if whole else "a finite number of at most 3.4e38"
@@ -191,18 +193,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     return float(value) if type(value) is int and not whole else value
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _choices(allowed: tuple[Any, ...]) -> list[Any]:
-    """The values of the Literals among types."""
-    return [one for kind in allowed if typing.get_origin(kind) is typing.Literal for one in typing.get_args(kind)]
-
-
 def _named(kind: Any) -> str:
-    if kind is type(None):
-        return "nothing"
-    if choices := _choices((kind,)):
-        return f"one of {', '.join(map(str, choices))}"
-    return (typing.get_origin(kind) or kind).__name__
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    return "nothing" if kind is type(None) else (typing.get_origin(kind) or kind).__name__

@@ -7,10 +7,9 @@ mapping that it stands in.
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonargparse
 import yaml
@@ -33,19 +32,12 @@ jsonargparse.set_loader("yaml", read_value, (Malformed,))  # for every parser, t
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
-@dataclass
-class CommandLine:
-    """What stood behind a verb.
+class CommandLine(NamedTuple):
+    """What stood behind a verb: files of recipes, flags with their texts, and words without a flag, each in order."""
 
-    Attributes:
-        recipes: files, in their order.
-        flags: names and texts, in their order.
-        words: what stood without a flag.
-    """
-
-    recipes: list[str] = field(default_factory=list)
-    flags: list[tuple[str, str]] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
+    recipes: list[str]
+    flags: list[tuple[str, str]]
+    words: list[str]
 
 
 def split(verb: str, argv: list[str], keys: Collection[str], switches: Collection[str] = COMMAND_LINE) -> CommandLine:
@@ -58,7 +50,7 @@ def split(verb: str, argv: list[str], keys: Collection[str], switches: Collectio
     Raises:
         UserError: an unknown flag, or one without its value.
     """
-    found, rest = CommandLine(), list(argv)
+    found, rest = CommandLine([], [], []), list(argv)
     while rest:
         argument = rest.pop(0)
         name, equals, text = argument.removeprefix("--").partition("=")

@@ -19,7 +19,7 @@ from compress.quantization.search.allocation import allocate, file_bytes, read_b
 from compress.quantization.search.sensitivity import Unit, measure, units_of
 from models.errors import UserError
 from models.transformer import Transformer
-from recipes.commands.options import Quantize, check_least
+from recipes.commands.options import Quantize
 
 CHOICES = (2, 3, 4, 8)
 SAMPLES = 32
@@ -55,7 +55,6 @@ def read_budget(chosen: Quantize, method: Any) -> Budget | None:
     Raises:
         UserError: two budgets, bits beside one, a method without a choice of bits, a number that means nothing.
     """
-    check_least(chosen, sensitivity_samples=1)
     given = [name for name in ("bits", "budget_bits", "budget_bytes") if getattr(chosen, name) is not None]
     if given in ([], ["bits"]) and chosen.sensitivity_samples is None:
         return None

@@ -15,7 +15,6 @@ from recipes.commands.terminal import Bars, print_summary, say
 
 def main(chosen: options.Compare) -> None:
     """Run `espalier compare`."""
-    options.check_least(chosen, batch_size=1)
     options.check_seed(chosen.seed)
     out = None if chosen.out is None else Path(chosen.out).expanduser().absolute()
     if out is not None:

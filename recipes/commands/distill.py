@@ -90,8 +90,6 @@ class Distill(Stage[options.Distill]):
                 f"initialization is for a student that is no model yet, and {chosen.student} has weights of its own; "
                 "leave it out, or name an architecture file"
             )
-        options.check_least(chosen, max_steps=1, train_batch_size=1, warmup_steps=0, checkpoint_every=1)
-        options.check_least(chosen, weight_decay=0, clip=0)
         if not 0 < chosen.learning_rate < math.inf:
             raise UserError(f"learning_rate is {chosen.learning_rate:g}; it must be above 0 and finite")
 

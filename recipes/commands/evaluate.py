@@ -21,7 +21,6 @@ from recipes.commands.terminal import Bars, out_console, say
 
 def main(chosen: options.Evaluate) -> None:
     """Run `espalier evaluate`: print a table, and write `{"models": {path: figures}, "baselines": {...}}` to --out."""
-    options.check_least(chosen, batch_size=1)
     options.check_seed(chosen.seed)
     out = checked_file(chosen.out, chosen.overwrite)
     figures = measure(chosen)

@@ -51,8 +51,7 @@ class Transformers(ExportFormat):
 class CompressedTensors(ExportFormat):
     """Symmetric weights of 2, 4 and 8 bits stay packed."""
 
-    def write(self, model: Transformer, out: Path, source: Path | None, overwrite: bool) -> list[str]:
-        return export_compressed_tensors(model, out, source, overwrite)
+    write = staticmethod(export_compressed_tensors)
 
 
 @FORMATS.register("gptq")
@@ -60,8 +59,7 @@ class CompressedTensors(ExportFormat):
 class GptqFiles(ExportFormat):
     """Weights of 2, 3, 4 and 8 bits stay packed, with or without zero points (version 2 of GPTQ's files)."""
 
-    def write(self, model: Transformer, out: Path, source: Path | None, overwrite: bool) -> list[str]:
-        return export_gptq(model, out, source, overwrite)
+    write = staticmethod(export_gptq)
 
 
 def main(chosen: options.Export) -> None:

@@ -67,16 +67,8 @@ def check_numbers(chosen: Any) -> None:
         most = one.metadata.get("most", LARGEST)
         if isinstance(value, int) and abs(value) > most:
             raise UserError(f"{one.name} is {value}; it must be at most {most:,}")
-        if least is not None:
-            check_least(chosen, **{one.name: least})
-
-
-def check_least(chosen: Any, **least: float) -> None:
-    """Raise UserError for an option that is given and not at least the number beside its name."""
-    for name, bound in least.items():
-        value = getattr(chosen, name)
-        if value is not None and not value >= bound:  # NaN neither
-            raise UserError(f"{name} is {value:g}; it must be at least {bound:g}")
+        if least is not None and value is not None and not value >= least:  # NaN neither
+            raise UserError(f"{one.name} is {value:g}; it must be at least {least:g}")
 
 
 def check_seed(seed: int) -> None:

@@ -51,7 +51,6 @@ class Quantize(Stage[options.Quantize]):
         return title.replace(f"{self.method.format.bits} bits", self.budget.title(), 1)
 
     def check(self) -> None:
-        options.check_least(self.options, minimum_tokens=0)
         self.overrides()
         self.end(self.options.embedding_bits, "embedding_bits")
         self.end(self.options.head_bits, "head_bits")

@@ -31,7 +31,7 @@ from models.io import read_json, writing
 from models.sidecars import hash_sidecars
 from models.transformer import Transformer
 from recipes.commands import resume
-from recipes.commands.options import StageOptions, check_least, check_seed
+from recipes.commands.options import StageOptions, check_seed
 from recipes.commands.stage_data import Text, speed_protocol
 from recipes.commands.terminal import Bars, print_summary, say
 
@@ -116,7 +116,6 @@ class Stage(ABC, Generic[Options]):
 
     def check_options(self) -> None:
         """Raise UserError for options that cannot work with any model; nothing is read for it."""
-        check_least(self.options, batch_size=1)
         check_seed(self.options.seed)
         self.check()
 

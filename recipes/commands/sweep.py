@@ -84,7 +84,6 @@ class Training:
 
 def main(chosen: options.Sweep) -> int:
     """Run `espalier sweep`."""
-    options.check_least(chosen, parallel=1)
     plan = read_sweep(Path(chosen.recipe))
     out = Path(chosen.out).expanduser().absolute()
     trainings = prepare(plan, out, chosen.overwrite)

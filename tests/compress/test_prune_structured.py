@@ -11,8 +11,7 @@ from compress.calibration.store import FolderStore
 from compress.pruning.structured import surgery
 from compress.pruning.structured.allocation import Global
 from compress.pruning.structured.importance import IMPORTANCES, GroupMoments, WeightNorm
-from compress.pruning.structured.plan import StructuredConfig
-from compress.pruning.structured.sequential import prune_structured
+from compress.pruning.structured.sequential import Structured, prune_structured
 from models.checkpoint import load, save_model
 from models.config import ModelConfig
 from models.errors import UserError
@@ -467,8 +466,9 @@ def test_a_block_without_attention_or_feedforward_is_passed_over():
 def test_a_query_head_goes_with_its_group_or_alone():
     """1 - (1 - h)(1 - g) of the query heads are asked to go."""
     for ratios, heads in (({"heads": 0.5}, 0.5), ({"groups": 0.25}, 0.25), ({"heads": 0.5, "groups": 0.25}, 0.625)):
-        cut = StructuredConfig({**ratios, "neurons": 0.1}, Global())
+        ratios = {**ratios, "neurons": 0.1}
+        cut = Structured(tuple(ratios), ratios, allocation=Global())
         assert cut.expected("heads") == pytest.approx(heads)
         assert cut.expected("groups") == ratios.get("groups")
         assert cut.expected("neurons") == 0.1
-    assert StructuredConfig({"neurons": 0.1}, Global()).expected("heads") is None
+    assert Structured(("neurons",), 0.1).expected("heads") is None

@@ -14,13 +14,19 @@ from torch import Tensor, nn
 from compress.calibration.experts import ExpertCounts, has_experts
 from compress.calibration.sequential import Batch
 from compress.calibration.statistics import Moments, Statistic, StatisticType
-from compress.pruning.structured.plan import networks
 from models.attention.full import FullAttention
 from models.errors import UserError
 from models.feedforward import DenseFeedForward
 from models.registry import Registry
 
 IMPORTANCES = Registry("structured criterion")
+
+
+def networks(block: nn.Module) -> dict[str, DenseFeedForward]:
+    """The feed-forwards whose neurons are cut alike, by their names in the block: its one, or its experts'."""
+    if has_experts(block):
+        return {f"feedforward.experts.{i}": expert for i, expert in enumerate(block.feedforward.experts)}
+    return {"feedforward": block.feedforward} if isinstance(block.feedforward, DenseFeedForward) else {}
 
 
 class Importance:

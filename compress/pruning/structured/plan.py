@@ -1,43 +1,48 @@
 """Plan of structured pruning: the ratios, and the number of units of every kind that each block keeps."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from compress.calibration.experts import has_experts
-from compress.pruning.structured.allocation import Allocation
+from compress.pruning.method import PruningMethod
+from compress.pruning.structured.allocation import ALLOCATIONS, Allocation, Uniform
+from compress.pruning.structured.importance import IMPORTANCES, Importance, Variance, networks
 from models.attention.full import Full, FullAttention
 from models.config import ModelConfig
 from models.errors import UserError, did_you_mean
-from models.feedforward import DenseFeedForward
+from models.registry import Names
 
 TARGETS = ("neurons", "heads", "groups", "experts")
 Compensation = Literal["none", "existing", "add"]
 
 
 @dataclass(frozen=True)
-class StructuredConfig:
+class StructuredConfig(PruningMethod):
     """Config of structured pruning.
 
     Args:
-        ratios: target -> fraction of its units that is removed, in (0, 1).
-        allocation: `uniform` (every block alike) or `global` (over all blocks together).
-        round_to: numbers of neurons that are kept are rounded to a multiple of this.
-        compensation: whether an output bias takes over the mean of what was removed: `none`, `existing` biases, or
-            `add` one where there is none.
+        targets: what to take out: neurons (of each expert as many), heads, groups (key/value groups with their heads),
+            experts.
+        ratio: share of the targets to take out, above 0 and below 1; or one for each, as in {neurons: 0.25}.
+        criterion: which of them go.
+        allocation: how much every layer loses.
+        round_to: the number of neurons that stay is a multiple of this.
+        compensation: whether an output bias takes over the mean of what goes: none, existing where there is one, or add
+            one.
     """
 
-    ratios: Mapping[str, float]
-    allocation: Allocation
-    round_to: int = 1
+    targets: tuple = field(default=("neurons",), metadata={"registry": Names()})
+    ratio: float | dict[str, float] = 0.25
+    criterion: Importance = field(default=Variance(), metadata={"registry": IMPORTANCES})
+    allocation: Allocation = field(default=Uniform(), metadata={"registry": ALLOCATIONS})
+    round_to: int = 8
     compensation: Compensation = "existing"
 
     def __post_init__(self) -> None:
-        if not self.ratios:
-            raise UserError(f"targets: name at least one of {', '.join(TARGETS)}")
         for target, ratio in self.ratios.items():
             if target not in TARGETS:
                 raise UserError(f"unknown target '{target}'; structured pruning takes {', '.join(TARGETS)}")
@@ -45,10 +50,22 @@ class StructuredConfig:
                 raise UserError(
                     f"ratio {ratio:g} of {target} is impossible: it is the fraction removed, between 0 and 1"
                 )
+        if not self.ratios:
+            raise UserError(f"targets: name at least one of {', '.join(TARGETS)}")
         if self.round_to < 1:
             raise UserError(f"round_to is {self.round_to}; it must be at least 1")
         if self.compensation not in (known := get_args(Compensation)):
             raise UserError(f"unknown compensation '{self.compensation}'{did_you_mean(self.compensation, known)}")
+
+    @cached_property
+    def ratios(self) -> dict[str, float]:
+        """target -> fraction of its units that is removed."""
+        if not isinstance(self.ratio, Mapping):
+            return dict.fromkeys(self.targets, float(self.ratio))
+        if set(self.ratio) != set(self.targets):
+            given, targets = ", ".join(self.ratio) or "nothing", ", ".join(self.targets)
+            raise UserError(f"ratio is given for {given}, but the targets are {targets}")
+        return {target: float(self.ratio[target]) for target in self.targets}
 
     def expected(self, unit: str) -> float | None:
         """The fraction of a linear layer's units that is asked to go; query heads go with their groups as well."""
@@ -57,18 +74,6 @@ class StructuredConfig:
         if not self.ratios.keys() & {"heads", "groups"}:
             return None
         return 1.0 - (1.0 - self.ratios.get("heads", 0.0)) * (1.0 - self.ratios.get("groups", 0.0))
-
-
-def read_ratios(targets: Iterable[str], ratio: float | Mapping[str, float]) -> dict[str, float]:
-    """target -> ratio, from the names and one ratio for all or one for each."""
-    if isinstance(targets, str):
-        targets = [name.strip() for name in targets.split(",") if name.strip()]
-    targets = list(targets)
-    if not isinstance(ratio, Mapping):
-        return dict.fromkeys(targets, float(ratio))
-    if set(ratio) != set(targets):
-        raise UserError(f"ratio is given for {', '.join(ratio) or 'nothing'}, but the targets are {', '.join(targets)}")
-    return {target: float(ratio[target]) for target in targets}
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,6 @@ def units_of(model: nn.Module) -> dict[str, dict[int, int]]:
     }
 
 
-def networks(block: nn.Module) -> dict[str, DenseFeedForward]:
-    """The feed-forwards whose neurons are cut alike, by their names in the block: its one, or its experts'."""
-    if has_experts(block):
-        return {f"feedforward.experts.{i}": expert for i, expert in enumerate(block.feedforward.experts)}
-    return {"feedforward": block.feedforward} if isinstance(block.feedforward, DenseFeedForward) else {}
-
-
 def has_heads(block: nn.Module) -> bool:
     """Whether the block has an attention whose heads can be cut."""
     return isinstance(block.attention, FullAttention)
@@ -115,11 +113,8 @@ def resolve_heads(cut: StructuredConfig, model: nn.Module) -> StructuredConfig:
     if "heads" not in cut.ratios or units["heads"] or not units["groups"]:
         return cut
     ratios = {"groups" if target == "heads" else target: ratio for target, ratio in cut.ratios.items()}
-    return StructuredConfig({**ratios, **_only(cut.ratios, "groups")}, cut.allocation, cut.round_to, cut.compensation)
-
-
-def _only(ratios: Mapping[str, float], target: str) -> dict[str, float]:
-    return {target: ratios[target]} if target in ratios else {}
+    ratios |= {target: ratio for target, ratio in cut.ratios.items() if target == "groups"}
+    return replace(cut, targets=tuple(ratios), ratio=ratios)
 
 
 def plan(

@@ -16,7 +16,7 @@ F neurons, E experts (1 where there are none), G key/value groups, R query heads
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,21 +28,18 @@ from compress.calibration.records import LayerRecord
 from compress.calibration.sequential import Batch, BlockStep, Method, Progress, calibrate_sequentially
 from compress.calibration.statistics import Moments, StatisticType
 from compress.calibration.store import Store
-from compress.pruning.method import METHODS, PruningMethod
+from compress.pruning.method import METHODS
 from compress.pruning.patterns import smallest
 from compress.pruning.sparsify import refuse_packed
 from compress.pruning.structured import surgery
-from compress.pruning.structured.allocation import ALLOCATIONS, Allocation, Uniform
-from compress.pruning.structured.importance import IMPORTANCES, Importance, Variance
+from compress.pruning.structured.allocation import ALLOCATIONS, Allocation
+from compress.pruning.structured.importance import IMPORTANCES, Importance
 from compress.pruning.structured.plan import (
-    TARGETS,
-    Compensation,
     KeptCounts,
     StructuredConfig,
     has_heads,
     networks,
     plan,
-    read_ratios,
     resolve_heads,
 )
 from models.attention.full import FullAttention
@@ -70,8 +67,8 @@ OUT_BIASES = {
 class StructuredPruning(Method):
     """The method for the driver: shrinks one block after the other."""
 
-    def __init__(self, cut: StructuredConfig, importance: Importance) -> None:
-        self.cut, self.importance = cut, importance
+    def __init__(self, cut: StructuredConfig) -> None:
+        self.cut, self.importance = cut, cut.criterion
         self.keep: dict[int, KeptCounts] = {}
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
@@ -354,49 +351,24 @@ def prune_structured(
         UserError: an unknown target or criterion, a ratio that leaves nothing or removes nothing, a quantized model,
             missing calibration data.
     """
-    cut = StructuredConfig(
-        read_ratios(targets, ratio), ALLOCATIONS.parse(allocation, "allocation"), round_to, compensation
-    )
-    method = StructuredPruning(cut, IMPORTANCES.parse(criterion, "criterion"))
-    with apart(model):
-        records = calibrate_sequentially(
-            model, method, batches, store=store, progress=progress, device=device, autocast=autocast
-        )
-        return records + left_out(model, "dense")
+    names = Names().parse(targets, "targets")
+    scores, share = IMPORTANCES.parse(criterion, "criterion"), ALLOCATIONS.parse(allocation, "allocation")
+    method = Structured(names, ratio, scores, share, round_to, compensation)
+    return method.prune(model, batches, store=store, progress=progress, device=device, autocast=autocast)[0]
 
 
 @METHODS.register("structured")
 @dataclass(frozen=True)
-class Structured(PruningMethod):
-    """Structured pruning: neurons, heads, key/value groups or experts are taken out of the tensors.
-
-    Args:
-        targets: what to take out: neurons (of each expert as many), heads, groups (key/value groups with their heads),
-            experts.
-        ratio: share of the targets to take out, above 0 and below 1; or one for each, as in {neurons: 0.25}.
-        criterion: which of them go.
-        allocation: how much every layer loses.
-        round_to: the number of neurons that stay is a multiple of this.
-        compensation: whether an output bias takes over the mean of what goes: none, existing where there is one, or add
-            one.
-    """
-
-    targets: tuple = field(default=TARGETS[:1], metadata={"registry": Names()})
-    ratio: float | dict[str, float] = 0.25
-    criterion: Importance = field(default=Variance(), metadata={"registry": IMPORTANCES})
-    allocation: Allocation = field(default=Uniform(), metadata={"registry": ALLOCATIONS})
-    round_to: int = 8
-    compensation: Compensation = "existing"
-
-    def __post_init__(self) -> None:
-        StructuredConfig(read_ratios(self.targets, self.ratio), self.allocation, self.round_to, self.compensation)
+class Structured(StructuredConfig):
+    """Structured pruning: neurons, heads, key/value groups or experts are taken out of the tensors."""
 
     def title(self) -> str:
-        ratios = read_ratios(self.targets, self.ratio)
-        return "structured pruning, " + ", ".join(f"{ratio:.0%} of the {target}" for target, ratio in ratios.items())
+        shares = (f"{ratio:.0%} of the {target}" for target, ratio in self.ratios.items())
+        return f"structured pruning, {', '.join(shares)}"
 
     def prune(
-        self, model: nn.Module, batches: Sequence[Batch] | None, *, searching: Callable[[int, int], None], **how: Any
+        self, model: nn.Module, batches: Sequence[Batch] | None, *, searching: Any = None, **how: Any
     ) -> tuple[list[LayerRecord], dict[str, Any]]:
-        own = {name: getattr(self, name) for name in ("allocation", "round_to", "compensation")}
-        return prune_structured(model, self.targets, self.ratio, self.criterion, batches, **own, **how), {}
+        with apart(model):
+            records = calibrate_sequentially(model, StructuredPruning(self), batches, **how)
+            return records + left_out(model, "dense"), {}
