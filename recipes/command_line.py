@@ -53,13 +53,13 @@ def split(verb: str, argv: list[str], keys: Collection[str], switches: Collectio
     found, rest = CommandLine([], [], []), list(argv)
     while rest:
         argument = rest.pop(0)
-        name, equals, text = argument.removeprefix("--").partition("=")
-        recipe = argument == "-c" or name in ("c", "config")
-        if not recipe and not re.match(r"--?[A-Za-z_]", argument):
+        if not re.match(r"--?[A-Za-z_]", argument):
             found.words.append(argument)
             continue
+        flag, equals, text = argument.partition("=")
+        name, recipe = flag.removeprefix("--"), flag in ("-c", "--config")
         if not recipe:
-            _check_flag(verb, name if argument.startswith("--") else argument, keys)
+            _check_flag(verb, name, keys)
         if not equals and name in switches:
             text = rest.pop(0) if rest and rest[0] in ("true", "false") else "true"
         elif not equals:
@@ -103,27 +103,22 @@ def flag_value(name: str, text: str, keys: Collection[str], texts: Collection[st
     return value if name not in keys or isinstance(value, dict | list) else text
 
 
-def no_names(where: str, name: str) -> dict[str, Any]:
-    """A bare name as a mapping, so that it can be given options."""
-    return {"kind": name}
-
-
-def merged(before: Any, now: Any, where: str = "", expand: Callable[[str, str], Any] = no_names) -> Any:
+def merged(before: Any, now: Any, expand: Callable[[str, str], Any] | None = None, where: str = "") -> Any:
     """`before` with what `now` says.
 
     Args:
+        expand: dotted key, name -> the mapping that the name stands for. None: its `kind`.
         where: the dotted key of both.
-        expand: dotted key, name -> the mapping that the name stands for.
     """
     if not isinstance(now, dict):
         same = isinstance(now, str) and isinstance(before, dict) and _last(now) == _last(_name(before))
         return before if same else now
     if isinstance(before, str):
-        before = expand(where, before)
+        before = {"kind": before} if expand is None else expand(where, before)
     named = _name(now)
     if not isinstance(before, dict) or (named is not None and _last(named) != _last(_name(before))):
         return now
-    inner = {key: merged(before.get(key), value, f"{where}.{key}".lstrip("."), expand) for key, value in now.items()}
+    inner = {key: merged(before.get(key), value, expand, f"{where}.{key}".lstrip(".")) for key, value in now.items()}
     return before | inner
 
 

@@ -37,6 +37,7 @@ from compress.distillation.losses.loss import Combine, parse_losses
 from compress.quantization.qat import check_trainable, pack_again
 from models.config import ModelConfig
 from models.errors import UserError
+from models.registry import Names
 from models.transformer import Transformer
 from models.weight_formats import described
 from recipes.commands import options
@@ -61,7 +62,7 @@ class Distill(Stage[options.Distill]):
     def losses(self) -> dict[str, Any]:
         """The losses by name, as specs; --temperature is that of a logit loss that has none of its own."""
         given, temperature = self.options.losses, self.options.temperature
-        listed: list[Any] = list(options.names(given)) if isinstance(given, str) else given
+        listed: Any = Names().parse(given, "losses") if isinstance(given, str) else given
         listed = [listed] if isinstance(listed, dict) else listed
         specs = [{"kind": loss} if isinstance(loss, str) else loss for loss in listed]
         open_ones = [spec for spec in specs if spec.get("kind") == "logit" and "temperature" not in spec]

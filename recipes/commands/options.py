@@ -54,12 +54,6 @@ def positional(help: str, metavar: str, *, many: bool = False) -> Any:
     return field(metadata={**metadata, "metavar": metavar, "nargs": "+" if many else None})
 
 
-def names(value: Names) -> tuple[str, ...]:
-    """Return `a,b` or `[a, b]` as `("a", "b")`."""
-    parts = value.split(",") if isinstance(value, str) else value
-    return tuple(part.strip() for part in parts if part.strip())
-
-
 def check_numbers(chosen: Any) -> None:
     """Raise UserError for a number outside of the range of its option."""
     for one in fields(chosen):

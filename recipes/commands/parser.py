@@ -120,11 +120,6 @@ def parse_arguments(verb: str, options: type[Options], argv: list[str]) -> Optio
     return chosen
 
 
-def parse_values(verb: str, options: type[Options], values: dict[str, Any], where: str) -> Options:
-    """Return the options that a mapping gives; otherwise as `parse_arguments`, `where` is the place of the mapping."""
-    return parse_sources(verb, options, [(values, where)])
-
-
 def parse_sources(verb: str, options: type[Options], sources: Iterable[tuple[Mapping[str, Any], Where]]) -> Options:
     """Return the options that mappings give, each with the place that it comes from; later ones win."""
     fields, shorts = _fields(options), short_forms(options)

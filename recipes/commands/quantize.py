@@ -16,6 +16,7 @@ from compress.quantization.plan import QuantizationPlan, quantize_model
 from compress.quantization.quantizer import GRID, Quantizer, grid_of, own_options, read_method, title_of, with_grid
 from models import checkpoint
 from models.errors import UserError
+from models.registry import Names
 from models.transformer import Transformer
 from recipes.command_line import check_keys
 from recipes.commands import options
@@ -67,7 +68,7 @@ class Quantize(Stage[options.Quantize]):
     def overrides(self) -> dict[str, Quantizer | None]:
         """Layers with a method or a grid of their own, and layers to leave as they are."""
         found = {pattern: self.override(pattern, values) for pattern, values in self.options.layers.items()}
-        return found | dict.fromkeys(options.names(self.options.skip))
+        return found | dict.fromkeys(Names().parse(self.options.skip, "skip"))
 
     def override(self, pattern: str, values: dict[str, Any]) -> Quantizer | None:
         """The method for layers that match `pattern`: what it does not say is as in the rest of the model."""

@@ -10,7 +10,7 @@ import pytest
 from models.errors import UserError
 from recipes import cli
 from recipes.commands import options
-from recipes.commands.parser import build_parser, parse_arguments, parse_values
+from recipes.commands.parser import build_parser, parse_arguments, parse_sources
 
 STAGE_VERBS = [name for name, verb in cli.VERBS.items() if verb.options is not None]
 
@@ -106,13 +106,16 @@ def test_wrong_recipe_names_the_file(recipe, words, tmp_path, capsys):
 
 def test_recipes_merge_from_left_to_right_and_the_command_line_wins(tmp_path):
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
-    first.write_text("bits: 3\ngroup_size: 32\nsymmetric: false\nskip: [head, 'blocks.0.*']\n")
-    second.write_text("group_size: 128\n")
+    first.write_text(
+        "bits: 3\ngroup_size: 32\nsymmetric: false\nskip: [head, 'blocks.0.*']\nmethod: {kind: gptq, clip: mse}\n"
+    )
+    second.write_text("group_size: 128\nmethod: {act_order: false}\n")
     chosen = parse_arguments(
         "quantize", options.Quantize, ["m", "--bits", "8", "--out", "o", "-c", str(first), "--config", str(second)]
     )
     assert (chosen.bits, chosen.group_size, chosen.symmetric) == (8, 128, False)
-    assert options.names(chosen.skip) == ("head", "blocks.0.*")
+    assert chosen.method == {"kind": "gptq", "clip": "mse", "act_order": False}
+    assert chosen.skip == ["head", "blocks.0.*"]
 
 
 def test_options_of_a_method_stand_in_it_or_beside_it_and_the_later_ones_win(tmp_path):
@@ -158,6 +161,12 @@ def test_numbers_in_scientific_notation(tmp_path):
     assert chosen.learning_rate == 1e-3
 
 
+def test_a_model_may_have_the_name_of_a_flag():
+    assert parse_arguments("inspect", options.Inspect, ["config"]).model == "config"
+    chosen = parse_arguments("quantize", options.Quantize, ["--overwrite", "c", "--out", "o"])
+    assert (chosen.model, chosen.overwrite) == ("c", True)
+
+
 def test_a_flag_alone_means_true():
     chosen = parse_arguments("quantize", options.Quantize, ["m", "--out", "o", "--overwrite", "--bits", "3"])
     assert chosen.overwrite is True
@@ -165,10 +174,10 @@ def test_a_flag_alone_means_true():
 
 
 def test_values_of_a_pipeline_are_checked_like_flags():
-    chosen = parse_values("prune", options.Prune, {"model": "m", "out": "o", "ratio": 0.5}, "here")
+    chosen = parse_sources("prune", options.Prune, [({"model": "m", "out": "o", "ratio": 0.5}, "here")])
     assert chosen.method == {"kind": "wanda", "ratio": 0.5}
     with pytest.raises(UserError, match=r"p.yaml, stage 2: unknown key 'ration' \(did you mean 'ratio'"):
-        parse_values("prune", options.Prune, {"model": "m", "out": "o", "ration": 0.5}, "p.yaml, stage 2")
+        parse_sources("prune", options.Prune, [({"model": "m", "out": "o", "ration": 0.5}, "p.yaml, stage 2")])
 
 
 class Raise:

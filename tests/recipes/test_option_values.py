@@ -8,7 +8,7 @@ import pytest
 
 from models.errors import UserError
 from recipes import cli
-from recipes.commands.parser import parse_arguments, parse_values
+from recipes.commands.parser import parse_arguments, parse_sources
 from recipes.commands.pipeline import read_pipeline
 
 VERBS = {verb.target.partition(":")[0].rpartition(".")[2]: verb.options for verb in cli.VERBS.values() if verb.options}
@@ -30,7 +30,7 @@ def given(kind):
 
 def read(verb, name, value):
     kind = VERBS[verb]
-    return parse_values(verb, kind, given(kind) | {name: value}, "here")
+    return parse_sources(verb, kind, [(given(kind) | {name: value}, "here")])
 
 
 @pytest.mark.parametrize(("verb", "field"), FIELDS, ids=NAMES)

@@ -6,7 +6,7 @@ import pytest
 
 from models.errors import UserError
 from recipes.commands.options import Distill
-from recipes.commands.parser import parse_arguments, parse_values
+from recipes.commands.parser import parse_arguments, parse_sources
 from recipes.fit_errors import sentence
 from recipes.trust import HARMLESS
 from recipes.values import LEAST, MOST, check_finite, check_nulls, check_numbers, check_times
@@ -69,7 +69,7 @@ def test_numbers_of_a_stage_that_are_not_finite(key, number):
     with pytest.raises(UserError, match=f"{key} is {number}; it must be a finite number"):
         parse_arguments("distill", Distill, ["--teacher", "t", "--out", "o", f"--{key}=.{number}"])
     with pytest.raises(UserError, match=f"{key} is {number}; it must be a finite number"):
-        parse_values("distill", Distill, {"teacher": "t", "out": "o", key: float(number)}, "stage 1")
+        parse_sources("distill", Distill, [({"teacher": "t", "out": "o", key: float(number)}, "stage 1")])
 
 
 def test_nulls_in_the_options_of_a_class():
