@@ -24,7 +24,7 @@ VALUES: list[Any] = [
     10**9, 2**31, 2**63, 2**64, math.nan, math.inf, -math.inf,
     Raw("1" + "0" * 4000), Raw("[" * DEEP + "]" * DEEP), Raw("[" * 200 + "]" * 200), Raw("1e999"),
     "nan", "none", "a" * 10_000, "\x1b[31mred\x07", "a\nb", "[/bold]$x_{$", "<script>", "ü☃\U0001f600", "\u202e", "..",
-    "../victim", "/nonexistent/x", "http://127.0.0.1:9/x", "*", "os.system", [None], [[]], [0], [-1], ["x"], [1e9],
+    "../victim", "/dev/null/x", "http://127.0.0.1:9/x", "*", "os.system", [None], [[]], [0], [-1], ["x"], [1e9],
     {"kind": None}, {"kind": []}, {"kind": "x"}, {"class_path": "subprocess.Popen", "init_args": {"args": "true"}},
 ]  # fmt: skip
 
@@ -78,6 +78,9 @@ def mutate_tree(random: Random, tree: Any) -> tuple[Any, str]:
         other = random.choice(everywhere)
         value = json.loads(json.dumps(at(tree, other), default=str))
     elif drawn < 0.9 or not isinstance(parent, dict):
+        if _counts_work(key):  # the default may be an hour of it
+            parent[key] = 3
+            return tree, f"{where} := 3"
         del parent[key]
         return tree, f"{where} is left out"
     else:
@@ -89,9 +92,13 @@ def mutate_tree(random: Random, tree: Any) -> tuple[Any, str]:
 
 
 def bearable(key: str | int, value: Any) -> Any:
-    """The value, or 3 where it is an amount of work: whoever asks for 10^9 steps gets them, and waits."""
-    huge = isinstance(value, int | float) and 20 < value < 2**63
-    return 3 if huge and str(key).rpartition(".")[2] in WORK else value
+    """The value, or 3 where it is much work, also by default: whoever asks for 10^9 steps gets them, and waits."""
+    much = value is None or (isinstance(value, int | float) and 20 < value < 2**63)
+    return 3 if much and _counts_work(key) else value
+
+
+def _counts_work(key: str | int) -> bool:
+    return str(key).rpartition(".")[2] in WORK
 
 
 def _near(random: Random, value: Any) -> Any:
