@@ -62,7 +62,7 @@ test: $(STAMP)  ## run the tests that end within 12 minutes on two cores: ARGS=
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that need more than a minute each, and the rest of the covering cases: ARGS=
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 lint: $(STAMP)  ## style, format, and the direction of imports
 	$(BIN)/ruff check .

@@ -96,6 +96,7 @@ def distil(trained, student, steps: int, attach=None) -> Quality:
     return evaluate_quality(student, trained.held_out)
 
 
+@pytest.mark.slow
 def test_distillation_wins_back_most_of_what_structured_pruning_lost(trained, dense):
     student = copy.deepcopy(trained.model)
     prune_structured(student, ["neurons", "groups"], 0.5, "variance", trained.calibration)

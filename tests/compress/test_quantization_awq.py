@@ -336,6 +336,7 @@ def test_awq_is_better_than_round_to_nearest_on_each_draw(trained, rounded, draw
     assert paired(rounded, awq).high < 0
 
 
+@pytest.mark.slow
 def test_gptq_behind_awq_is_better_still(trained):
     awq = pooled(trained, Awq(IntFormat(3, 64, False)), [trained.calibration])
     both = pooled(trained, Awq(IntFormat(3, 64, False), solve="gptq", smallest=1.0), [trained.calibration])

@@ -450,6 +450,7 @@ def test_weights_apart_help_at_two_bits(trained):
     assert paired(whole, quality(trained, SqueezeLlm(LookupFormat(2)), *draws)).high < 0
 
 
+@pytest.mark.slow
 def test_the_fisher_diagonal_does_not_hurt_at_two_bits(trained):
     """The text is the standard library's own: with that of Python 3.11.7 it helps, with that of 3.11.2 within noise."""
     plain = quality(trained, Unweighted(LookupFormat(2), 0, 0), trained.calibration)

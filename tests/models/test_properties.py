@@ -264,6 +264,11 @@ every_encoder = pytest.mark.parametrize("case", ENCODERS, ids=label)
 some_cases = pytest.mark.parametrize(
     "case", [case for cases in SMOOTH for case in marked(few(cases, variants), few(cases, kinds))], ids=label
 )
+compiled_cases = pytest.mark.parametrize(
+    "case",
+    [case for cases in SMOOTH for case in marked(few(cases, variants), few(cases, kinds)[::3])],
+    ids=label,
+)
 
 
 def build(case, dtype=torch.float32):
@@ -541,7 +546,7 @@ def test_initialising_from_the_meta_device_gives_the_same_model(case):
     assert all(torch.equal(tensor, direct[name]) for name, tensor in model.state_dict().items())
 
 
-@some_cases
+@compiled_cases
 def test_compiled_blocks_equal_eager_ones(case):
     """Forward and gradients, in one unbroken graph; `aot_eager` traces and differentiates as the default does.
 
