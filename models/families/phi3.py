@@ -12,6 +12,7 @@ from models.config import ModelConfig
 from models.errors import UserError
 from models.families.llama import Llama
 from models.families.uniform import one_dropout
+from models.positions.rope import Rope
 
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
@@ -35,8 +36,9 @@ class Phi3(Llama):
 
 
 def _check(config: ModelConfig) -> None:
-    if scaling := getattr(config.position, "scaling", None):
-        raise UserError(f"a phi3 file scales its RoPE in no way that is known here, and not by {scaling.kind}")
+    position = config.position
+    if isinstance(position, Rope) and position.scaling is not None:
+        raise UserError(f"a phi3 file scales its RoPE in no way that is known here, and not by {position.scaling.kind}")
 
 
 def _fused(name: str) -> str:
