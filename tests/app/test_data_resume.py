@@ -156,6 +156,7 @@ def test_epochs_that_do_not_fit_the_trainer_are_refused_before_any_work(source, 
         trainer.fit(Recorder(data.vocab_size, tmp_path), data)
 
 
+@pytest.mark.slow
 def test_one_rank_resumes_on_two(source, whole, tmp_path):
     folder, batches, epoch = whole
     stop = epoch // 2

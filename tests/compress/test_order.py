@@ -109,6 +109,7 @@ def test_distillation_wins_back_most_of_what_structured_pruning_lost(trained, de
     assert paired(dense, after).high < 0.5 * lost.low
 
 
+@pytest.mark.slow
 def test_masked_distillation_recovers_and_keeps_every_zero(trained, dense):
     student = copy.deepcopy(trained.model)
     sparsify(student, "wanda", Unstructured(0.7), trained.calibration)

@@ -323,6 +323,7 @@ def pooled(trained, method, draws):
     return trained.pooled(models)
 
 
+@pytest.mark.slow
 def test_awq_is_better_than_round_to_nearest_at_three_bits(trained, rounded):
     """On two draws of the calibration text together: the whole paired interval lies below zero."""
     draws = [trained.calibration[:2], trained.calibration[2:]]

@@ -66,7 +66,7 @@ def kill(place, count, argv):
     [
         pytest.param(QUANTIZE, STORE, 4, id="quantize, in the third block"),
         pytest.param(QUANTIZE, FINISH, 1, id="quantize, before the rename", marks=pytest.mark.slow),
-        pytest.param(PRUNE, STORE, 3, id="prune, in the second block"),
+        pytest.param(PRUNE, STORE, 3, id="prune, in the second block", marks=pytest.mark.slow),
         pytest.param(DISTILL, CHECKPOINT, 2, id="distill, after step 6"),
         pytest.param(DISTILL, CHECKPOINT, 3, id="distill, after the last step", marks=pytest.mark.slow),
     ],

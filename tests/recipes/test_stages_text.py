@@ -13,7 +13,7 @@ from tests.recipes.conftest import QUICK
     [
         ["quantize", "--method", "gptq", "--bits", "4"],
         ["quantize", "--method", "rtn", "--budget_bits", "4.5", "--sensitivity_samples", "5000"],
-        ["prune", "--method", "wanda"],
+        pytest.param(["prune", "--method", "wanda"], marks=pytest.mark.slow),
         ["prune", "--method", "structured", "--targets", "neurons", "--ratio", "0.25"],
     ],
     ids=["gptq", "budget", "wanda", "structured"],

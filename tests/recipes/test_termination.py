@@ -104,6 +104,7 @@ def test_a_terminated_pipeline_goes_on(terminated, espalier, tmp_path):
     assert (status, "continuing from" in output.err) == (0, True), output.err
 
 
+@pytest.mark.slow
 def test_a_terminated_sweep_leaves_nobody_at_work(sweep_file, espalier, tmp_path):
     """The pool would train what it has begun, and what it has taken, before it lets go."""
     log = tmp_path / "out" / "runs" / "the-base-s1.log"
@@ -162,6 +163,7 @@ def endless_on_two_processes(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_are_terminated_together(tmp_path):
     """Only the first gets the signal, as from docker stop, while both go through collectives."""
     process = endless_on_two_processes(tmp_path)
@@ -174,7 +176,9 @@ def test_two_processes_are_terminated_together(tmp_path):
     assert said.strip().splitlines()[-1].startswith("espalier: error: terminated; the same command with --ckpt_path")
 
 
-@pytest.mark.parametrize("begun", [False, True], ids=["before its first step", "on its way"])
+@pytest.mark.parametrize(
+    "begun", [pytest.param(False, marks=pytest.mark.slow), True], ids=["before its first step", "on its way"]
+)
 def test_a_lost_process_ends_the_run_with_a_sentence(begun, tmp_path):
     process = endless_on_two_processes(tmp_path)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
