@@ -42,7 +42,7 @@ def writing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     Raises UserError if `path` already holds something and `overwrite` is false, if it is a place that must never be
     replaced (the working directory, a home, a git repository), if it cannot be written, or if the disk is full.
     """
-    target = Path(path).expanduser().resolve()
+    target = Path(os.path.realpath(Path(path).expanduser()))  # `resolve` raises where a link leads to itself
     clean_leftovers(target)
     _check_target(target, overwrite)
     created = _missing_parents(target)
@@ -185,11 +185,14 @@ def inside(folder: Path, name: str) -> Path:
     A folder that came from elsewhere must not decide which other files of this machine are read. Who keeps weights on
     another disk can link the whole folder; a snapshot in the hub cache is allowed its links to `../../blobs`.
     """
-    path, home = folder / name, folder.resolve()
+    path, home = folder / name, Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(path))  # of a link that leads to itself: the link
     plain = PurePosixPath(name)
     homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
-    if plain.is_absolute() or ".." in plain.parts or not any(path.resolve().is_relative_to(h) for h in homes):
+    if plain.is_absolute() or ".." in plain.parts or not any(target.is_relative_to(h) for h in homes):
         raise UserError(f"{folder} names the file {name!r}, which lies outside the folder{_way_out(path)}")
+    if target.is_symlink():
+        raise UserError(f"{path} is a link that leads to itself; put the file in its place")
     return path
 
 

@@ -140,7 +140,7 @@ _EXPLANATIONS = (
         r"Problem with given class_path '([\w.]+)': Parser key \"(\w+)\": Expected an? (.+?)\. Got value: (\S+)",
         _option_value,
     ),
-    (r"Expected a dot import path string: (\w+)", _class),
+    (r"Expected a dot import path string: (\S+)", _class),
     (r"Not a valid subclass of \w+", _specification),
     (r"^Parser key \"[\w.]+\": Unable to load config '(.*?)'", _mapping),
     (r"^Parser key \"[\w.]+\": Does not validate .*? Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", _value),

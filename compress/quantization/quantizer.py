@@ -109,7 +109,7 @@ def with_grid(method: Quantizer, values: Mapping[str, Any], where: str = "") -> 
                 f"{place}{name} means nothing to method {method.kind}; leave it out, or choose one that it does: {able}"
             )
     bits = values.get("bits")
-    if bits is not None and (isinstance(bits, bool) or bits not in method.bits):
+    if bits is not None and (type(bits) is not int or bits not in method.bits):
         raise UserError(f"{place}bits of method {method.kind} must be {_either(method.bits)}, not {bits!r}")
     if not values:
         return method

@@ -70,8 +70,8 @@ def resumable(out: Path, fingerprint: str, say: Callable[[str], None]) -> Iterat
         (folder / _FINGERPRINT).write_text(fingerprint)
         yield folder
         shutil.rmtree(folder)
-    except BaseException:
-        if not _has_work(folder):
+    except BaseException as error:
+        if isinstance(error, UserError) or not _has_work(folder):  # the same command would end in the same sentence
             shutil.rmtree(folder, ignore_errors=True)
             for parent in created:
                 with contextlib.suppress(OSError):
