@@ -15,7 +15,6 @@ from models.specs import HEADS, INPUTS, HeadSpec, InputSpec
 from models.transformer import Transformer
 
 
-@HEADS.register("toy_mean_classifier")
 @dataclass(frozen=True)
 class MeanClassifier(HeadSpec):
     classes: int
@@ -31,13 +30,21 @@ class MeanClassifier(HeadSpec):
         return 0
 
 
-@INPUTS.register("toy_series")
 @dataclass(frozen=True)
 class Series(InputSpec):
     channels: int
 
     def build(self, width, vocab_size):
         return Linear(self.channels, width, bias=True, std=0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with pytest.MonkeyPatch.context() as patch:
+        for registry, kind, cls in ((HEADS, "toy_mean_classifier", MeanClassifier), (INPUTS, "toy_series", Series)):
+            patch.setattr(registry, "_specs", dict(registry._specs))
+            registry.register(kind)(cls)
+        yield
 
 
 def build(**options):
