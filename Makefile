@@ -59,10 +59,10 @@ tensorboard: $(STAMP)  ## look at the curves of every run under OUT=runs
 	$(BIN)/tensorboard --logdir $(or $(OUT),$(RUNS)) $(ARGS)
 
 test: $(STAMP)  ## run the tests that end within 12 minutes on two cores: ARGS=
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that need more than a minute each, and the rest of the covering cases: ARGS=
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 lint: $(STAMP)  ## style, format, and the direction of imports
 	$(BIN)/ruff check .

@@ -1,6 +1,5 @@
 """One small model, really trained on real text, for every test that asserts an order among methods."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,24 +59,12 @@ class Trained(NamedTuple):
         return replace(found[0][0], segments=segments, sums={"nll": np.concatenate(means)})
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """All tests of the trained model on one worker, first of all: the others would wait until it is trained.
-
-    They are told by the parameter in their names, because the process that schedules sees nothing else of a test.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "trained" if re.search(r"[\[-]trained[]-]", nodeid) else nodeid
-
-    return Scheduling(config, log)
-
-
-@pytest.fixture(scope="session", params=["trained"])
+@pytest.fixture(scope="session", params=[pytest.param("trained", marks=pytest.mark.slow)])
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A decoder of 0.9M parameters after 320 steps on a third of the standard library's source code."""
+    """A decoder of 0.9M parameters after 320 steps on a third of the standard library's source code.
+
+    It takes minutes, so every test of it is slow.
+    """
     root = tmp_path_factory.mktemp("trained")
     train_decoder(root / "model", root / "cache")
     return load_decoder(root / "model", root / "cache")

@@ -243,7 +243,6 @@ def mixed_and_uniform(model, validation, calibration, bits=3, kind=Gptq):
     return mixed, uniform
 
 
-@pytest.mark.slow
 def test_mixed_bits_are_better_than_uniform_ones_at_equal_bytes(trained):
     """By rounding: GPTQ loses so little of this model at 3 bits that there is hardly anything to win."""
     # the last calibration batch is put aside to measure on

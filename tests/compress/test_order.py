@@ -96,7 +96,6 @@ def distil(trained, student, steps: int, attach=None) -> Quality:
     return evaluate_quality(student, trained.held_out)
 
 
-@pytest.mark.slow
 def test_distillation_wins_back_most_of_what_structured_pruning_lost(trained, dense):
     student = copy.deepcopy(trained.model)
     prune_structured(student, ["neurons", "groups"], 0.5, "variance", trained.calibration)
@@ -109,7 +108,6 @@ def test_distillation_wins_back_most_of_what_structured_pruning_lost(trained, de
     assert paired(dense, after).high < 0.5 * lost.low
 
 
-@pytest.mark.slow
 def test_masked_distillation_recovers_and_keeps_every_zero(trained, dense):
     student = copy.deepcopy(trained.model)
     sparsify(student, "wanda", Unstructured(0.7), trained.calibration)

@@ -454,7 +454,6 @@ def test_weighted_is_better_than_plain_on_a_trained_model(trained):
     assert paired(*changed(trained, plain, weighted)).high < 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_weighted_is_better_than_plain_for_other_starts(trained, seed):
     plain = ProductQuantization(Indices(1), codewords=16, weighted=False, permuted=False, seed=seed)

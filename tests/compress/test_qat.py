@@ -95,7 +95,6 @@ def test_other_forms_are_refused():
         check_trainable(model)
 
 
-@pytest.mark.slow
 def test_training_at_two_bits_wins_back_what_gptq_lost(trained):
     student = copy.deepcopy(trained.model)
     quantize_model(student, Gptq(IntFormat(2, 64, False)), trained.calibration)

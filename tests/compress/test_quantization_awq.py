@@ -323,21 +323,18 @@ def pooled(trained, method, draws):
     return trained.pooled(models)
 
 
-@pytest.mark.slow
 def test_awq_is_better_than_round_to_nearest_at_three_bits(trained, rounded):
     """On two draws of the calibration text together: the whole paired interval lies below zero."""
     draws = [trained.calibration[:2], trained.calibration[2:]]
     assert paired(rounded, pooled(trained, Awq(IntFormat(3, 64, False)), draws)).high < 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("draw", range(4))
 def test_awq_is_better_than_round_to_nearest_on_each_draw(trained, rounded, draw):
     awq = pooled(trained, Awq(IntFormat(3, 64, False)), [[trained.calibration[draw]]])
     assert paired(rounded, awq).high < 0
 
 
-@pytest.mark.slow
 def test_gptq_behind_awq_is_better_still(trained):
     awq = pooled(trained, Awq(IntFormat(3, 64, False)), [trained.calibration])
     both = pooled(trained, Awq(IntFormat(3, 64, False), solve="gptq", smallest=1.0), [trained.calibration])

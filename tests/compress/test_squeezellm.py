@@ -442,7 +442,6 @@ def test_better_than_round_to_nearest_at_three_bits(trained):
     assert paired(dense, found).value < 0.8 * paired(dense, nearest).value
 
 
-@pytest.mark.slow
 def test_weights_apart_help_at_two_bits(trained):
     """At 3 bits these rows of 128 lose so little that the gain is within the noise on some calibration texts."""
     draws = trained.calibration[:2], trained.calibration[2:]
@@ -450,7 +449,6 @@ def test_weights_apart_help_at_two_bits(trained):
     assert paired(whole, quality(trained, SqueezeLlm(LookupFormat(2)), *draws)).high < 0
 
 
-@pytest.mark.slow
 def test_the_fisher_diagonal_does_not_hurt_at_two_bits(trained):
     """The text is the standard library's own: with that of Python 3.11.7 it helps, with that of 3.11.2 within noise."""
     plain = quality(trained, Unweighted(LookupFormat(2), 0, 0), trained.calibration)

@@ -14,7 +14,7 @@ import pytest
 from tests.fuzz import cases
 
 ROOT = Path(__file__).parents[2]
-CASES = 160  # of `make test`, all kinds together
+CASES = 80  # of `make test`, all kinds together
 MANY = 400  # of `make test-slow`, of each kind
 # Cases that were mended: name and seed -> what was wrong.
 MENDED = {

@@ -267,7 +267,7 @@ some_cases = pytest.mark.parametrize(
 )
 compiled_cases = pytest.mark.parametrize(
     "case",
-    [case for cases in SMOOTH for case in marked(few(cases, variants), few(cases, kinds)[::3])],
+    [case for cases in SMOOTH for case in marked(few(cases, variants), few(cases, kinds)[::5])],
     ids=label,
 )
 

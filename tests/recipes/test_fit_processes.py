@@ -162,7 +162,8 @@ def assert_near(folder, other, tolerance):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=f"{name}: {(a - b).abs().max()}")
 
 
-@pytest.mark.parametrize("strategy", [pytest.param(DDP, marks=pytest.mark.slow), FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
 def test_a_run_moves_from_one_process_to_two(tmp_path, recipe, one_process, strategy):
     """Killed on one process, finished on two: the same rows in the same batches, and the same weights to 1e-5."""
     shutil.copytree(one_process / "moved.run", tmp_path / "moved.run")

@@ -69,6 +69,7 @@ def test_stages_in_a_row_and_again(teacher, espalier, tmp_path, monkeypatch):
     assert {path.parent.name for path in after if after[path] != before[path]} == {"03-sparse"}
 
 
+@pytest.mark.slow
 def test_goes_on_after_the_last_finished_stage(teacher, espalier, tmp_path, monkeypatch):
     recipe, out = write(tmp_path / "short.yaml"), tmp_path / "out"
     argv = ["run", recipe, "--model", teacher, "--out", out, "--device", "cpu"]
@@ -141,6 +142,7 @@ def test_the_command_line_decides_about_the_device(flag, device, tmp_path):
     assert read_pipeline(recipe, tmp_path, tmp_path / "m", None)[0].options.device == "auto"
 
 
+@pytest.mark.slow
 def test_an_input_that_changed_under_its_name(teacher, espalier, refused, tmp_path):
     model, text = shutil.copytree(teacher, tmp_path / "model"), tmp_path / "text.txt"
     text.write_text("\n\n".join(document.text for document in synthetic().texts))

@@ -71,6 +71,7 @@ def test_layers_are_measured_without_a_budget(teacher, espalier, tmp_path):
     assert (out / "plots" / "sensitivity.png").exists()
 
 
+@pytest.mark.slow
 def test_killed_between_two_layers(teacher, espalier, tmp_path):
     argv = ["quantize", teacher, *SMALL, "--budget_bits", "4", "--method", "rtn"]
     assert espalier(*argv, "--out", tmp_path / "undisturbed")[0] == 0

@@ -105,6 +105,7 @@ def test_killed_again_and_again(name, teacher, espalier, tmp_path):
     assert models.checkpoint.hash_weights(out) == models.checkpoint.hash_weights(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_another_recipe_starts_anew(teacher, espalier, tmp_path):
     argv = [str(teacher) if word == "TEACHER" else word for word in QUANTIZE] + QUICK
     out = tmp_path / "out"
@@ -117,6 +118,7 @@ def test_another_recipe_starts_anew(teacher, espalier, tmp_path):
     assert models.checkpoint.hash_weights(out) == models.checkpoint.hash_weights(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_killed_after_the_rename(teacher, espalier, tmp_path):
     """The folder is complete and its state was not cleaned up: the same command only cleans up."""
     argv = [str(teacher) if word == "TEACHER" else word for word in PRUNE] + QUICK

@@ -78,6 +78,7 @@ def test_a_sweep_trains_measures_and_compares(recipe, tmp_path, capsys):
     assert "was trained with another recipe" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
 def test_processes_end_when_the_sweep_is_killed():
     script = (

@@ -14,7 +14,9 @@ from tests.recipes.conftest import QUICK
         ["quantize", "--method", "gptq", "--bits", "4"],
         ["quantize", "--method", "rtn", "--budget_bits", "4.5", "--sensitivity_samples", "5000"],
         pytest.param(["prune", "--method", "wanda"], marks=pytest.mark.slow),
-        ["prune", "--method", "structured", "--targets", "neurons", "--ratio", "0.25"],
+        pytest.param(
+            ["prune", "--method", "structured", "--targets", "neurons", "--ratio", "0.25"], marks=pytest.mark.slow
+        ),
     ],
     ids=["gptq", "budget", "wanda", "structured"],
 )
