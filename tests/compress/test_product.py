@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from app.evaluation.quality import BlockSubset, Quality, evaluate_quality, paired
+from compress.calibration.optimal_brain_surgeon import output_error
 from compress.calibration.statistics import Hessian
 from compress.calibration.store import FolderStore
 from compress.quantization.formats.codebook import ProductEmbedding, ProductFormat, ProductLinear, decode
-from compress.quantization.methods.gptq import output_error
 from compress.quantization.methods.product import FLOOR, Indices, ProductQuantization, quantize
 from compress.quantization.plan import quantize_model
 from compress.quantization.quantizer import METHODS, title_of

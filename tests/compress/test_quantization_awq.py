@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from app.evaluation.quality import paired
+from compress.calibration.optimal_brain_surgeon import output_error
 from compress.calibration.records import LayerRecord
 from compress.calibration.sequential import LayerMethod, calibrate_sequentially
 from compress.calibration.store import FolderStore
 from compress.quantization import METHODS, Awq, Gptq, Rtn
 from compress.quantization.affine import IntFormat, fit_matrix, quantize
 from compress.quantization.methods.awq import Magnitudes, _some, clipped, on_grids, scale_block
-from compress.quantization.methods.gptq import output_error
 from compress.quantization.plan import quantize_model
 from models.config import ModelConfig
 from models.errors import UserError

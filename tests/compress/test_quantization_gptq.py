@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from compress.calibration.optimal_brain_surgeon import factor_of, factorise, output_error
 from compress.calibration.statistics import Hessian
 from compress.quantization.affine import IntFormat, encode, fit, fit_matrix, quantize
-from compress.quantization.methods.gptq import Gptq, factorise, output_error, solve
+from compress.quantization.methods.gptq import Gptq, solve
 from models.errors import UserError
 
 
@@ -168,9 +169,11 @@ def test_a_layer_that_no_token_reached_is_rounded_with_a_note():
 
 
 def test_maps_with_one_input_share_one_factorisation():
-    method, statistic = Gptq(), Hessian(64, torch.device("cpu"))
+    statistic = Hessian(64, torch.device("cpu"))
     statistic.update(correlated(300, 64))
-    assert method._factor(statistic) is method._factor(statistic)
+    factor = factor_of(statistic, 0.01, True, "float32")
+    assert factor_of(statistic, 0.01, True, "float32") is factor
+    assert factor_of(statistic, 0.01, False, "float32") is not factor
 
 
 def test_broken_weights_are_refused_by_name():

@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.calibration.optimal_brain_surgeon import factorise, output_error
 from compress.calibration.records import LayerRecord
 from compress.calibration.sequential import BlockStep, moved
 from compress.calibration.statistics import Hessian, Statistic, StatisticType
 from compress.quantization.affine import IntFormat, Quantized, encode, fit_matrix, quantize, spread, stored
 from compress.quantization.folding import Call, Fold, Folds, find_folds
-from compress.quantization.methods.gptq import Gptq, factorise, output_error, solve
+from compress.quantization.methods.gptq import Gptq, solve
 from compress.quantization.methods.rtn import (
     AffineQuantizer,
     Rtn,

@@ -1,26 +1,25 @@
 """GPTQ: round column by column and let the columns to come make up for each error (arXiv 2210.17323).
 
-With H = E[x x'] + damping and H^-1 = U' U, U upper triangular, the columns are taken in order:
-
-    v_i = nearest grid point of w_i,    e_i = (w_i - v_i) / U_ii,    W[:, i+1:] -= e_i U[i, i+1:]
-
-which is the exact optimal-brain-surgeon update for the inverse of H[i:, i:], without forming that inverse. Updates
-reach the columns behind a block of 128 in one product. One Cholesky factorisation gives U: for J the reversal of the
-order, J H J = L L' makes U = J L^-1 J.
+The sweep and its factor are those of `compress/calibration/optimal_brain_surgeon.py`; a column becomes the nearest
+points of its grids.
 
 N rows (outputs), K columns (inputs).
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from compress.calibration.optimal_brain_surgeon import (
+    Factor,
+    column_blocks,
+    factor_of,
+    output_error,
+    sweep,
+)
 from compress.calibration.records import LayerRecord
 from compress.calibration.statistics import Hessian, Statistic, StatisticType
 from compress.quantization.affine import CLIPS, IntFormat, MseClip, Quantized, encode, fit, fit_matrix, stored
@@ -35,26 +34,6 @@ from compress.quantization.methods.rtn import (
 )
 from compress.quantization.quantizer import METHODS, requested
 from models.errors import UserError
-
-BLOCK = 128
-SMALL_BLOCK = 1 << 20  # elements
-DAMPING_GROWTH, MOST_DAMPING = 10.0, 10.0
-
-
-class Factor(NamedTuple):
-    """Cholesky factor of one Hessian, shared by the solves over it.
-
-    Attributes:
-        upper: U (K, K), in the order of the solve.
-        order: (K,) column that comes i-th; None for the given order.
-        dead: (K,) bool, inputs that were zero on every token.
-        damping: the share of the mean diagonal that was added in the end.
-    """
-
-    upper: Tensor
-    order: Tensor | None
-    dead: Tensor
-    damping: float
 
 
 @METHODS.register("gptq")
@@ -80,7 +59,6 @@ class Gptq(AffineQuantizer):
     damping: float = 0.01
     pruned_share: float = 0.05
     precision: str = "float32"
-    _factors: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < 1:
@@ -98,7 +76,7 @@ class Gptq(AffineQuantizer):
         if statistic is None or statistic.tokens == 0:
             why = "it reads token ids" if isinstance(module, nn.Embedding) else "no calibration token reached it"
             return self._rounded(name, module, f"{why}: rounded to nearest")
-        factor = self._factor(statistic)
+        factor = factor_of(statistic, self.damping, self.act_order, self.precision)
         if factor is None:
             return self._rounded(name, module, "the Hessian could not be factorised at any damping: rounded to nearest")
         weight = checked_weight(name, module)
@@ -120,12 +98,6 @@ class Gptq(AffineQuantizer):
         }
         return new, LayerRecord.from_dict(values)
 
-    def _factor(self, statistic: Hessian) -> Factor | None:
-        if statistic not in self._factors:
-            precision = getattr(torch, self.precision)
-            self._factors[statistic] = factorise(statistic.matrix().to(precision), self.damping, self.act_order)
-        return self._factors[statistic]
-
     def _notes(self, factor: Factor, keep: Tensor | None) -> str:
         notes = []
         if factor.damping != self.damping:
@@ -135,29 +107,6 @@ class Gptq(AffineQuantizer):
         if keep is not None:
             notes.append(f"pruned: its {int(keep.sum())} zeros stay zero")
         return "; ".join(notes)
-
-
-def factorise(hessian: Tensor, damping: float, act_order: bool) -> Factor | None:
-    """Factorise E[x x'] (K, K), with more damping when it fails; None when nothing helps."""
-    diagonal = hessian.diagonal()
-    dead, mean = diagonal <= 0, diagonal.mean()
-    order = diagonal.argsort(descending=True, stable=True) if act_order else None
-    taken = torch.arange(len(hessian), device=hessian.device) if order is None else order
-    taken = taken.flip(0)
-    # J H J, and its diagonal without damping
-    reverse, diagonal = hessian[taken[:, None], taken], (diagonal + dead.to(diagonal.dtype))[taken]
-    del hessian  # the matrices of a wide layer are large: none is held longer than it is read
-    while damping <= MOST_DAMPING:
-        reverse.diagonal().copy_(diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(reverse)
-        if not failed and bool(lower.isfinite().all()):
-            del reverse
-            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            del lower, identity
-            return Factor(inverse.flip(0, 1), order, dead, damping)
-        damping *= DAMPING_GROWTH
-    return None
 
 
 def solve(
@@ -187,66 +136,24 @@ def solve(
     grids = torch.stack([scale, zero]).transpose(1, 2).contiguous()  # (2, G, N)
     width, group = columns.shape[0], format.group(columns.shape[0])
     member = torch.arange(width, device=columns.device) // group  # (K,) the group of each column
-    diagonal = upper.diagonal().tolist()
     if factor.order is not None:
         columns, member = columns[factor.order], member[factor.order]
         free = free if free is None else free[factor.order]
-    codes = torch.empty_like(columns)
-    for start, end in _blocks(width, group, static):
-        block = columns[start:end]  # (block, N), whose rows become the errors
-        scales, zeros = grids[:, member[start:end]]  # (block, N) both
-        factors = upper[start:end, start:end]
-        steps = zip(block.unbind(), codes[start:end].unbind(), scales.unbind(), zeros.unbind(), strict=True)
-        with _few_threads(block.numel()):
-            for i, (row, code, s, z) in enumerate(steps):
-                if not static and (start + i) % group == 0:
-                    values = columns[start + i :][:group]
-                    values = values if free is None else values * free[start + i :][:group]
-                    fitted = fit(values.T, format, clip)
-                    for grid, own, new in zip(grids, (scales, zeros), fitted, strict=True):
-                        grid[member[start + i]] = own[i : i + group] = new
-                encode(row, s, z, format, out=code)
-                if free is not None:
-                    code.copy_(torch.where(free[start + i] > 0, code, z))
-                row.sub_((code - z).mul_(s)).div_(diagonal[start + i])
-                block[i + 1 :].addr_(factors[i, i + 1 :], row, alpha=-1)
-        columns[end:].addmm_(upper[start:end, end:].T, block, alpha=-1)
+    codes, member = torch.empty_like(columns), member.tolist()
+
+    def settle(i: int, column: Tensor) -> Tensor:
+        (scale, zero), code = grids[:, member[i]], codes[i]  # (N,) each
+        if not static and i % group == 0:
+            values = columns[i : i + group]
+            values = values if free is None else values * free[i : i + group]
+            for grid, fitted in zip((scale, zero), fit(values.T, format, clip), strict=True):
+                grid.copy_(fitted)
+        encode(column, scale, zero, format, out=code)
+        if free is not None:
+            code.copy_(torch.where(free[i] > 0, code, zero))
+        return (code - zero).mul_(scale)
+
+    sweep(columns, upper, column_blocks(width) if static else column_blocks(width, group), settle)
     if factor.order is not None:
         codes = codes[factor.order.argsort()]
     return Quantized(*stored(codes.T.contiguous(), grids[0].T, grids[1].T, format), format)
-
-
-@contextmanager
-def _few_threads(elements: int) -> Iterator[None]:
-    """One thread for the thousands of short operations on the columns of a block of `elements`, if that is small.
-
-    Each would be split among the threads and wait for the slowest: on a machine that is busy with other work that wait
-    is many times longer than the operation.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if elements < SMALL_BLOCK else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _blocks(width: int, group: int, static: bool) -> list[tuple[int, int]]:
-    """Blocks of at most 128 columns that no group straddles: a group is fitted on columns that are all up to date."""
-    if static:
-        return [(start, min(start + BLOCK, width)) for start in range(0, width, BLOCK)]
-    if group <= BLOCK:
-        step = BLOCK // group * group
-        return [(start, min(start + step, width)) for start in range(0, width, step)]
-    return [
-        (start, min(start + BLOCK, first + group, width))
-        for first in range(0, width, group)
-        for start in range(first, min(first + group, width), BLOCK)
-    ]
-
-
-def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """|X (W - V)'|^2 / |X W'|^2 over the calibration tokens, from E[x x'] (K, K)."""
-    difference = weight - quantized
-    lost = (difference @ hessian).mul_(difference).sum()
-    return float(lost / (weight @ hessian).mul_(weight).sum().clamp_min(1e-30))

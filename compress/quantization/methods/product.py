@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.calibration.optimal_brain_surgeon import output_error
 from compress.calibration.records import LayerRecord
 from compress.calibration.sequential import Batch, BlockStep, steps_of
 from compress.calibration.statistics import Hessian, Statistic, StatisticType
@@ -32,7 +33,6 @@ from compress.quantization.formats.codebook import (
     ProductFormat,
     ProductLinear,
 )
-from compress.quantization.methods.gptq import output_error
 from compress.quantization.methods.rtn import checked_weight, relative_error
 from compress.quantization.quantizer import METHODS, Quantizer, requested
 from compress.quantization.tuning import TUNINGS, BlockTuning, tune_block
