@@ -113,13 +113,13 @@ def _few_threads(elements: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def column_blocks(width: int, unit: int = 1) -> list[tuple[int, int]]:
-    """Blocks of at most 128 columns that no run of `unit` columns straddles; wider units are cut at each 128."""
-    step = BLOCK // unit * unit if unit <= BLOCK else unit
+def column_blocks(width: int, unit: int = 1, most: int = BLOCK) -> list[tuple[int, int]]:
+    """Blocks of at most `most` columns that no run of `unit` columns straddles; wider units are cut."""
+    step = max(unit, most // unit * unit)
     return [
-        (start, min(start + BLOCK, first + step, width))
+        (start, min(start + most, first + step, width))
         for first in range(0, width, step)
-        for start in range(first, min(first + step, width), BLOCK)
+        for start in range(first, min(first + step, width), most)
     ]
 
 

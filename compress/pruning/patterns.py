@@ -25,10 +25,14 @@ class Pattern(ABC):
     Attributes:
         sparsity: fraction of the weights that the pattern removes, as it was asked for.
         scope: among which scores the smallest are found; with `global`, those of all layers.
+        span: consecutive inputs among which it counts; None: any number of them.
+        allocated: whether each layer can have a sparsity of its own.
     """
 
     sparsity: float
     scope: str = "group"
+    span: int | None = None
+    allocated: bool = False
 
     @abstractmethod
     def check(self, name: str, shape: tuple[int, int]) -> None:
@@ -37,6 +41,14 @@ class Pattern(ABC):
     @abstractmethod
     def mask(self, scores: Tensor) -> Tensor:
         """Return the mask (out, in), True = keep, for scores (out, in)."""
+
+    def part(self, scores: Tensor, start: int) -> Tensor:
+        """The mask of scores (out, n) of a run of inputs: the zeros of all runs add up to those of the pattern.
+
+        Args:
+            start: number of the first input of the run; a multiple of `span`, as n is.
+        """
+        return self.mask(scores)
 
     @abstractmethod
     def given(self, sparsity: float | None = None, scope: str | None = None) -> Self:
@@ -77,6 +89,10 @@ class Unstructured(Pattern):
         if not 0.0 <= self.sparsity < 1.0:
             raise UserError(f"sparsity is {self.sparsity:g}; it is the fraction removed and must lie in [0, 1)")
 
+    @property
+    def allocated(self) -> bool:
+        return self.scope != "global"
+
     def given(self, sparsity: float | None = None, scope: str | None = None) -> Self:
         return replace(
             self, sparsity=self.sparsity if sparsity is None else sparsity, scope=self.scope if scope is None else scope
@@ -94,6 +110,19 @@ class Unstructured(Pattern):
         rows = scores if self.scope == "row" else scores.reshape(1, -1)  # (groups, members)
         keep = ~smallest(rows, round(self.sparsity * rows.shape[1]))
         return keep.reshape(scores.shape)
+
+    def part(self, scores: Tensor, start: int) -> Tensor:
+        rows = scores if self.scope == "row" else scores.reshape(1, -1)
+        each = scores.shape[0] // rows.shape[0]  # weights of one input that are compared
+        count = round(self.sparsity * (each * (start + scores.shape[1]))) - round(self.sparsity * (each * start))
+        return ~smallest(rows, count).reshape(scores.shape)
+
+    def rest(self, scores: Tensor, zeros: Tensor, width: int) -> Tensor:
+        """The mask of scores (out, n) of the last n of `width` inputs; each row has `zeros` (out,) before them."""
+        if self.scope == "row":
+            return ~smallest(scores, round(self.sparsity * width) - zeros)
+        count = round(self.sparsity * (scores.shape[0] * width)) - int(zeros.sum())
+        return ~smallest(scores.reshape(1, -1), count).reshape(scores.shape)
 
     def spec(self) -> dict[str, object]:
         return {"pattern": "unstructured", "scope": self.scope, "sparsity": self.sparsity}
@@ -122,6 +151,10 @@ class NOfM(Pattern):
     def sparsity(self) -> float:
         return 1.0 - self.n / self.m
 
+    @property
+    def span(self) -> int:
+        return self.m
+
     def given(self, sparsity: float | None = None, scope: str | None = None) -> Self:
         if sparsity is not None and abs(sparsity - self.sparsity) > 1e-6:
             raise UserError(
@@ -149,13 +182,22 @@ class NOfM(Pattern):
         return {"pattern": f"{self.n}:{self.m}", "sparsity": self.sparsity}
 
 
-def smallest(scores: Tensor, count: int) -> Tensor:
-    """Mark exactly `count` smallest scores of every row; of equal ones the lowest index first. (rows, n) -> bool."""
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
+def smallest(scores: Tensor, count: int | Tensor) -> Tensor:
+    """Mark exactly `count` smallest scores of every row; of equal ones the lowest index first. (rows, n) -> bool.
+
+    Args:
+        count: of every row, or (rows,).
+    """
     if torch.isnan(scores).any():
         raise UserError("a pruning score is not a number: the weights or the calibration activations contain NaN")
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values  # (rows, 1)
+    if isinstance(count, Tensor):
+        count = count[:, None]
+        threshold = scores.sort(dim=1).values.gather(1, (count - 1).clamp_min(0))  # (rows, 1)
+        threshold = threshold.masked_fill(count == 0, -torch.inf)
+    elif count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    else:
+        threshold = scores.kthvalue(count, dim=1, keepdim=True).values  # (rows, 1)
     below, tied = scores < threshold, scores == threshold
     quota = count - below.sum(dim=1, keepdim=True)  # how many of the tied ones still go  (rows, 1)
     return below | (tied & (tied.cumsum(dim=1) <= quota))

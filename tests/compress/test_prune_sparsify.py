@@ -12,6 +12,8 @@ from compress.calibration.store import FolderStore
 from compress.pruning.criteria.wanda import Wanda
 from compress.pruning.masks import count_violations, masks_of
 from compress.pruning.patterns import NOfM, Unstructured
+from compress.pruning.solvers.sparsegpt import SparseGpt
+from compress.pruning.solvers.swaps import Swaps
 from compress.pruning.sparsify import Sparsify, sparsify
 from compress.pruning.structured.sequential import prune_structured
 from models.config import ModelConfig
@@ -160,10 +162,14 @@ def test_mask_is_recoverable_and_zeros_that_were_there_are_said():
     assert all((~mask <= (model.get_parameter(name) == 0)).all() for name, mask in masks.items())
 
 
-@pytest.mark.parametrize("finished", [1, 2, 4])
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, finished):
+@pytest.mark.parametrize(
+    ("method", "finished"),
+    [*(("wanda", finished) for finished in (1, 2, 4)), ("sparsegpt", 2), (SparseGpt(refine=Swaps(2)), 1)],
+    ids=str,
+)
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, method, finished):
     whole = tiny()
-    sparsify(whole, "wanda", Unstructured(0.5), tokens())
+    sparsify(whole, method, Unstructured(0.5), tokens())
 
     class Killed(Exception):
         pass
@@ -175,11 +181,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, finished):
     store = FolderStore(tmp_path)
     if finished < 4:
         with pytest.raises(Killed):
-            sparsify(tiny(), "wanda", Unstructured(0.5), tokens(), store=store, progress=stop)
+            sparsify(tiny(), method, Unstructured(0.5), tokens(), store=store, progress=stop)
     else:
-        sparsify(tiny(), "wanda", Unstructured(0.5), tokens(), store=store)
+        sparsify(tiny(), method, Unstructured(0.5), tokens(), store=store)
     resumed = tiny()
-    records = sparsify(resumed, "wanda", Unstructured(0.5), tokens(), store=FolderStore(tmp_path))
+    records = sparsify(resumed, method, Unstructured(0.5), tokens(), store=FolderStore(tmp_path))
     assert len(records) == len(linears(whole)) + 1
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name

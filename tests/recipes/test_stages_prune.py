@@ -35,6 +35,27 @@ def test_wanda_writes_a_whole_folder(teacher, espalier, tmp_path):
     assert history[0]["weights"] == models.checkpoint.hash_weights(out)
 
 
+def test_sparsegpt_from_a_recipe_and_flags(teacher, espalier, tmp_path):
+    argv = ["-c", "recipes/prune/sparsegpt.yaml", "--samples", 8, "--sparsity", 0.6, "--refine", "swaps"]
+    argv += ["--refine.steps", 2, "--allocation", "owl", "--allocation.threshold", 3, "--debug"]
+    status, output = espalier("prune", teacher, "--out", tmp_path / "a", *QUICK, *argv)
+    assert status == 0, output.err
+    report = report_of(tmp_path / "a")
+    assert report["title"] == "SparseGPT, 60%, allocation owl, refined by swaps"
+    done = [layer for layer in report["layers"] if not layer["skipped"]]
+    assert all(layer["note"].startswith("swaps: error of the outputs") for layer in done)
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in done)
+    assert abs(sum(layer["achieved"]["zeros"] for layer in done) - 0.6 * weights) <= len(done)
+    recipe = json.loads((tmp_path / "a" / "history.json").read_text())["stages"][0]["recipe"]
+    assert recipe["method"]["allocation"] == {"kind": "owl", "threshold": 3.0, "spread": 0.08}
+    assert recipe["method"]["refine"] == {"kind": "swaps", "steps": 2}
+    argv = ["--method", "sparsegpt", "--pattern", "2:4", "--samples", 8]
+    status, output = espalier("prune", teacher, "--out", tmp_path / "b", *QUICK, *argv)
+    assert status == 0, output.err
+    model = models.checkpoint.load(tmp_path / "b")
+    assert ((model.blocks[0].feedforward.up.weight.view(-1, 4) == 0).sum(1) == 2).all()
+
+
 def test_history_names_the_defaults_of_the_method(teacher, espalier, tmp_path):
     assert espalier("prune", teacher, "--out", tmp_path / "a", *QUICK, "--method", "magnitude")[0] == 0
     recipe = json.loads((tmp_path / "a" / "history.json").read_text())["stages"][0]["recipe"]
@@ -81,7 +102,15 @@ def test_structured_pruning_shrinks_the_files(teacher, espalier, tmp_path):
         (["--sparsity", "1.5"], ["1.5"]),
         (["--pattern", "4:2"], ["4:2"]),
         (["--pattern", "2of4"], ["2of4", "N:M"]),
-        (["--method", "structured", "--sparsity", "0.5"], ["sparsity", "magnitude or wanda", "not of structured"]),
+        (
+            ["--method", "structured", "--sparsity", "0.5"],
+            ["sparsity", "magnitude or sparsegpt or wanda", "structured"],
+        ),
+        (["--damping", "0.1"], ["damping is an option of method sparsegpt, not of wanda"]),
+        (["--refine", "swap"], ["did you mean 'swaps'"]),
+        (["--allocation", "owl", "--pattern", "2:4"], ["owl", "2:4 leaves it no choice"]),
+        (["--method", "sparsegpt", "--scope", "global"], ["global", "scope 'row' or 'layer'"]),
+        (["--method", "sparsegpt", "--among", "all"], ["rest, block"]),
         (["--ratio", "0.3"], ["ratio is an option of method structured, not of wanda"]),
         (["--targets", "heads", "--method", "magnitude"], ["targets", "structured, not of magnitude"]),
         (["--pattern", "2:4", "--scope", "layer"], ["scope is an option of pattern unstructured, not of 2:4"]),

@@ -1,0 +1,1 @@
+"""Allocations of sparsity to the layers, one a file."""
