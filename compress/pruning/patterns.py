@@ -120,9 +120,9 @@ class Unstructured(Pattern):
     def rest(self, scores: Tensor, zeros: Tensor, width: int) -> Tensor:
         """The mask of scores (out, n) of the last n of `width` inputs; each row has `zeros` (out,) before them."""
         if self.scope == "row":
-            return ~smallest(scores, round(self.sparsity * width) - zeros)
+            return ~smallest(scores, (round(self.sparsity * width) - zeros).clamp_min(0))
         count = round(self.sparsity * (scores.shape[0] * width)) - int(zeros.sum())
-        return ~smallest(scores.reshape(1, -1), count).reshape(scores.shape)
+        return ~smallest(scores.reshape(1, -1), max(0, count)).reshape(scores.shape)
 
     def spec(self) -> dict[str, object]:
         return {"pattern": "unstructured", "scope": self.scope, "sparsity": self.sparsity}

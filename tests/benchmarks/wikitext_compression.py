@@ -59,6 +59,7 @@ PEER = {  # perplexities of llm-compressor 0.14
     "GPTQ, 3 bits": 52.12,
     "magnitude, 50 %": 53.59,
     "Wanda, 50 %": 53.56,
+    "SparseGPT, 50 %": 52.41,
     "magnitude, 2:4": 56.14,
     "Wanda, 2:4": 55.78,
 }
@@ -67,16 +68,15 @@ Batches = list[dict[str, Tensor]]
 
 
 def methods(calibration: Batches) -> dict[str, Callable[[Transformer], object]]:
-    """What is done to a copy of the model; magnitude compares within a layer and Wanda within a row, as in the peer."""
+    """What is done to a copy of the model; Wanda compares within a row, the others within a layer, as in the peer."""
 
     def quantize(method) -> Callable[[Transformer], object]:
         return lambda model: quantize_model(model, method, calibration)
 
     def prune(criterion: str, pattern: str, sparsity: float | None) -> Callable[[Transformer], object]:
-        scope = "layer" if criterion == "magnitude" else "row"
-        return lambda model: sparsify(
-            model, criterion, PATTERNS.parse(pattern, "pattern").given(sparsity, scope), calibration
-        )
+        scope = None if sparsity is None else "row" if criterion == "wanda" else "layer"
+        chosen = PATTERNS.parse(pattern, "pattern").given(sparsity, scope)
+        return lambda model: sparsify(model, criterion, chosen, calibration)
 
     formats = {bits: IntFormat(bits, "channel", scale_dtype="float32") for bits in (4, 3)}
     return {
@@ -84,8 +84,10 @@ def methods(calibration: Batches) -> dict[str, Callable[[Transformer], object]]:
         **{f"GPTQ, {bits} bits": quantize(Gptq(format)) for bits, format in formats.items()},
         "magnitude, 50 %": prune("magnitude", "unstructured", 0.5),
         "Wanda, 50 %": prune("wanda", "unstructured", 0.5),
+        "SparseGPT, 50 %": prune("sparsegpt", "unstructured", 0.5),
         "magnitude, 2:4": prune("magnitude", "2:4", None),
         "Wanda, 2:4": prune("wanda", "2:4", None),
+        "SparseGPT, 2:4": prune("sparsegpt", "2:4", None),
     }
 
 
@@ -193,9 +195,12 @@ def alone(model: Transformer, calibration: Batches, test: Plain, base: float) ->
         compress(changed)
         seconds = time.perf_counter() - began
         loss = evaluate_quality(changed, test).loss.value
-        change, peer = math.expm1(loss - base), PEER[name] / PEER_BASE - 1
+        change, peer = math.expm1(loss - base), PEER.get(name, math.nan) / PEER_BASE - 1  # nan: no figure of theirs
         rows[name] = {"perplexity": math.exp(loss), "change": change, "peer_change": peer, "seconds": seconds}
-        print(f"| {name} | {math.exp(loss):.2f} | {change:+.2%} | {peer:+.2%} | {seconds:.1f} |", flush=True)
+        print(
+            f"| {name} | {math.exp(loss):.2f} | {change:+.2%} | {peer:+.2%} | {seconds:.1f} |",
+            flush=True,
+        )
     return rows
 
 

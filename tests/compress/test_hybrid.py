@@ -58,7 +58,7 @@ def test_every_linear_map_of_every_mixer_is_quantized_and_stored(tmp_path, metho
     assert generate(again, [[1, 2, 3], [4]], max_new_tokens=4) == generate(model, [[1, 2, 3], [4]], max_new_tokens=4)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
 def test_every_linear_map_of_every_mixer_is_thinned(criterion):
     model = build("retention", "convolution", "full")
     sparsify(model, criterion, Unstructured(0.5, "row"), batches())

@@ -14,8 +14,11 @@ import torch
 from app.evaluation.quality import Quality, evaluate_quality, paired
 from compress.distillation.losses.loss import Combine, parse_losses
 from compress.distillation.objective import Objective
+from compress.pruning.criteria.wanda import Wanda
 from compress.pruning.masks import HeldMasks, count_violations, masks_of
-from compress.pruning.patterns import PATTERNS, Unstructured
+from compress.pruning.patterns import PATTERNS, NOfM, Unstructured
+from compress.pruning.solvers.sparsegpt import SparseGpt
+from compress.pruning.solvers.swaps import Swaps
 from compress.pruning.sparsify import sparsify
 from compress.pruning.structured.sequential import prune_structured
 from compress.quantization.affine import IntFormat
@@ -59,6 +62,17 @@ def test_wanda_is_no_worse_than_magnitude(trained, dense, pattern, sparsity):
     wanda = changed(trained, lambda model: sparsify(model, "wanda", chosen, trained.calibration))
     assert paired(dense, magnitude).low > 0
     assert paired(magnitude, wanda).low <= 0
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NOfM(2, 4)], ids=str)
+def test_sparsegpt_is_better_than_wanda_and_swaps_make_wandas_mask_better(trained, pattern):
+    methods = Wanda(), SparseGpt(), Wanda(refine=Swaps(steps=10))
+    wanda, solved, refined = (
+        changed(trained, lambda model, method=method: sparsify(model, method, pattern, trained.calibration))
+        for method in methods
+    )
+    assert paired(wanda, solved).high < 0
+    assert paired(wanda, refined).high < 0
 
 
 def test_wanda_is_better_than_magnitude_where_much_goes(trained):

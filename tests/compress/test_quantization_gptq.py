@@ -6,8 +6,13 @@ from torch import nn
 
 from compress.calibration.optimal_brain_surgeon import factor_of, factorise, output_error
 from compress.calibration.statistics import Hessian
+from compress.pruning.patterns import NOfM, Unstructured
+from compress.pruning.solvers import sparsegpt
+from compress.pruning.solvers.sparsegpt import Choice
 from compress.quantization.affine import IntFormat, encode, fit, fit_matrix, quantize
+from compress.quantization.methods import gptq
 from compress.quantization.methods.gptq import Gptq, solve
+from compress.quantization.quantizer import read_method, title_of
 from models.errors import UserError
 
 
@@ -70,6 +75,70 @@ def test_equals_the_explicit_inverse_exactly(format, act_order, pruned):
     assert torch.equal(ours.scales.expand_as(scales), scales)
     if pruned:
         assert (ours.dequantize()[keep] == 0).all()
+
+
+JOINT = [
+    (IntFormat(4, "channel", False), True, Unstructured(0.5, "layer")),
+    (IntFormat(3, 32), True, Unstructured(0.6, "row")),
+    (IntFormat(4, 16), False, Unstructured(0.5, "row")),
+    (IntFormat(4, "channel"), False, NOfM(2, 4)),
+    (IntFormat(3, 32, False), False, NOfM(2, 4)),
+]
+
+
+@pytest.mark.parametrize(("format", "act_order", "pattern"), JOINT, ids=str)
+def test_pruned_in_the_same_pass_as_with_that_mask_given(format, act_order, pattern, monkeypatch):
+    """Given its mask, the joint solve is GPTQ with zeros held; where bits are many, the mask is SparseGPT's."""
+    torch.manual_seed(4)
+    weight, h = torch.randn(12, 160), hessian(correlated(600, 160))
+    made = []
+    monkeypatch.setattr(gptq, "Choice", lambda *args, **how: made.append(Choice(*args, **how)) or made[-1])
+    factor = factorise(h.double(), 0.01, act_order)
+    ours = solve(weight, factor, format, prune=pattern)
+    order = torch.arange(160) if factor.order is None else factor.order
+    gone = (made[0].free == 0).T[:, order.argsort()]
+    assert torch.equal(gone.sum(1).sum(), torch.tensor(round(pattern.sparsity * gone.numel())))
+    assert (ours.dequantize()[gone] == 0).all()
+    if isinstance(pattern, NOfM):
+        assert (gone.view(12, -1, 4).sum(2) == 2).all()
+    if not isinstance(pattern, NOfM) or format.group_size == "channel":  # else a grid is fitted before all is chosen
+        codes, _ = oracle(weight, h, format, 0.01, factor.order, gone)
+        assert torch.equal(ours.codes, codes)
+    solve(weight, factor, IntFormat(8, "channel", scale_dtype="float32"), prune=pattern)
+    _, mask = sparsegpt.solve(weight[:, order], factor._replace(order=None, dead=factor.dead[order]), pattern)
+    assert (~mask == (made[1].free == 0).T).float().mean() > 0.97
+    before = magnitude_then_gptq(weight, factor, format, pattern)
+    assert output_error(weight, ours.dequantize(), h) < 0.9 * output_error(weight, before, h)
+
+
+def magnitude_then_gptq(weight, factor, format, pattern):
+    mask = pattern.mask(weight.abs())
+    return solve(weight * mask, factor, format, keep=~mask).dequantize()
+
+
+def test_the_record_of_a_layer_pruned_in_the_same_pass():
+    torch.manual_seed(0)
+    weight, method = torch.randn(8, 64), Gptq(IntFormat(4, 32), prune=Unstructured(0.5))
+    new, record = compress(method, correlated(300, 64), weight)
+    assert record.achieved["zeros"] == int((new.dequantize() == 0).sum()) >= 8 * 32
+    assert record.achieved["sparsity"] == record.achieved["zeros"] / 512
+    new, record = compress(method, None, weight.clone())
+    assert "rounded to nearest, and pruned by magnitude" in record.note
+    assert ((new.dequantize() == 0).sum(1) >= 32).all()
+    assert title_of(method).endswith("prune unstructured (sparsity 0.5, scope row)")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prune": "2:4"}, "act_order false"),
+        ({"prune": {"kind": "unstructured", "scope": "global"}}, "scope global compares layers"),
+        ({"prune": "2:6", "act_order": False, "group_size": 64}, "multiple of 6"),
+    ],
+)
+def test_patterns_that_do_not_go_with_gptq(options, words):
+    with pytest.raises(UserError, match=words):
+        read_method({"kind": "gptq", **options}, "method").prepare(None, None)
 
 
 def test_groups_wider_than_a_block_are_fitted_on_updated_columns():

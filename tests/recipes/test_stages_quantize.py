@@ -52,6 +52,18 @@ def test_a_method_with_options_of_its_own_and_another_for_some_layers(teacher, e
     assert query["achieved"]["scales_in"] == "attention_norm"
 
 
+def test_pruned_and_quantized_in_one_pass(teacher, espalier, tmp_path):
+    argv = ["--method.prune", "2:4", "--method.act_order", "false", "--bits", 4]
+    status, output = espalier("quantize", teacher, "--out", tmp_path / "both", *SMALL, *argv, "--debug")
+    assert status == 0, output.err
+    report = report_of(tmp_path / "both")
+    assert report["title"] == "GPTQ, 4 bits, groups of 16, act_order false, prune N:M (n 2, m 4)"
+    model = models.checkpoint.load(tmp_path / "both")
+    weight = model.blocks[1].feedforward.up.dequantize()
+    assert ((weight.view(-1, 4) == 0).sum(1) >= 2).all()
+    assert report["layers"][0]["achieved"]["sparsity"] >= 0.5
+
+
 def test_inspect_and_evaluate_and_generate_a_quantized_model(teacher, espalier, tmp_path):
     out = tmp_path / "quantized"
     assert espalier("quantize", teacher, "--out", out, *SMALL, "--method", "rtn", "--bits", 3)[0] == 0

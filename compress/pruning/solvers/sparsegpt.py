@@ -89,20 +89,30 @@ class Choice:
         factor: of the Hessian.
         pattern: the mask's.
         among: see `SparseGpt`.
-        unit: columns that a block of the sweep must not straddle.
+        unit: columns that a block of the sweep must not straddle; a multiple of the pattern's span, or 1.
+        free: (K, N), 0 where a weight is zero beforehand: those go first.
 
     Attributes:
         free: (K, N), 0 where a weight is zero; 1 where that is not known yet.
         blocks: of the sweep.
     """
 
-    def __init__(self, columns: Tensor, factor: Factor, pattern: Pattern, among: Among = "rest", unit: int = 1) -> None:
+    def __init__(
+        self,
+        columns: Tensor,
+        factor: Factor,
+        pattern: Pattern,
+        among: Among = "rest",
+        unit: int = 1,
+        free: Tensor | None = None,
+    ) -> None:
         self.columns, self.pattern, self.among = columns, pattern, among
-        self.free = torch.ones_like(columns)
+        self.free = torch.ones_like(columns) if free is None else free
         scale = factor.upper.diagonal().reciprocal()  # (K,)
         self.scale = scale.masked_fill(factor.dead if factor.order is None else factor.dead[factor.order], 0)
-        self.blocks = column_blocks(len(columns), max(unit, pattern.span or 1))
-        self._ends = dict(column_blocks(len(columns), pattern.span, pattern.span) if pattern.span else self.blocks)
+        span = pattern.span
+        self.blocks = column_blocks(len(columns), max(unit, span or 1))
+        self._ends = dict(column_blocks(len(columns), span, span) if span else self.blocks)
 
     def at(self, i: int) -> Tensor:
         """`free` (N,) of the column to be settled next."""
@@ -110,10 +120,10 @@ class Choice:
             end = self._ends[i]
             whole = self.among == "rest" and self.pattern.span is None
             seen = slice(i, None if whole else end)
-            scores = (self.columns[seen] * self.scale[seen, None]).square_().T  # (N, n)
+            scores = (self.columns[seen] * self.scale[seen, None] * self.free[seen]).square_().T  # (N, n)
             if whole:
                 mask = self.pattern.rest(scores, (self.free[:i] == 0).sum(0), len(self.columns))
             else:
                 mask = self.pattern.part(scores, i)
-            self.free[i:end] = mask[:, : end - i].T
+            self.free[i:end] *= mask[:, : end - i].T
         return self.free[i]

@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.pruning.solvers.refinement import REFINEMENTS, Refinement
 from models.errors import UserError
 
-ELEMENTS = 1 << 20  # pairs at once
+ELEMENTS = 1 << 18  # pairs at once
 LEAST = 1e-6  # share of a row's error that a swap must win
 
 
@@ -98,11 +98,10 @@ class _Rows:
             reviving = -2 * self.dense * self.error + self.dense.square() * self.diagonal
             reviving = self._grouped(reviving.masked_fill_(self.mask, torch.inf))
             change = zeroing[..., None] - self.shared
-        lowest, kept = change.min(2)  # (R, S, M): over p for each u
-        gain, index = (lowest + reviving).flatten(1).min(1)  # (R,)
-        group = index // self.span
-        p = group * self.span + kept.flatten(1).gather(1, index[:, None])[:, 0]
-        return gain, p, index
+        gain, u = (change.amin(2) + reviving).flatten(1).min(1)  # (R,): the best p of each u, then the best u
+        group, inner = u // self.span, u % self.span
+        p = change[torch.arange(len(u), device=u.device), group, :, inner].argmin(1)  # (R, M) -> (R,)
+        return gain, group * self.span + p, u
 
     def _pairs(self, weight: Tensor) -> Tensor:
         """v_p G_pu (R, S, M, M)."""

@@ -7,8 +7,9 @@ N rows (outputs), K columns (inputs).
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,10 @@ from compress.calibration.optimal_brain_surgeon import (
     sweep,
 )
 from compress.calibration.records import LayerRecord
+from compress.calibration.sequential import Batch
 from compress.calibration.statistics import Hessian, Statistic, StatisticType
+from compress.pruning.patterns import PATTERNS, Pattern
+from compress.pruning.solvers.sparsegpt import Choice
 from compress.quantization.affine import CLIPS, IntFormat, MseClip, Quantized, encode, fit, fit_matrix, stored
 from compress.quantization.methods.rtn import (
     AffineQuantizer,
@@ -49,6 +53,7 @@ class Gptq(AffineQuantizer):
         damping: share of the mean diagonal of H that is added to it; grown tenfold while the factorisation fails.
         pruned_share: a weight with at least this share of zeros counts as pruned: its zeros stay zero exactly.
         precision: `float32` or `float64` of the solve.
+        prune: pattern such as 2:4 of weights in the blocks that become zero in the same pass: SparseGPT's joint form.
     """
 
     calibrates: ClassVar[bool] = True
@@ -59,6 +64,7 @@ class Gptq(AffineQuantizer):
     damping: float = 0.01
     pruned_share: float = 0.05
     precision: str = "float32"
+    prune: Pattern | None = field(default=None, metadata={"registry": PATTERNS})
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < 1:
@@ -67,6 +73,20 @@ class Gptq(AffineQuantizer):
             raise UserError(f"pruned_share must be above 0 and at most 1, got {self.pruned_share!r}")
         if self.precision not in ("float32", "float64"):
             raise UserError(f"precision must be float32 or float64, got {self.precision!r}")
+        if self.prune is not None:
+            self._check_prune(self.prune)
+
+    def _check_prune(self, pattern: Pattern) -> None:
+        if pattern.scope == "global":
+            raise UserError("prune with scope global compares layers, and GPTQ does one at a time; use row or layer")
+        if pattern.span is not None and self.act_order:
+            raise UserError(f"prune {pattern.spec()['pattern']} needs the inputs in their order; give act_order false")
+
+    def prepare(self, model: nn.Module, batches: Sequence[Batch] | None, **how: Any) -> None:
+        group, span = self.format.group_size, self.prune.span if self.prune is not None else None
+        if span is not None and isinstance(group, int) and group % span:
+            shown = self.prune.spec()["pattern"]
+            raise UserError(f"prune {shown} needs groups of a multiple of {span} inputs, and group_size is {group}")
 
     def statistic(self, name: str, module: nn.Module) -> StatisticType | None:
         return Hessian
@@ -81,16 +101,26 @@ class Gptq(AffineQuantizer):
             return self._rounded(name, module, "the Hessian could not be factorised at any damping: rounded to nearest")
         weight = checked_weight(name, module)
         keep = (weight == 0) if (weight == 0).float().mean() >= self.pruned_share else None
-        quantized = solve(weight, factor, self.format, clip=self.clip, keep=keep)
+        prune = None if name in ("embedding", "head") else self.prune
+        if prune is not None:
+            prune.check(name, tuple(weight.shape))
+        quantized = solve(weight, factor, self.format, clip=self.clip, keep=keep, prune=prune)
         new = packed(module, quantized)
         dense = quantized.dequantize()
         achieved = {"bits": bits_per_weight(new), "error_of": "outputs", "weight_error": relative_error(weight, dense)}
+        if prune is not None:
+            zeros = int((dense == 0).sum())
+            achieved |= {"sparsity": zeros / dense.numel(), "zeros": zeros}
         error = output_error(weight, dense, statistic.matrix())
         seconds = time.perf_counter() - started
         note = "; ".join(filter(None, (group_note(self.format, weight), self._notes(factor, keep))))
         return new, LayerRecord(name, tuple(weight.shape), requested(self), achieved, error, seconds, note)
 
     def _rounded(self, name: str, module: nn.Module, note: str) -> tuple[nn.Module, LayerRecord]:
+        if self.prune is not None and name not in ("embedding", "head"):
+            self.prune.check(name, tuple(module.weight.shape))
+            module.weight.data.masked_fill_(~self.prune.mask(module.weight.data.float().abs()), 0)
+            note += ", and pruned by magnitude"
         new, record = Rtn(self.format, self.clip).compress(name, module, None)
         values = record.to_dict() | {
             "requested": requested(self),
@@ -117,6 +147,7 @@ def solve(
     clip: MseClip | None = None,
     keep: Tensor | None = None,
     grids: tuple[Tensor, Tensor] | None = None,
+    prune: Pattern | None = None,
 ) -> Quantized:
     """Quantize a weight matrix.
 
@@ -127,6 +158,7 @@ def solve(
         clip: how the ranges are fitted.
         keep: (N, K) bool, weights that must be exactly zero.
         grids: scale and zero, (N, G) or (1, 1), where the ranges were fitted before.
+        prune: pattern of weights that become zero as well, chosen as by SparseGPT while the solve goes on.
     """
     upper = factor.upper
     columns = weight.to(upper.dtype).masked_fill(factor.dead, 0).T.contiguous()  # (K, N): a column lies in one piece
@@ -140,8 +172,14 @@ def solve(
         columns, member = columns[factor.order], member[factor.order]
         free = free if free is None else free[factor.order]
     codes, member = torch.empty_like(columns), member.tolist()
+    blocks, choice = column_blocks(width, 1 if static else group), None
+    if prune is not None:
+        choice = Choice(columns, factor, prune, unit=1 if static else group, free=free)
+        blocks, free = choice.blocks, choice.free
 
     def settle(i: int, column: Tensor) -> Tensor:
+        if choice is not None:
+            choice.at(i)
         (scale, zero), code = grids[:, member[i]], codes[i]  # (N,) each
         if not static and i % group == 0:
             values = columns[i : i + group]
@@ -153,7 +191,7 @@ def solve(
             code.copy_(torch.where(free[i] > 0, code, zero))
         return (code - zero).mul_(scale)
 
-    sweep(columns, upper, column_blocks(width) if static else column_blocks(width, group), settle)
+    sweep(columns, upper, blocks, settle)
     if factor.order is not None:
         codes = codes[factor.order.argsort()]
     return Quantized(*stored(codes.T.contiguous(), grids[0].T, grids[1].T, format), format)
