@@ -166,11 +166,6 @@ class Backbone(nn.Module):
         """The residual stream (..., D) of a block's output: of a reversible one (..., 2D) the mean of its two."""
         return merge(x).to(self.norm.weight.dtype) if self.reversible else x
 
-    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, taps: Collection[str] = ()) -> Hidden:
-        """`embed`, `run` and `finish`: `x` (B, T, D) is what the head reads."""
-        hidden = self.run(*self.embed(tokens, documents=documents), taps=taps)
-        return hidden._replace(x=self.finish(hidden.x))
-
     def embed(
         self,
         tokens: Tensor,

@@ -20,5 +20,5 @@ from models.attention import (
     transient_global,
     window,
 )
-from models.heads import language_model
+from models.heads import classifier, language_model
 from models.inputs import tokens

@@ -213,6 +213,11 @@ class ModelConfig:
     def _check_sizes(self, position: PositionSpec, head_width: int = 0) -> None:
         position.check(width=self.width, head_width=head_width, bidirectional=self.direction == "bidirectional")
 
+    @property
+    def outputs(self) -> int:
+        """Logits of one prediction: the vocabulary, or the classes of a classifier."""
+        return self.head.outputs(self.vocab_size)
+
     def residual_branches(self) -> int:
         """Number of sub-layers that write into the residual stream."""
         return sum(len(layer.sublayers) for layer in self.layers)

@@ -221,15 +221,21 @@ class HeadSpec:
         raise NotImplementedError
 
     def read(self, hidden: Tensor, documents: Tensor | None) -> Tensor:
-        """Where it reads: of the last hidden states (B, T, D) every token, or in a pooled head one (B, D) for a row.
+        """What a prediction at each token is made from, of the last hidden states: (B, T, D) -> (B, T, D).
+
+        Default: the token's own. A pooled head reads the same of every token of a document.
 
         documents: (B or 1, T), -1 for padding; None: all tokens of a row are of one.
         """
         return hidden
 
+    def outputs(self, vocab_size: int) -> int:
+        """Logits of one prediction."""
+        return vocab_size
+
     def flops_per_token(self, width: int, vocab_size: int) -> int:
         """Forward FLOPs of one token."""
-        return 2 * width * vocab_size
+        return 2 * width * self.outputs(vocab_size)
 
 
 class DepthSpec:

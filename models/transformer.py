@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.backbone import Backbone
+from models.backbone import Backbone, Hidden
 from models.cache import ModelCache
 from models.config import ModelConfig
 from models.early_exit import ExitNorms
@@ -75,15 +75,39 @@ class Transformer(Backbone):
         x, inputs = self.embed(tokens, documents=documents, positions=positions, cache=cache)
         teaches = self.exits is not None and targets is not None and self.training
         run = self.run(x, inputs, cache=cache, taps={*taps, *(self.exits.taps if teaches else ())})
-        hidden = self.config.head.read(self.finish(run.x), documents)  # (B, T, D), or (B, D)
+        hidden = self.read(run.x, documents)  # (B, T, D)
         if targets is None:
             return Output(self.project(hidden), None, None, run.taps, run.losses)
         loss, z_term = self.loss(hidden, targets, z_loss=z_loss)
         losses, found = run.losses, run.taps
         if teaches:
-            losses = {**losses, "exits": self.exits.loss(found, lambda stream: self.loss(stream, targets)[0])}
+            losses = {
+                **losses,
+                "exits": self.exits.loss(found, lambda stream: self._exit_loss(stream, targets, documents)),
+            }
             found = {name: tap for name, tap in found.items() if name in taps}
         return Output(None, loss, z_term, found, losses)
+
+    def _exit_loss(self, stream: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
+        """Mean NLL of targets (B, T) given what an exit makes of a block's output (B, T, D)."""
+        return self.loss(self.config.head.read(stream, documents), targets)[0]
+
+    def read(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        """What the head projects (B, T, D), of the last block's output (B, T, D)."""
+        return self.config.head.read(self.finish(x), documents)
+
+    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, taps: Collection[str] = ()) -> Hidden:
+        """`embed`, `run` and `read`: `x` (B, T, D) is what the head projects."""
+        hidden = self.run(*self.embed(tokens, documents=documents), taps=taps)
+        return hidden._replace(x=self.read(hidden.x, documents))
+
+    @property
+    def output_matrix(self) -> Tensor | None:
+        """The output projection (V, D); None: it is no plain matrix, but packed or with a bias."""
+        output = self.embedding if self.head is None else self.head
+        if isinstance(output, nn.Embedding) or (isinstance(output, nn.Linear) and output.bias is None):
+            return output.weight
+        return None
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of what the head reads (..., D)."""
@@ -91,13 +115,10 @@ class Transformer(Backbone):
 
     def loss(self, hidden: Tensor, targets: Tensor, *, z_loss: bool = False) -> tuple[Tensor, Tensor | None]:
         """Mean NLL in nats of targets (B, T) given hidden (B, T, D), and the mean z-term when asked for."""
-        output = self.embedding if self.head is None else self.head
-        flat, wanted = hidden.flatten(0, 1), targets.flatten()
-        if isinstance(output, nn.Linear | nn.Embedding):
-            return linear_cross_entropy(
-                flat, output.weight, wanted, z_loss=z_loss, compiled=self.compiled_softmax_error
-            )
-        return projected_cross_entropy(self.project, flat, wanted, self.config.vocab_size, z_loss=z_loss)
+        matrix, flat, wanted = self.output_matrix, hidden.flatten(0, 1), targets.flatten()
+        if matrix is not None:
+            return linear_cross_entropy(flat, matrix, wanted, z_loss=z_loss, compiled=self.compiled_softmax_error)
+        return projected_cross_entropy(self.project, flat, wanted, self.config.outputs, z_loss=z_loss)
 
     def count_parameters(self) -> dict[str, int]:
         """Weights of the dense architecture: `total`, those `active` for one token, and those of the `embedding`.
@@ -135,7 +156,7 @@ class Transformer(Backbone):
     def training_flops_per_token(self, length: int) -> int:
         """FLOPs of forward and backward for one token, early exits included; recomputation is not counted."""
         heads = 0 if self.config.exits is None else len(self.config.exits.layers)
-        return 3 * (self.flops_per_token(length) + heads * 2 * self.config.width * self.config.vocab_size)
+        return 3 * (self.flops_per_token(length) + heads * 2 * self.config.width * self.config.outputs)
 
     def cache_bytes(self, tokens: int, dtype: torch.dtype | None = None) -> int:
         """Bytes that the cache of a sequence of so many tokens holds, over all layers."""

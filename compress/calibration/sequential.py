@@ -272,7 +272,7 @@ def _gather(step: BlockStep, kinds: dict[str, StatisticType], activations: Activ
     if last:
 
         def observe(x: Tensor, inputs: ForwardInputs) -> None:
-            hidden = step.model.finish(x)  # (B, T, D)
+            hidden = step.model.read(x, inputs.documents)  # (B, T, D)
             for name in kinds:
                 observer.take(name, hidden)
 

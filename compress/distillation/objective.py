@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.distillation.losses import feature as _feature  # noqa: F401  registers its loss
-from compress.distillation.losses.logit import IGNORED, Logit, logit_terms
+from compress.distillation.losses.logit import IGNORED, Logit, LogitTerms, logit_terms, logit_terms_reference
 from compress.distillation.losses.loss import Combine, DistillationLoss
 from models.config import ModelConfig
 from models.errors import UserError
@@ -35,6 +35,11 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         require_same_vocabulary(student.vocab_size, teacher.vocab_size)
+        if student.outputs != teacher.outputs:
+            raise UserError(
+                f"the teacher's head gives {teacher.outputs} logits and the student's {student.outputs}; they cannot "
+                "be compared: the student must have the teacher's head"
+            )
         combine.check(losses)
         self.combine = combine
         self.logit = losses.get("logit", Logit())
@@ -55,16 +60,7 @@ class Objective(nn.Module):
         with torch.no_grad():
             wanted = teacher.hidden(batch["tokens"], documents=documents, taps=teacher_taps)  # (B, T, E)
         hidden = student.hidden(batch["tokens"], documents=documents, taps=student_taps)  # (B, T, D)
-        terms = logit_terms(
-            hidden.x.flatten(0, 1),
-            output_weight(student),
-            wanted.x.flatten(0, 1),
-            teacher.project,
-            batch["targets"].flatten(),
-            self.logit.temperature,
-            self.combine.alpha,
-            self.beta,
-        )
+        terms = self._logit_terms(student, hidden.x.flatten(0, 1), teacher, wanted.x.flatten(0, 1), batch["targets"])
         logged = {"cross_entropy": terms.cross_entropy, "agreement": terms.agreement, "logit": terms.divergence}
         total = terms.total
         for name, term in hidden.losses.items():
@@ -77,15 +73,24 @@ class Objective(nn.Module):
             logged[name] = term.detach()
         return {"total": total, **logged}
 
+    def _logit_terms(
+        self, student: Transformer, hidden: Tensor, teacher: Transformer, wanted: Tensor, targets: Tensor
+    ) -> LogitTerms:
+        """Terms between logits of hidden states (N, D) and (N, E): in chunks where the output is a plain matrix."""
+        check_output(student)
+        weights = self.logit.temperature, self.combine.alpha, self.beta
+        if (matrix := student.output_matrix) is not None:
+            return logit_terms(hidden, matrix, wanted, teacher.project, targets.flatten(), *weights)
+        return logit_terms_reference(student.project(hidden), teacher.project(wanted), targets.flatten(), *weights)
 
-def output_weight(model: Transformer) -> Tensor:
-    """The trainable output projection (V, D): of the head, or of the embedding when the head is tied."""
+
+def check_output(model: Transformer) -> None:
+    """Raise UserError for a student whose output projection cannot be trained."""
     output = model.embedding if model.head is None else model.head
     if not isinstance(output, nn.Linear | nn.Embedding):
         raise UserError(
             "the student's output projection is stored quantized and cannot be trained; distil before quantizing"
         )
-    return output.weight
 
 
 def require_same_vocabulary(

@@ -7,7 +7,7 @@ from compress.distillation.initialization import INITIALIZATIONS, Layers
 from compress.distillation.layer_map import Explicit
 from compress.distillation.losses import logit
 from compress.distillation.losses.loss import Combine, parse_losses
-from compress.distillation.objective import Objective, output_weight, require_same_vocabulary
+from compress.distillation.objective import Objective, check_output, require_same_vocabulary
 from models import backbone
 from models.config import ModelConfig
 from models.errors import UserError
@@ -202,7 +202,7 @@ def test_a_quantized_head_cannot_be_trained():
     model = tiny(head="untied")
     model.head = torch.nn.Identity()
     with pytest.raises(UserError, match="distil before quantizing"):
-        output_weight(model)
+        check_output(model)
 
 
 MIXTURE = {"kind": "experts", "count": 4, "top_k": 2, "expert": {"kind": "swiglu", "width": 24}}

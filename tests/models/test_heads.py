@@ -1,4 +1,4 @@
-"""Heads and inputs by registry: a pooled head and an input of numbers, registered here alone."""
+"""Heads and inputs by registry: the classifier, and an input of numbers that is registered here alone."""
 
 import json
 from dataclasses import dataclass
@@ -11,23 +11,8 @@ from models.checkpoint import load, save_model
 from models.config import ModelConfig
 from models.errors import UserError
 from models.linear import Linear
-from models.specs import HEADS, INPUTS, HeadSpec, InputSpec
+from models.specs import INPUTS, InputSpec
 from models.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class MeanClassifier(HeadSpec):
-    classes: int
-
-    def build(self, width, vocab_size):
-        return Linear(width, self.classes, bias=True, std=0.02)
-
-    def read(self, hidden, documents):
-        real = torch.ones_like(hidden[..., :1]) if documents is None else (documents >= 0)[..., None]
-        return (hidden * real).sum(1) / real.sum(1)
-
-    def flops_per_token(self, width, vocab_size):
-        return 0
 
 
 @dataclass(frozen=True)
@@ -41,9 +26,8 @@ class Series(InputSpec):
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     with pytest.MonkeyPatch.context() as patch:
-        for registry, kind, cls in ((HEADS, "toy_mean_classifier", MeanClassifier), (INPUTS, "toy_series", Series)):
-            patch.setattr(registry, "_specs", dict(registry._specs))
-            registry.register(kind)(cls)
+        patch.setattr(INPUTS, "_specs", dict(INPUTS._specs))
+        INPUTS.register("toy_series")(Series)
         yield
 
 
@@ -54,23 +38,43 @@ def build(**options):
     return Transformer(ModelConfig.from_dict({**base, **sublayers, **options})).eval()
 
 
-CLASSIFIER = {"kind": "toy_mean_classifier", "classes": 3}
+CLASSIFIER = {"kind": "classifier", "classes": 3, "pool": "mean"}
 
 
-def test_a_pooled_head_gives_one_output_a_row_whatever_its_padding():
-    model, tokens = build(head=CLASSIFIER), torch.randint(40, (2, 9))
-    documents = torch.tensor([[0] * 9, [0] * 6 + [-1] * 3])
+@pytest.mark.parametrize("pool", ["mean", "first", "last"])
+def test_a_pooled_head_gives_each_document_what_it_gets_alone(pool):
+    model, tokens = build(head=CLASSIFIER | {"pool": pool}), torch.randint(40, (2, 9))
+    documents = torch.tensor([[0] * 4 + [1] * 5, [2] * 6 + [-1] * 3])
     with torch.no_grad():
         found = model(tokens, documents=documents).logits
-        assert found.shape == (2, 3)
-        torch.testing.assert_close(found[1:], model(tokens[1:, :6]).logits)
+        assert found.shape == (2, 9, 3)
+        for row, part in ((0, slice(4)), (0, slice(4, 9)), (1, slice(6))):
+            alone = model(tokens[row : row + 1, part])
+            torch.testing.assert_close(found[row : row + 1, part], alone.logits)
+            assert torch.equal(alone.logits, alone.logits[:, :1].expand_as(alone.logits))
+            x = model.finish(model.run(*model.embed(tokens[row : row + 1, part])).x)
+            pooled = {"mean": x.mean(1), "first": x[:, 0], "last": x[:, -1]}[pool]
+            torch.testing.assert_close(alone.logits[:, 0], model.project(pooled))
+
+
+def test_the_loss_of_a_classifier_is_that_of_its_logits():
+    model, tokens = build(head=CLASSIFIER).train(), torch.randint(40, (2, 9))
+    targets = torch.full((2, 9), -100)
+    targets[0, 8], targets[1, 8] = 2, 0
+    nn.init.normal_(model.head.bias)
+    expected = nn.functional.cross_entropy(model(tokens).logits[:, 8], torch.tensor([2, 0]))
+    loss = model(tokens, targets=targets).loss
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(x, list(model.parameters())) for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert model.flops_per_token(9) < build(head="untied").flops_per_token(9)
 
 
 def test_an_input_of_numbers_goes_through_the_same_blocks():
     model = build(head=CLASSIFIER, input={"kind": "toy_series", "channels": 5})
     x = torch.randn(2, 9, 5)
     y = model(x).logits
-    assert y.shape == (2, 3)
+    assert y.shape == (2, 9, 3)
     assert not torch.equal(model(x.flip(2)).logits, y)
 
 
@@ -101,7 +105,9 @@ def test_an_unknown_head_is_refused():
     with pytest.raises(UserError, match="unknown head 'shared'"):
         build(head="shared")
     with pytest.raises(UserError, match="'classes' is missing"):
-        build(head="toy_mean_classifier")
+        build(head="classifier")
+    with pytest.raises(UserError, match="at least 2"):
+        build(head=CLASSIFIER | {"classes": 1})
 
 
 def test_the_module_tree_is_that_of_before():

@@ -55,12 +55,13 @@ def logit_terms_reference(
     """The definition, from logits (N, V) and targets (N,) int64 with -100 for tokens that do not count."""
     counted = targets != IGNORED
     student, teacher = student_logits[counted].float(), teacher_logits[counted].float()  # (n, V)
-    cross_entropy = F.cross_entropy(student, targets[counted])
+    count = max(len(student), 1)
+    cross_entropy = F.cross_entropy(student, targets[counted], reduction="sum") / count
     student_log = F.log_softmax(student / temperature, dim=-1)  # (n, V)
     teacher_log = F.log_softmax(teacher / temperature, dim=-1)  # (n, V)
     pointwise = F.kl_div(student_log, teacher_log, reduction="none", log_target=True)  # (n, V)
-    divergence = temperature**2 * pointwise.sum(dim=-1).mean()
-    agreement = (student.argmax(dim=-1) == teacher.argmax(dim=-1)).float().mean()
+    divergence = temperature**2 * pointwise.sum() / count
+    agreement = (student.argmax(dim=-1) == teacher.argmax(dim=-1)).sum() / count
     total = alpha * cross_entropy + beta * divergence
     return LogitTerms(total, cross_entropy.detach(), divergence.detach(), agreement)
 

@@ -159,13 +159,13 @@ def _replaced(model: nn.Module, unit: Unit, method: Quantizer) -> Iterator[None]
 
 def _finished(model: nn.Module, first: int, x: Tensor, context: Any) -> Tensor:
     """Input of the head (B, T, D) for hidden states that enter block `first`."""
-    return model.finish(model.run(x, context, blocks=slice(first, None)).x)
+    return model.read(model.run(x, context, blocks=slice(first, None)).x, context.documents)
 
 
 def divergence(model: nn.Module, whole: Tensor, hidden: Tensor) -> float:
     """KL of the next-token distribution in nats, summed over the tokens; hidden states (N, D) of both."""
     total = 0.0
-    for _, (p, q) in log_probabilities((model.project, model.project), (whole, hidden), model.config.vocab_size):
+    for _, (p, q) in log_probabilities((model.project, model.project), (whole, hidden), model.config.outputs):
         total += float(kl_divergence(p, q).double().sum())
     return max(0.0, total)  # rounding can leave an equal pair a little below
 
