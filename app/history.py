@@ -134,7 +134,7 @@ def _card(model: Transformer, entries: Sequence[Mapping[str, Any]], task: Task, 
     lines = [
         "---",
         "library_name: espalier",
-        f"pipeline_tag: {'text-generation' if task.generates else 'fill-mask'}",
+        f"pipeline_tag: {task.pipeline}",
         "---",
         "",
         f"# {formatting.count(counts['total'])} parameter {task.describes}",
@@ -191,7 +191,7 @@ def _measured(figures: Mapping[str, Any], task: Task) -> list[str]:
     lines = ["| figure | value |", "|---|---|"]
     for number, metric in enumerate(task.metrics):
         if metric.kind in quality:
-            over = "" if number else f" per token, {quality.get('tokens', 0):,} held-out tokens"
+            over = "" if number else f", over {quality.get('tokens', 0):,} held-out {task.per}s"
             lines.append(f"| {metric.label}{over} | {metric.show(quality[metric.kind])} |")
     if size:
         lines.append(f"| weights on disk | {formatting.size(size['stored_bytes'])} |")

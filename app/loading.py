@@ -43,6 +43,13 @@ class Source:
     history: list[dict[str, Any]]
 
     @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where the tokenizer lies that came with it; None where none did."""
+        at = self.path.absolute()
+        places = (at.parent, at.parent.parent) if self.kind == "checkpoint" else (at,)
+        return next((place for place in places if (place / "tokenizer.json").exists()), None)
+
+    @property
     def folder(self) -> Path | None:
         """The folder with the weight files; None for a checkpoint, which holds more than weights."""
         return None if self.kind == "checkpoint" else self.path
@@ -128,10 +135,10 @@ def _load(path: Path, device: str | torch.device, dtype: torch.dtype | None) -> 
         raise UserError(f"{path} is no model folder: it has no {checkpoint.CONFIG}")
     foreign = families.is_family_folder(path)
     model = families.import_folder(path, device, dtype) if foreign else checkpoint.load(path, device, dtype)
-    tokenizer = load_tokenizer(path) if (path / "tokenizer.json").exists() else None
     kind: Kind = "hugging face" if foreign else "folder"
     task = _task(None if foreign else checkpoint.read_task(path), path / checkpoint.CONFIG, model.config)
-    return Loaded(model, tokenizer, Source(path, kind, checkpoint.hash_weights(path), read_history(path)), task)
+    source = Source(path, kind, checkpoint.hash_weights(path), read_history(path))
+    return Loaded(model, _tokenizer_of(source), source, task)
 
 
 def _task(value: Any, where: Path, config: ModelConfig) -> Task:
@@ -171,7 +178,7 @@ def _load_checkpoint(path: Path, device: str | torch.device, dtype: torch.dtype 
     model = checkpoint.fill(model, iter(found.items()), device, dtype)
     source = Source(path, "checkpoint", _hash(path), _history_of(record))
     task = _task(content["hyper_parameters"].get("task"), path, model.config)
-    return Loaded(model, _tokenizer_of(path.absolute()), source, task)
+    return Loaded(model, _tokenizer_of(source), source, task)
 
 
 def read_checkpoint(path: Path, sharded: bool = True) -> dict[str, Any]:
@@ -200,12 +207,9 @@ def read_checkpoint(path: Path, sharded: bool = True) -> dict[str, Any]:
     return content
 
 
-def _tokenizer_of(checkpoint: Path) -> Tokenizer | None:
-    """The tokenizer in the folder of the run, which holds the folder of the checkpoints."""
-    for place in (checkpoint.parent, checkpoint.parent.parent):
-        if (place / "tokenizer.json").exists():
-            return load_tokenizer(place)
-    return None
+def _tokenizer_of(source: Source) -> Tokenizer | None:
+    """The tokenizer beside the weights, or in the folder of the run, which holds the folder of the checkpoints."""
+    return None if source.tokenizer_folder is None else load_tokenizer(source.tokenizer_folder)
 
 
 def _history_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:

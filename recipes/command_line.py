@@ -40,11 +40,13 @@ class CommandLine(NamedTuple):
     words: list[str]
 
 
-def split(verb: str, argv: list[str], keys: Collection[str], switches: Collection[str] = COMMAND_LINE) -> CommandLine:
+def split(
+    verb: str, argv: list[str], keys: Collection[str] | None = None, switches: Collection[str] = COMMAND_LINE
+) -> CommandLine:
     """Separate recipes, flags and words.
 
     Args:
-        keys: those of a recipe, dotted; a flag is one of them, or one below or above it.
+        keys: those of a recipe, dotted; a flag is one of them, or one below or above it. None: any flag will do.
         switches: flags that alone mean true.
 
     Raises:
@@ -58,7 +60,7 @@ def split(verb: str, argv: list[str], keys: Collection[str], switches: Collectio
             continue
         flag, equals, text = argument.partition("=")
         name, recipe = flag.removeprefix("--"), flag in ("-c", "--config")
-        if not recipe:
+        if not recipe and keys is not None:
             _check_flag(verb, name, keys)
         if not equals and name in switches:
             text = rest.pop(0) if rest and rest[0] in ("true", "false") else "true"

@@ -40,15 +40,15 @@ from app.callbacks import (
 )
 from app.callbacks.begun import Begun
 from app.callbacks.folder import Weights
-from app.data.module import TextData
 from app.memory import keep_freed_memory
 from app.strategies import FSDP2, WholeCheckpoints
 from app.tasks import TASKS
 from app.tasks.architecture import resolve_architecture
 from app.tasks.gradients import check_max_norm
+from app.tasks.start import load_start, starting_architecture
 from app.tasks.training import Training
 from models.errors import UserError, did_you_mean
-from recipes.fit_arguments import prepare, trusting, types_of
+from recipes.fit_arguments import chosen_task, prepare, trusting, types_of
 from recipes.fit_errors import explained
 from recipes.fit_state import (
     FitPlan,
@@ -122,7 +122,7 @@ class FitCLI(LightningCLI):
         loops = {name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False}
         super().__init__(
             Training,
-            TextData,
+            data_class(args),
             save_config_callback=None,  # it refuses to resume into its own folder; RunRecord writes the recipe
             trainer_defaults=DEFAULTS,
             auto_configure_optimizers=False,  # its schedules move once an epoch
@@ -168,9 +168,7 @@ class FitCLI(LightningCLI):
         check_device(config.trainer.accelerator)
         check_strategy(config.trainer.strategy)
         check_max_norm(config.trainer.gradient_clip_val)
-        task = TASKS.parse(config.model.task, "model.task")
-        # 1: no tokenizer is known yet
-        task.check(resolve_architecture(config.model.architecture, 1, config.data.sequence_length))
+        self._check_architecture(config)
         out = None if config.out is None else Path(config.out).expanduser()
         self.root = run_folder(out) if out is not None else None
         place_below(config.trainer, self.root)
@@ -190,6 +188,15 @@ class FitCLI(LightningCLI):
         self.resume = resume
         config.ckpt_path = None if resume is None else str(resume)
         config.weights_only = True
+
+    def _check_architecture(self, config: Any) -> None:
+        """Refuse an architecture that the task cannot train before any data is read; find the tokenizer of a start."""
+        task = TASKS.parse(config.model.task, "model.task")
+        start = None if config.model.from_ is None else load_start(config.model.from_)
+        if start is not None and config.data.tokenizer is None and start.tokenizer is not None:
+            config.data.tokenizer = str(start.source.tokenizer_folder)
+        architecture = starting_architecture(config.model.architecture, start, task)
+        task.check(resolve_architecture(architecture, 1, config.data.sequence_length))  # 1: no tokenizer is known yet
 
     def _plain_recipe(self) -> dict[str, Any]:
         text = self.parser.dump(self.config, skip_none=False, format="yaml")
@@ -277,6 +284,12 @@ class FitCLI(LightningCLI):
                 raise
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{self.resume} holds another state than a run of this recipe has: {reason}") from error
+
+
+def data_class(args: list[str]) -> type:
+    """The class of the data of the task that recipes and flags name."""
+    kind = chosen_task(args[0], args[1:])
+    return TASKS.parse(kind if kind in tuple(TASKS) else "causal_lm", "model.task").data_class()
 
 
 @rank_zero_only

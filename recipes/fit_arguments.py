@@ -25,13 +25,33 @@ ALIASES = {  # a flag that every verb understands alike -> the keys of a recipe 
     "seed": ("seed_everything", "data.seed"),
     "device": ("trainer.accelerator",),
     "dtype": ("model.compute_dtype",),
+    "model.from": ("model.from_",),
 }
+TASK = "model.task"
 OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 
 
 def trusting(argv: list[str]) -> bool:
     """Whether recipes may name any class. The processes that Lightning starts for other devices get the same `argv`."""
     return "--trust" in argv
+
+
+def chosen_task(verb: str, argv: list[str]) -> str | None:
+    """The kind of `model.task` that recipes and flags name, which decides what options `data` has; None: they do not.
+
+    Nothing else is looked at yet.
+    """
+    line = split(verb, argv)
+    values: dict[str, Any] = {}
+    for path in line.recipes:
+        values = merged(values, read_recipe(path))
+    for name, text in line.flags:
+        if f"{name}.".startswith(f"{TASK}."):
+            values = merged(values, nested(name, flag_value(name, text, (), ())))
+    model = values.get("model")
+    task = model.get("task") if isinstance(model, dict) else None
+    kind = task.get("kind") if isinstance(task, dict) else task
+    return kind if isinstance(kind, str) else None
 
 
 def types_of(parser: LightningArgumentParser) -> dict[str, Any]:
@@ -58,7 +78,7 @@ def prepare(verb: str, argv: list[str], types: dict[str, Any]) -> dict[str, Any]
         raise UserError(f"espalier {verb}: '{word}' stands alone; a recipe is given with -c {word}")
     values: dict[str, Any] = {}
     for path in line.recipes:
-        recipe = read_recipe(path)
+        recipe = _with_reserved(read_recipe(path))
         refuse_keys(recipe, (*COMMAND_LINE, "config"), path)
         check_keys(recipe, types.keys(), path)
         values = merged(values, recipe, expand=expand)
@@ -66,6 +86,14 @@ def prepare(verb: str, argv: list[str], types: dict[str, Any]) -> dict[str, Any]
         for key in _targets(name, text):
             values = _with_flag(values, key, text, types)
     return values
+
+
+def _with_reserved(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with `model.from`, a word of Python's, under the name that the parser knows it by."""
+    model = recipe.get("model")
+    if not isinstance(model, dict) or "from" not in model:
+        return recipe
+    return recipe | {"model": {("from_" if key == "from" else key): value for key, value in model.items()}}
 
 
 def expand(where: str, name: str) -> dict[str, Any]:

@@ -173,11 +173,11 @@ def _checkpoints(run: Path) -> list[Path]:
 def _finished(out: Path, run: Path, recipe: Mapping[str, Any], ckpt_path: str | None) -> FitPlan | None:
     """The plan for an `out` that holds something: nothing to do, a longer run, or a refusal."""
     entries = read_history(out)
-    if len(entries) != 1 or entries[0].get("stage") != "pretrain":
+    if not entries or entries[-1].get("stage") != "pretrain":
         raise UserError(f"{out} already holds something else; name another folder or pass --overwrite")
-    check_shape(entries[0], {"recipe": VALUES, "steps": COUNT}, f"{out / HISTORY}: stages[0]")
-    changes = differences(entries[0]["recipe"], recipe, leaving_out=MACHINERY)
-    steps = entries[0]["steps"]
+    check_shape(entries[-1], {"recipe": VALUES, "steps": COUNT}, f"{out / HISTORY}: stages[{len(entries) - 1}]")
+    changes = differences(entries[-1]["recipe"], recipe, leaving_out=MACHINERY)
+    steps = entries[-1]["steps"]
     if not changes:
         return FitPlan(done=f"{out} is complete: {steps} steps. There is nothing to do (--overwrite trains anew).")
     if any(key not in LIMITS for key in changes):

@@ -66,6 +66,8 @@ class ModelFolder(Callback):
             save_model(model, folder, dtype=module.compute_dtype, task=module.task.dump())
             if getattr(data, "tokenizer", None) is not None:
                 data.tokenizer.save(folder)
+            origin = module.origin
+            past = [] if origin is None else origin.history
             entry = history_entry(
                 "pretrain",
                 f"{trainer.global_step} steps of {type(module.optimizer).__name__}",
@@ -73,11 +75,12 @@ class ModelFolder(Callback):
                 seed=self.seed,
                 data={"source": getattr(data, "source", None), "fingerprint": getattr(data, "fingerprint", None)}
                 | ({"left_out": left_out} if (left_out := getattr(data, "left_out", None)) else {}),
+                parents={} if origin is None else {"from": origin.weights_sha256},
                 weights=hash_weights(folder),
                 seconds=time.perf_counter() - self._began,
             )
             entry["steps"] = trainer.global_step
             entry["stopped_early"] = trainer.should_stop and trainer.global_step < trainer.estimated_stepping_batches
-            write_history(folder, [entry])
-            write_card(folder, model, [entry], module.task)
+            write_history(folder, [*past, entry])
+            write_card(folder, model, [*past, entry], module.task)
         (Path(trainer.default_root_dir) / COMPLETE).touch()

@@ -149,6 +149,15 @@ class TokenBlocks(Dataset):
         return np.memmap(self.folder / "tokens.bin", dtype=self._dtype, mode="r")
 
     @property
+    def highest(self) -> int:
+        """The largest id of the split."""
+        return int(self.stream.max())
+
+    def first(self, count: int) -> "TokenBlocks":
+        """The first `count` blocks of the split."""
+        return TokenBlocks(self.folder, self.sequence_length, chosen=range(count))
+
+    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes a prediction: bits per byte is loss in nats / (ln 2 * bytes_per_token)."""
         return self.bytes / self.tokens

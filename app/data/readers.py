@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.data.columns import RowColumns, row_documents
 from app.data.source_index import SourcePart
 from app.data.tables import ARROW_ERRORS, NUMERIC, TABLES, string_type
 from app.data.unpacked import check_text, open_text
@@ -30,10 +31,11 @@ OWN_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": 
 )
 _TITLE = re.compile(r" ?= (?!=)[^\n]*[^=\s] = ?\n?")  # WikiText's title of an article; ` = = Section = = ` is none
 
+Column = str | RowColumns | None  # with the text; the columns of a row with a label; None: it is to be found
 Groups = dict[str | None, list[Path]]  # files under the split that their names give
 
 
-def table_parts(kind: str, groups: Groups, names: dict[Path, str], source: str, column: str | None) -> list[SourcePart]:
+def table_parts(kind: str, groups: Groups, names: dict[Path, str], source: str, column: Column) -> list[SourcePart]:
     """Open the files of one kind of TABLES: a row is a document, and all files have the text in the same column.
 
     Raises:
@@ -41,6 +43,13 @@ def table_parts(kind: str, groups: Groups, names: dict[Path, str], source: str, 
     """
     table = TABLES[kind]
     found = {}
+    if isinstance(column, RowColumns):
+        rows = {file: partial(table.rows, file, not column.numbered) for file in names}
+        return [
+            SourcePart(split, partial(row_documents, rows[file], column, names[file], file))
+            for split, files in groups.items()
+            for file in files
+        ]
     for file in names:
         if columns := table.columns(file):
             column = choose_column(columns, column, str(file) if found else source)
@@ -51,6 +60,14 @@ def table_parts(kind: str, groups: Groups, names: dict[Path, str], source: str, 
         for file in files
         if file in found
     ]
+
+
+def no_rows(source: str, columns: RowColumns) -> str:
+    """The sentence for a source that is no table."""
+    return (
+        f"source '{source}' is plain text and has no column '{columns.label}'; rows with a label come from a TSV, CSV, "
+        "JSON-lines or Parquet file, or from a data set"
+    )
 
 
 def _numbered(name: str, texts: Callable[[], Iterator[str]]) -> Iterator[tuple[str, str]]:
@@ -66,7 +83,7 @@ def _datasets(size: int) -> Any:
     return datasets
 
 
-def saved_parts(path: Path, source: str, column: str | None) -> list[SourcePart]:
+def saved_parts(path: Path, source: str, column: Column) -> list[SourcePart]:
     """Open a folder that `datasets.save_to_disk` wrote.
 
     Raises:
@@ -111,7 +128,7 @@ def from_hub(source: str, cache: Path) -> "dict[str, datasets.Dataset]":
         ) from error
 
 
-def split_parts(loaded: "dict[str, datasets.Dataset]", source: str, column: str | None) -> list[SourcePart]:
+def split_parts(loaded: "dict[str, datasets.Dataset]", source: str, column: Column) -> list[SourcePart]:
     """Return a part for each split; beside a training split, splits of any other kind are left out."""
     parts = []
     for name, table in loaded.items():
@@ -147,7 +164,9 @@ def choose_column(columns: dict[str, str], column: str | None, source: str) -> s
     return strings[0]
 
 
-def _rows(table: "datasets.Dataset", split: str | None, name: str, column: str | None, source: str) -> SourcePart:
+def _rows(table: "datasets.Dataset", split: str | None, name: str, column: Column, source: str) -> SourcePart:
+    if isinstance(column, RowColumns):
+        return SourcePart(split, partial(row_documents, partial(_cells, table, source), column, name, source))
     types = {field.name: string_type(field.type) for field in table.features.arrow_schema}
     chosen = choose_column(types, column, source)
 
@@ -163,8 +182,23 @@ def _rows(table: "datasets.Dataset", split: str | None, name: str, column: str |
     return SourcePart(split, partial(_numbered, name, texts))
 
 
-def text_parts(groups: Groups, names: dict[Path, str], source: str, column: str | None) -> list[SourcePart]:
+def _cells(table: "datasets.Dataset", source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a data set, each with its place."""
+    count = 0
+    for batch in table.with_format("arrow").iter(batch_size=1000):
+        try:
+            batch.validate(full=True)  # the files are mapped as they are
+            rows = batch.to_pylist()
+        except ARROW_ERRORS as error:
+            raise UserError(f"source '{source}' is damaged: {error}") from error
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, count + 1))
+        count += len(rows)
+
+
+def text_parts(groups: Groups, names: dict[Path, str], source: str, column: Column) -> list[SourcePart]:
     """Open UTF-8 text files: 32 or more are documents, fewer are cut into documents."""
+    if isinstance(column, RowColumns):
+        raise UserError(no_rows(source, column))
     if column is not None:
         raise UserError(f"source '{source}' is plain text and has no column '{column}'; leave column out")
     for file in names:

@@ -35,18 +35,21 @@ _ABOUT = ("readme", "license", "licence", "changelog", "citation")  # texts besi
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
-def open_source(source: str, column: str | None = None, cache_dir: str | Path | None = None) -> Corpus:
+def open_source(source: str, column: readers.Column = None, cache_dir: str | Path | None = None) -> Corpus:
     """Open a SOURCE.
 
     Args:
         source: see the top of this file.
         column: column or JSON field with the text; by default `text`, `content`, `document`, or the only text column.
+            `RowColumns` gives rows with a label (app/data/columns.py).
         cache_dir: cache folder; `cache_root` says what the default is.
 
     Raises:
         UserError: nothing there (with the nearest name), files of several kinds, an unreadable or binary file, no such
             column, no text.
     """
+    if source in ("python", "synthetic") and isinstance(column, readers.RowColumns):
+        raise UserError(readers.no_rows(source, column))
     if source == "python":
         return python_corpus()
     if source == "synthetic":
@@ -57,7 +60,7 @@ def open_source(source: str, column: str | None = None, cache_dir: str | Path | 
         raise UserError(f"source '{source}' cannot be read: {error.strerror or error}") from error
 
 
-def _open(source: str, column: str | None, cache: Path) -> SourceCorpus:
+def _open(source: str, column: readers.Column, cache: Path) -> SourceCorpus:
     path = _path(source)
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         files = sorted(file for file in path.rglob("*") if file.is_file())

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from app.data.columns import Row
 from app.data.unpacked import check_text, open_text
 from models.errors import UserError
 from models.parsing import unique_keys
@@ -32,18 +33,18 @@ _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _JSON_TYPES = {str: "string", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
 
-Row = dict[str, Any]
-
 
 class Table(NamedTuple):
     """Reader of the files of one kind.
 
     columns: file -> name and type of every column, none where the file has no rows; `string` and NUMERIC are text.
     texts: (file, column) -> the text of every row, empty where a row has none.
+    rows: (file, whether its first row names the columns) -> the place of every row, and its cells by column.
     """
 
     columns: Callable[[Path], dict[str, str]]
     texts: Callable[[Path, str], Iterator[str]]
+    rows: Callable[[Path, bool], Iterator[tuple[str, Row]]]
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -68,7 +69,7 @@ def _parse(text: str, file: Path, where: str) -> Any:
         raise UserError(f"source '{file}' cannot be read as json: {where}: {error}") from None
 
 
-def _json_objects(file: Path) -> Iterator[tuple[str, Row]]:
+def _json_objects(file: Path, header: bool = True) -> Iterator[tuple[str, Row]]:
     for where, row in _json_rows(file):
         if isinstance(row, str):
             row = {"text": row}
@@ -81,24 +82,32 @@ def _json_type(value: Any) -> str:
     return _JSON_TYPES.get(type(value), "null")
 
 
-def _separated(file: Path, rows: Callable[[Any], Iterator[list[str]]]) -> Iterator[tuple[str, Row]]:
-    """The rows of CSV or TSV as objects. Raises UserError for one with more or fewer fields than columns."""
+def _separated(
+    file: Path, rows: Callable[[Any], Iterator[list[str]]], header: bool = True
+) -> Iterator[tuple[str, Row]]:
+    """The rows of CSV or TSV as objects. Raises UserError for one with more or fewer fields than columns.
+
+    Without a header the columns are called 1, 2, ... and the first row is one of them.
+    """
     names: list[str] = []
     with open_text(file) as stream:
         for number, fields in enumerate(rows(stream), 1):
-            if not names:
+            if not names and not header:
+                names = [str(place) for place in range(1, len(fields) + 1)]
+            elif not names:
                 names = [field or f"column {place}" for place, field in enumerate(fields, 1)]
                 if len(set(names)) < len(names):
                     raise UserError(f"source '{file}' names a column twice: {', '.join(names)}")
-            elif len(fields) != len(names):
+                continue
+            if len(fields) != len(names):
                 raise UserError(
-                    f"source '{file}', row {number}: {len(fields)} fields, but the first row names {len(names)} columns"
+                    f"source '{file}', row {number}: {len(fields)} fields, but the first row "
+                    f"{'names' if header else 'has'} {len(names)} columns"
                 )
-            else:
-                yield f"row {number}", dict(zip(names, fields, strict=True))
+            yield f"row {number}", dict(zip(names, fields, strict=True))
 
 
-def _csv_rows(file: Path, kind: str = "csv", delimiter: str = ",") -> Iterator[tuple[str, Row]]:
+def _csv_rows(file: Path, header: bool = True, kind: str = "csv", delimiter: str = ",") -> Iterator[tuple[str, Row]]:
     def rows(stream: Any) -> Iterator[list[str]]:
         csv.field_size_limit(sys.maxsize)  # 131,072 characters by default, for the whole process
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
@@ -118,17 +127,17 @@ def _csv_rows(file: Path, kind: str = "csv", delimiter: str = ",") -> Iterator[t
                 f"source '{file}': its first row has no comma but {'semicolons' if found == ';' else 'tabs'}, and the "
                 "fields of CSV are separated by commas; write it with commas, or with tabs and the ending .tsv"
             )
-    return _separated(file, rows)
+    return _separated(file, rows, header)
 
 
-def _tsv_rows(file: Path) -> Iterator[tuple[str, Row]]:
+def _tsv_rows(file: Path, header: bool = True) -> Iterator[tuple[str, Row]]:
     def rows(stream: Any) -> Iterator[list[str]]:
         lines = (line.rstrip("\n") for line in stream)
         return ([_unquoted(field) for field in line.split("\t")] for line in lines if line)
 
     with open_text(file) as lines:
         even = len({line.count("\t") for line in lines if line != "\n"}) < 2
-    return _separated(file, rows) if even else _csv_rows(file, "tsv", "\t")
+    return _separated(file, rows, header) if even else _csv_rows(file, header, "tsv", "\t")
 
 
 def _unquoted(field: str) -> str:
@@ -142,7 +151,7 @@ def _cell_type(cell: str) -> str:
     return NUMERIC if _NUMBER.fullmatch(cell) else "string"
 
 
-def _by_rows(read: Callable[[Path], Iterator[tuple[str, Row]]], type_of: Callable[[Any], str]) -> Table:
+def _by_rows(read: Callable[..., Iterator[tuple[str, Row]]], type_of: Callable[[Any], str]) -> Table:
     """A table whose rows are read whole."""
 
     def columns(file: Path) -> dict[str, str]:
@@ -163,7 +172,11 @@ def _by_rows(read: Callable[[Path], Iterator[tuple[str, Row]]], type_of: Callabl
                 raise UserError(f"source '{file}', {where}: '{column}' must be text, not {_json_type(value)}")
             yield value or ""
 
-    return Table(columns, texts)
+    def rows(file: Path, header: bool) -> Iterator[tuple[str, Row]]:
+        check_text(file)
+        return read(file, header)
+
+    return Table(columns, texts, rows)
 
 
 def _parquet_columns(file: Path) -> dict[str, str]:
@@ -175,6 +188,12 @@ def _parquet_texts(file: Path, column: str) -> Iterator[str]:
     with _parquet(file) as table:
         for batch in table.iter_batches(batch_size=1000, columns=[column]):
             yield from (text or "" for text in batch.column(0).to_pylist())
+
+
+def _parquet_rows(file: Path, header: bool) -> Iterator[tuple[str, Row]]:
+    with _parquet(file) as table:
+        rows = (row for batch in table.iter_batches(batch_size=1000) for row in batch.to_pylist())
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 @contextlib.contextmanager
@@ -197,5 +216,5 @@ TABLES = {
     "json": _by_rows(_json_objects, _json_type),
     "csv": _by_rows(_csv_rows, _cell_type),
     "tsv": _by_rows(_tsv_rows, _cell_type),
-    "parquet": Table(_parquet_columns, _parquet_texts),
+    "parquet": Table(_parquet_columns, _parquet_texts, _parquet_rows),
 }

@@ -185,7 +185,7 @@ def change_of_quality(before: Quality, after: Quality, divergence: Divergence | 
     figures["tokens"] = before.tokens
     figures["beyond_noise"] = before.metrics[0].difference(before, after).beyond_noise
     figures["interval"] = {name: [interval.low, interval.high] for name, interval in found.items()}
-    figures["interval"]["method"] = f"paired; {before.segments.describe()}"
+    figures["interval"]["method"] = f"paired; {before.method}"
     return figures
 
 
@@ -213,6 +213,6 @@ def measurement(quality: Quality, blocks: Sequence[dict[str, Tensor]], task: Tas
         "documents": "kept apart: no token sees another document" if "documents" in blocks[0] else "not kept apart",
         "normalisation": task.normalisation,
         "bytes_per_token": quality.bytes_per_token,
-        "intervals": quality.segments.describe(),
+        "intervals": quality.method,
         "data": getattr(blocks, "fingerprint", None),
     }

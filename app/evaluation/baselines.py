@@ -33,7 +33,7 @@ UNTRAINED_BLOCKS = 64  # a fresh model is about as wrong everywhere: a sample of
 
 
 def count_tokens(blocks: Iterable[dict[str, Tensor]], vocabulary: int) -> np.ndarray:
-    """Number of times that each token is a target, (V,) int64."""
+    """Number of times that each token (or class) is a target, (V,) int64."""
     counts = np.zeros(vocabulary, dtype=np.int64)
     for block in blocks:
         targets = block["targets"]
@@ -93,13 +93,24 @@ def baselines(
     unigram baseline (a stricter bar for the model); the figures say which it was. Later stages inherit these figures
     whatever became of the architecture, so the untrained model is described by its own size.
     """
-    counted = "the training split" if training_blocks is not None else "the evaluation text itself"
-    counts = count_tokens(training_blocks if training_blocks is not None else blocks, config.vocab_size)
     return {
-        "unigram": unigram(blocks, counts, metrics).figures() | {"source": f"token frequencies of {counted}"},
+        "unigram": frequencies(config, blocks, training_blocks, metrics, "token"),
         "untrained": untrained(config, blocks, metrics=metrics, seed=seed, device=device, progress=progress).figures()
         | {"source": f"{describe(config)}, freshly initialised, seed {seed}, at most {UNTRAINED_BLOCKS} blocks"},
     }
+
+
+def frequencies(
+    config: ModelConfig,
+    blocks: Sequence[dict[str, Tensor]],
+    training_blocks: Iterable[dict[str, Tensor]] | None,
+    metrics: tuple[Metric, ...],
+    what: str,
+) -> dict:
+    """Figures of predicting everything by how often it is a target; `what`: a target in a word."""
+    counted = "the training split" if training_blocks is not None else "the evaluation text itself"
+    counts = count_tokens(training_blocks if training_blocks is not None else blocks, config.outputs)
+    return unigram(blocks, counts, metrics).figures() | {"source": f"{what} frequencies of {counted}"}
 
 
 def describe(config: ModelConfig) -> str:

@@ -78,6 +78,15 @@ class Quality(Rows):
         """Nats per token."""
         return self.mean("nll")
 
+    @property
+    def method(self) -> str:
+        """Method of the intervals, in words."""
+        others: dict[str, list[str]] = {}
+        for metric in self.metrics:
+            if metric.intervals:
+                others.setdefault(metric.intervals, []).append(metric.label)
+        return "; ".join([self.segments.describe(), *(f"{', '.join(of)}: {how}" for how, of in others.items())])
+
     def figures(self) -> dict:
         """The `quality` block of report.json: every metric, the predicted tokens, and the intervals."""
         found = {metric.kind: metric.value(self) for metric in self.metrics}
@@ -85,7 +94,7 @@ class Quality(Rows):
         figures: dict = {name: interval.value for name, interval in scales.items()}
         figures["tokens"] = self.tokens
         figures["interval"] = {name: [interval.low, interval.high] for name, interval in scales.items()}
-        figures["interval"]["method"] = self.segments.describe()
+        figures["interval"]["method"] = self.method
         return figures
 
 
@@ -170,7 +179,7 @@ def evaluate_qualities(
     """
     if not len(blocks):
         raise UserError("the evaluation split is empty: there is no token to predict")
-    vocabularies = {model.config.vocab_size for model in models}
+    vocabularies = {model.config.outputs for model in models}
     if len(vocabularies) > 1:
         raise UserError(f"models of different vocabularies ({sorted(vocabularies)}) cannot be compared token by token")
     vocabulary = vocabularies.pop()

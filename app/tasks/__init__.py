@@ -2,6 +2,7 @@
 
 from app.tasks.base import TASKS, Losses, Task
 from app.tasks.causal_lm import CausalLM
+from app.tasks.classify import Classify
 from app.tasks.masked_lm import MaskedLM
 
-__all__ = ["TASKS", "CausalLM", "Losses", "MaskedLM", "Task"]
+__all__ = ["TASKS", "CausalLM", "Classify", "Losses", "MaskedLM", "Task"]

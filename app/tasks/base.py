@@ -5,7 +5,8 @@ that the model folder names (`config.json: task`), so that every stage and repor
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from models.transformer import Output, Transformer
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule  # takes seconds to import
 
+    from app.data.corpus import Corpus
     from app.data.tokenizer import Tokenizer
 
 TASKS = Registry("task", example="causal_lm")
@@ -33,13 +35,15 @@ class Losses(NamedTuple):
         total: () mean over what counts, plus what the mechanisms add; carries the gradient.
         sums: quantity of the metrics -> () detached sum over what counts; the first is the task's loss.
         count: () how many targets count.
-        places: the most that could count in a batch of this shape.
+        places: the most that could count in a batch of so many rows.
+        units: quantity of the gathered metrics -> (N,), of each target; of `measured` only.
     """
 
     total: Tensor
     sums: dict[str, Tensor]
     count: Tensor
     places: int
+    units: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Task:
@@ -54,6 +58,10 @@ class Task:
         protocol: how a model of it is timed.
         normalisation: what a figure counts, for the protocol of a report.
         predicts: what two models agree or disagree on, in a sentence.
+        predicted, per: what is predicted, and what once for, in a word.
+        pipeline: the task as model hubs name it.
+        default_source: the data of a stage that names none; None: it must be named.
+        sequence_length: tokens of a block where the data of a stage does not say; None: the model's context.
     """
 
     kind: ClassVar[str]
@@ -64,24 +72,53 @@ class Task:
     protocol: ClassVar[type[SpeedProtocol]] = SpeedProtocol
     normalisation: ClassVar[str] = ""
     predicts: ClassVar[str] = "token"
+    predicted: ClassVar[str] = "token"
+    per: ClassVar[str] = "token"
+    pipeline: ClassVar[str] = "text-generation"
+    default_source: ClassVar[str | None] = "python"
+    sequence_length: int | None = None
 
     @property
     def shown(self) -> tuple[Metric, ...]:
         """The metrics of a table with little room: the loss only where it is the first."""
         return tuple(metric for metric in self.metrics if metric.kind != "loss" or metric is self.metrics[0])
 
+    def shaped(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """The architecture of a recipe or of a model to start from, with what the task decides; default: as it is."""
+        return dict(architecture)
+
     def check(self, config: ModelConfig) -> None:
         """Raise UserError for an architecture that the task cannot train."""
 
+    def data_class(self) -> type["LightningDataModule"]:
+        """The class of its data modules, whose options `data` of a recipe has."""
+        raise NotImplementedError
+
     def data(self, **options: Any) -> "LightningDataModule":
         """The data module with these options."""
+        data = self.data_class()(**options)
+        data.task = self
+        return data
+
+    def with_data(self, data: "LightningDataModule") -> Self:
+        """The task with what it takes from the data that it is trained on; default: nothing."""
+        return self
+
+    def corpus(self, source: str, column: str | None = None) -> "Corpus":
+        """The data that a stage names. Raises UserError where it cannot be read."""
+        raise NotImplementedError
+
+    def blocks(
+        self, corpus: "Corpus", tokenizer: "Tokenizer", split: str, length: int, samples: int | None, seed: int
+    ) -> Any:
+        """Blocks of a split: all for evaluation, or so many `samples` drawn with the seed for calibration."""
         raise NotImplementedError
 
     def examples(self, blocks: Any, tokenizer: "Tokenizer", *, training: bool, seed: int = 0) -> Any:
-        """Blocks of text as inputs and targets: the `blocks` themselves, or a data set over them.
+        """Blocks as inputs and targets: the `blocks` themselves, or a data set over them.
 
         Args:
-            blocks: `TokenBlocks`.
+            blocks: as `blocks` gives them.
             tokenizer: of the blocks.
             training: whether they are to be trained on, or to be measured on.
             seed: of what is drawn for the training; what is measured is the same for every model.

@@ -32,6 +32,7 @@ class CausalLM(TokenTask):
     normalisation = "per token of this tokenizer; bits per byte divides by the UTF-8 bytes of the text"
 
     def check(self, config: ModelConfig) -> None:
+        super().check(config)
         if config.direction != "causal":
             raise UserError(
                 "the architecture is bidirectional, and a model that sees the next token learns nothing by predicting "

@@ -141,7 +141,7 @@ class Distillation(Training):
             rows = self.teacher.config.vocab_size
             if self._student:
                 self.architecture = self._student[0].model.config.to_dict()
-            values = read_architecture(self.architecture)
+            values = self.task.shaped(read_architecture(self.architecture))
             require_same_vocabulary(values.get("vocab_size") or rows, rows)
             self.architecture = {**values, "vocab_size": rows}
             if self._student:

@@ -50,7 +50,7 @@ class MaskedLM(TokenTask):
     metrics: tuple[Metric, ...] = field(default=(Loss(), Accuracy()), metadata={"registry": Several(METRICS)})
 
     needs_mask = True
-    describes, predicts = "encoder", "masked token"
+    describes, predicts, pipeline = "encoder", "masked token", "fill-mask"
     protocol = ForwardProtocol
     normalisation = "per masked token of this tokenizer; the masks are the same for every model"
 
@@ -61,6 +61,7 @@ class MaskedLM(TokenTask):
                 raise UserError(f"{name} is {getattr(self, name):g}; it must be above 0 and below 1")
 
     def check(self, config: ModelConfig) -> None:
+        super().check(config)
         if config.direction != "bidirectional":
             raise UserError(
                 "the architecture is causal, and masked_lm predicts a token from both sides; give it direction: "

@@ -1,14 +1,18 @@
-"""Tasks that predict tokens: a batch has `tokens` and `targets`, -100 where nothing counts.
+"""Tasks that predict at tokens: a batch has `tokens` and `targets`, -100 where nothing counts.
 
 B sequences in a batch, T tokens in a sequence, V vocabulary, N targets.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from app.data.corpus import Corpus
+from app.data.packing import token_blocks
+from app.data.sources import open_source
+from app.data.tokenizer import Tokenizer
 from app.evaluation.baselines import baselines
 from app.evaluation.metrics import quantities
 from app.evaluation.rows import IGNORED
@@ -18,18 +22,45 @@ from models.errors import UserError
 
 
 class TokenTask(Task):
-    """Base class of the tasks that predict tokens of a text."""
+    """Base class of the tasks that predict at tokens of a text.
+
+    Attributes:
+        one_a_row: whether each row has one target, and not one at any token.
+    """
+
+    one_a_row: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.metrics:
             raise UserError("metrics is empty; a model is measured by at least one")
 
-    def data(self, **options: Any) -> Any:
+        gathered = [metric.kind for metric in self.metrics if metric.gathered and not self.one_a_row]
+        if gathered:
+            raise UserError(f"metrics: {gathered[0]} is a figure of classes, and {self.kind} predicts tokens")
+
+    def check(self, config: ModelConfig) -> None:
+        if config.outputs != config.vocab_size:
+            raise UserError(
+                f"the head '{config.head.kind}' gives {config.outputs} logits, and {self.kind} predicts a token of "
+                f"{config.vocab_size}; give it head: tied or untied"
+            )
+
+    def data_class(self) -> type:
         from app.data.module import TextData  # imports Lightning, which takes seconds
 
-        data = TextData(**options)
-        data.task = self
-        return data
+        return TextData
+
+    def corpus(self, source: str, column: str | None = None) -> Corpus:
+        return open_source(source, column)
+
+    def blocks(
+        self, corpus: Corpus, tokenizer: Tokenizer, split: str, length: int, samples: int | None, seed: int
+    ) -> Any:
+        return token_blocks(corpus, tokenizer, split, length, samples=samples, seed=seed)
+
+    def places(self, batch: Batch) -> int:
+        """The most targets that could count in a batch of so many rows."""
+        return len(batch["targets"]) if self.one_a_row else batch["targets"].numel()
 
     def losses(self, model: Forward, batch: Batch, *, z_loss: float = 0.0) -> Losses:
         targets = batch["targets"]  # (B, T)
@@ -37,19 +68,22 @@ class TokenTask(Task):
         count = (targets != IGNORED).sum()
         total = output.loss if output.z_loss is None else output.loss + z_loss * output.z_loss
         sums = {"nll": output.loss.detach().float() * count}
-        return Losses(total + sum(output.losses.values()), sums, count, targets.numel())
+        return Losses(total + sum(output.losses.values()), sums, count, self.places(batch))
 
     def measured(self, model: Forward, batch: Batch) -> Losses:
         units = quantities(self.metrics)
         if list(units) == ["nll"]:  # no need of log-probabilities
             output = model(batch["tokens"], targets=batch["targets"], documents=batch.get("documents"))
             count = (batch["targets"] != IGNORED).sum()
-            return Losses(output.loss, {"nll": output.loss.double() * count}, count, batch["targets"].numel())
+            return Losses(output.loss, {"nll": output.loss.double() * count}, count, self.places(batch))
         log = self.predictions(model, batch)  # (N, V)
         targets = batch["targets"][batch["targets"] != IGNORED]  # (N,)
-        sums = {name: of(log, targets).double().sum() for name, of in units.items()}
+        found = {name: of(log, targets) for name, of in units.items()}  # (N,) each
+        gathered = {metric.quantity for metric in self.metrics if metric.gathered}
+        sums = {name: values.double().sum() for name, values in found.items() if name not in gathered}
         count = torch.tensor(len(targets), device=log.device)
-        return Losses(sums["nll"] / max(1, len(targets)), sums, count, batch["targets"].numel())
+        kept = {name: found[name] for name in gathered}
+        return Losses(sums["nll"] / max(1, len(targets)), sums, count, self.places(batch), kept)
 
     def predictions(self, model: Forward, batch: Batch) -> Tensor:
         logits = model(batch["tokens"], documents=batch.get("documents")).logits  # (B, T, V)

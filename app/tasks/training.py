@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import SumMetric
+from torchmetrics import CatMetric, SumMetric
 
 from app.activation_checkpointing import ActivationCheckpointing
+from app.loading import Loaded, Source
 from app.optim import AdamW, Cosine, Optimization, Schedule
 from app.parallelize import parallelize
 from app.strategies import FSDP2
@@ -22,6 +23,7 @@ from app.tasks.base import TASKS, Task
 from app.tasks.compile import Compile
 from app.tasks.gradients import scale_and_clip
 from app.tasks.precision import ComputeDtype, call_in
+from app.tasks.start import copy_weights, load_start, starting_architecture
 from models.config import ModelConfig
 from models.errors import UserError
 from models.projection import IGNORED
@@ -57,26 +59,31 @@ class Training(LightningModule):
 
     Args:
         architecture: mapping in the short or the canonical form (models/config.py), a preset's name, or a YAML or JSON
-            file. Vocabulary and context come from the data where they are not given.
+            file. Vocabulary and context come from the data where they are not given. With `from_` it need hold only
+            what is to differ.
         optimizer: by default AdamW.
         schedule: by default Cosine without warm-up.
         z_loss: weight of the z-loss (PaLM, arXiv 2204.02311: 1e-4); 0 leaves it out.
         compute_dtype: of activations and of the weights as they are used; the weights that are trained stay fp32.
         compile: what torch.compile is applied to; nothing by default.
         activation_checkpointing: which activations the backward computes again; by default all are kept.
-        task: what is trained: `causal_lm`, or `masked_lm` for an encoder; `{kind: NAME, ...}` with its own options.
+        task: what is trained: `causal_lm`, `masked_lm` for an encoder, or `classify`; `{kind: NAME, ...}` with its own
+            options.
+        from_: `from` in a recipe: the model whose weights training starts from (a model folder, a checkpoint or a
+            Hugging Face folder); a head that is another than the task's is drawn anew.
     """
 
     def __init__(
         self,
-        architecture: str | dict,
+        architecture: str | dict | None = None,
         optimizer: Optimization | None = None,
         schedule: Schedule | None = None,
         z_loss: float = 0.0,
         compute_dtype: ComputeDtype = "float32",
         compile: Compile | None = None,
         activation_checkpointing: ActivationCheckpointing | None = None,
-        task: str | dict = "causal_lm",
+        task: str | dict | Task = "causal_lm",
+        from_: str | None = None,
     ) -> None:
         super().__init__()
         self.task: Task = TASKS.parse(task, "model.task")
@@ -89,6 +96,9 @@ class Training(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.config: ModelConfig | None = None
         self.model: Transformer | None = None
+        self.from_ = from_
+        self._start: tuple[Loaded, ...] = ()  # a tuple keeps it out of this module's parameters
+        self.origin: Source | None = None  # of the weights that training started from
         self._expected: tuple[Mapping[str, Any], Path] | None = None
         self.figures: StepFigures | None = None  # of the latest optimizer step
         self.stepped = False  # whether the latest batch ended an optimizer step
@@ -103,11 +113,16 @@ class Training(LightningModule):
     def setup(self, stage: str) -> None:
         """Settle the architecture; the data module knows its vocabulary by now."""
         data = self.trainer.datamodule
+        self.task = self.task.with_data(data)
         self._settle(getattr(data, "vocab_size", None), getattr(data, "sequence_length", None))
 
     def _settle(self, vocab_size: int | None = None, context: int | None = None) -> None:
         if self.config is None:
-            self.config = resolve_architecture(self.architecture, vocab_size, context)
+            if self.from_ is not None:
+                self._start = (load_start(self.from_),)
+                self.origin = self._start[0].source
+            architecture = starting_architecture(self.architecture, next(iter(self._start), None), self.task)
+            self.config = resolve_architecture(architecture, vocab_size, context)
             self.task.check(self.config)
             self._check_expected()
         # plain values only, so that a checkpoint describes itself and loads with weights_only=True
@@ -144,7 +159,11 @@ class Training(LightningModule):
 
     def _build(self) -> Transformer:
         """The model with the weights that training starts from."""
-        return Transformer(self.config)
+        model = Transformer(self.config)
+        for start in self._start:
+            copy_weights(model, start.model, self.from_)
+        self._start = ()
+        return model
 
     def _strategy(self) -> Any:
         return self._trainer.strategy if self._trainer is not None else None
@@ -220,12 +239,13 @@ class Training(LightningModule):
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
         losses = self.task.measured(self._without_compiling, batch)
         self._count_in({**losses.sums, "count": losses.count})
+        self._count_in(losses.units, CatMetric)
 
-    def _count_in(self, sums: Mapping[str, Tensor]) -> None:
-        """Add the sums of a batch to those of the split."""
-        for name, value in sums.items():
+    def _count_in(self, found: Mapping[str, Tensor], kind: type[SumMetric | CatMetric] = SumMetric) -> None:
+        """Add the sums of a batch to those of the split, or its units to all others."""
+        for name, value in found.items():
             if name not in self._totals:
-                self._totals[name] = SumMetric(nan_strategy="disable").set_dtype(torch.double).to(self.device)
+                self._totals[name] = kind(nan_strategy="disable").set_dtype(torch.double).to(self.device)
             self._totals[name].update(value)
 
     def on_validation_epoch_end(self) -> None:
@@ -236,12 +256,15 @@ class Training(LightningModule):
 
     def _report(self, split: str) -> dict[str, float]:
         """Log the loss and every metric of the task over the whole split, each target once; returns all means."""
-        sums = {name: total.compute().item() for name, total in self._totals.items()}  # over all ranks
+        found = {name: total.compute() for name, total in self._totals.items()}  # over all ranks
+        units = {name: found[name] for name, total in self._totals.items() if isinstance(total, CatMetric)}
+        sums = {name: value.item() for name, value in found.items() if name not in units}
         for total in self._totals.values():
             total.reset()
         means = {name: value / max(1.0, sums["count"]) for name, value in sums.items()}
         self.log(f"{split}/loss", next(iter(means.values())), rank_zero_only=False)
-        for name, value in self.metrics_of(means).items():
+        figures = {one.kind: one.figure(units[one.quantity]) for one in self.task.metrics if one.quantity in units}
+        for name, value in (self.metrics_of(means) | figures).items():
             if name != "loss":
                 self.log(f"{split}/{name}", value)
         return means

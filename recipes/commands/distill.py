@@ -128,7 +128,7 @@ class Distill(Stage[options.Distill]):
         text.tokenizer.save(state)
         module = self.module(config, stored, text.task)
         data = text.task.data(
-            source=chosen.data,
+            source=text.source,
             column=chosen.column,
             sequence_length=text.length,
             batch_size=chosen.train_batch_size,

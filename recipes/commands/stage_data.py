@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from app.data.corpus import Corpus
-from app.data.packing import Batch, TokenBlocks, fingerprint_of, token_blocks
-from app.data.sources import open_source
+from app.data.packing import Batch, fingerprint_of
 from app.evaluation.speed import SpeedProtocol
 from app.loading import Loaded
 from app.tasks.base import Task
@@ -42,7 +41,9 @@ class Text:
         self.used: dict[str, int] = {}  # what of the text went into the stage, for the report
         self.notes: list[str] = []  # what of the text did not, in sentences for the report
         self.rows = config.vocab_size
-        self.length = chosen.sequence_length or min(config.context, LONGEST)
+        self.length = chosen.sequence_length or self.task.sequence_length or min(config.context, LONGEST)
+        default = Measure.__dataclass_fields__["data"].default
+        self.source = self.task.default_source if chosen.data == default else chosen.data
         if self.length < 2:
             raise UserError(f"sequence_length {self.length} is too short: a prediction needs a token before it")
         self.block_bytes = 4 * self.length * config.width  # of the hidden states that run between two layers
@@ -55,10 +56,12 @@ class Text:
     @cached_property
     def corpus(self) -> Corpus:
         """The corpus of `--data`."""
-        return self._opened(self.chosen.data)
+        if self.source is None:
+            raise UserError(f"a {self.task.describes} has no default data; give --data SOURCE")
+        return self._opened(self.source)
 
     def _opened(self, source: str) -> Corpus:
-        corpus = open_source(source, self.chosen.column)
+        corpus = self.task.corpus(source, self.chosen.column)
         for sentence in corpus.left_out:
             self._note(sentence)
         return corpus
@@ -88,25 +91,26 @@ class Text:
             raise UserError(f"evaluation_blocks {count} is too small; it must be at least 1")
         if count > len(blocks):
             self._note(f"measured on {len(blocks)} blocks where {count} were asked for: the text holds no more")
-        kept = TokenBlocks(blocks.folder, self.length, chosen=range(min(count, len(blocks))))
-        return self._examples(kept, training=False)
+        return self._examples(blocks.first(min(count, len(blocks))), training=False)
 
     @cached_property
     def training(self) -> Any:
-        """The whole training split."""
+        """The whole training split; None: no data is named, and the task has no default."""
+        if self.source is None:
+            return None
         return self._examples(self._blocks(self.corpus, "train"), training=True)
 
-    def _examples(self, blocks: TokenBlocks, training: bool) -> Any:
+    def _examples(self, blocks: Any, training: bool) -> Any:
         return self.task.examples(blocks, self.tokenizer, training=training, seed=self.chosen.seed)
 
     def check_training(self) -> None:
         """Raise UserError where the training split holds a token that the model has no embedding for."""
         self._blocks(self.corpus, "train")
 
-    def _blocks(self, corpus: Corpus, split: str, samples: int | None = None) -> TokenBlocks:
-        """The blocks of a split (`token_blocks`). Raises UserError for a token that the model has no embedding for."""
-        blocks = token_blocks(corpus, self.tokenizer, split, self.length, samples=samples, seed=self.chosen.seed)
-        if self.tokenizer.vocab_size > self.rows and (highest := int(blocks.stream.max())) >= self.rows:
+    def _blocks(self, corpus: Corpus, split: str, samples: int | None = None) -> Any:
+        """The blocks of a split (`Task.blocks`). Raises UserError for a token that the model has no embedding for."""
+        blocks = self.task.blocks(corpus, self.tokenizer, split, self.length, samples, self.chosen.seed)
+        if self.tokenizer.vocab_size > self.rows and (highest := blocks.highest) >= self.rows:
             raise UserError(
                 f"'{corpus.name}' holds {self.tokenizer.tokenizer.id_to_token(highest)!r}, token {highest} of the "
                 f"tokenizer, but the model has embeddings for {self.rows} tokens; give another text or model"
@@ -131,10 +135,12 @@ class Text:
         """Source and fingerprint, as they go into history.json: `fingerprint` is that of the text measured on."""
         held_out = self.chosen.evaluation_data
         described = {
-            "source": self.chosen.data,
+            "source": self.source or held_out,
             "held_out": held_out or "its test split",
             "fingerprint": self.held_out.fingerprint,
         }
+        if self.source is None:
+            return described
         if left_out := self.corpus.left_out:
             described["left_out"] = "; ".join(left_out)
         if held_out is not None:

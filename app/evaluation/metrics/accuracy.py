@@ -1,4 +1,4 @@
-"""Accuracy: the share of predicted tokens whose likeliest prediction is the target."""
+"""Accuracy: the share of the predictions that rank the target first."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Accuracy(Metric):
 
     label, better, quantity = "accuracy", "higher", "correct"
     quantity_unit = "share"
-    definition = "share of the predicted tokens whose likeliest prediction is the target"
+    definition = "share of the predictions that rank the target first"
 
     def units(self, log: Tensor, targets: Tensor) -> Tensor:
         return log.argmax(1) == targets

@@ -27,6 +27,9 @@ class Metric:
         quantity: the name of what `units` gives; metrics of one quantity share its sums.
         quantity_unit: what its mean is counted in, in which trainings of several seeds are compared.
         relative: whether a change is told as a ratio, `KIND_ratio` in report.json.
+        gathered: whether its `figure` needs the quantity of every prediction, and not its mean alone; for tasks of one
+            prediction a row.
+        intervals: method of its interval; empty: that of a mean (app/evaluation/intervals.py).
     """
 
     kind: ClassVar[str]
@@ -37,6 +40,8 @@ class Metric:
     quantity: ClassVar[str] = "nll"
     quantity_unit: ClassVar[str] = "nats"
     relative: ClassVar[bool] = False
+    gathered: ClassVar[bool] = False
+    intervals: ClassVar[str] = ""
 
     def units(self, log: Tensor, targets: Tensor) -> Tensor:
         """Its quantity of each predicted token (N,), from log-probabilities (N, V) and targets (N,) int64."""
@@ -50,6 +55,10 @@ class Metric:
     def of(self, mean: float, bytes_per_token: float | None = None) -> float | None:
         """The figure for a mean of its quantity; None where it needs the bytes of a token and they are not known."""
         return mean
+
+    def figure(self, units: Tensor) -> float:
+        """The figure for its quantity of every prediction (N,), where it is gathered."""
+        raise NotImplementedError
 
     def moved(self, mean: float, difference: float, bytes_per_token: float | None = None) -> float | None:
         """The change of the figure when the mean of its quantity moves by `difference`; linear by default."""

@@ -1,4 +1,4 @@
-"""Cross-entropy in nats per predicted token."""
+"""Cross-entropy in nats per prediction."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,20 @@ from app.evaluation.metrics.base import METRICS, Metric
 @METRICS.register("loss")
 @dataclass(frozen=True)
 class Loss(Metric):
-    """Mean negative log-likelihood."""
+    """Mean negative log-likelihood.
 
-    label, unit = "loss", "nats per token"
-    definition = "total NLL / predicted tokens"
+    Args:
+        per: what is predicted, in a word.
+    """
+
+    per: str = "token"
+
+    label = "loss"
+
+    @property
+    def unit(self) -> str:
+        return f"nats per {self.per}"
+
+    @property
+    def definition(self) -> str:
+        return f"total NLL / predicted {self.per}s"
