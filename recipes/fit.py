@@ -106,6 +106,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # `metrics` logs by itself
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # the values are sums over all ranks already
 
 

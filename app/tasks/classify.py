@@ -62,10 +62,10 @@ class Classify(TokenTask):
     def shaped(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
         """The architecture with a classifier for its head, of as many outputs as there are classes."""
         head = architecture.get("head")
-        if not isinstance(head, Mapping) or head.get("kind") != Classifier.kind:
-            causal = architecture.get("direction", "causal") == "causal"
-            head = {"kind": Classifier.kind, "pool": "last" if causal else "mean"}
-        return {**architecture, "head": {**head, "classes": len(self.labels) or head.get("classes", UNKNOWN)}}
+        given = dict(head) if isinstance(head, Mapping) and head.get("kind") == Classifier.kind else {}
+        pool = "last" if architecture.get("direction", "causal") == "causal" else "mean"
+        head = {"kind": Classifier.kind, "pool": pool, "classes": UNKNOWN, **given}
+        return {**architecture, "head": head | ({"classes": len(self.labels)} if self.labels else {})}
 
     def check(self, config: ModelConfig) -> None:
         if not isinstance(config.head, Classifier):
