@@ -58,7 +58,9 @@ class Task:
         protocol: how a model of it is timed.
         normalisation: what a figure counts, for the protocol of a report.
         predicts: what two models agree or disagree on, in a sentence.
-        predicted, per: what is predicted, and what once for, in a word.
+        predicted, per, positions: what is predicted, what it is predicted once for, and those in a report, in a word.
+        model: a model of it in a report's verdict.
+        floor: the baseline that a model which is no better than has lost the task.
         pipeline: the task as model hubs name it.
         default_source: the data of a stage that names none; None: it must be named.
         sequence_length: tokens of a block where the data of a stage does not say; None: the model's context.
@@ -74,6 +76,9 @@ class Task:
     predicts: ClassVar[str] = "token"
     predicted: ClassVar[str] = "token"
     per: ClassVar[str] = "token"
+    positions: ClassVar[str] = "positions"
+    model: ClassVar[str] = "language model"
+    floor: ClassVar[str] = "unigram"
     pipeline: ClassVar[str] = "text-generation"
     default_source: ClassVar[str | None] = "python"
     sequence_length: int | None = None

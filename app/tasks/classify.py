@@ -54,6 +54,7 @@ class Classify(TokenTask):
 
     one_a_row = True
     describes, predicts, predicted, per = "classifier", "class", "class", "row"
+    positions, model, floor = "rows", "classifier", "majority"
     pipeline = "text-classification"
     protocol = ForwardProtocol
     normalisation = "per row; a class is predicted once for each"

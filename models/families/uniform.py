@@ -67,6 +67,8 @@ def frame(config: ModelConfig, norm: type[Rms] | type[Layer]) -> None:
     """Refuse what no family has around its layers: all of them are decoders with one norm before each sub-layer."""
     if config.direction != "causal":
         raise UserError(f"it is a decoder, and this model is {config.direction}")
+    if config.outputs != config.vocab_size:
+        raise UserError(f"its head predicts tokens, and this model's is a {config.head.kind}")
     if not isinstance(config.norm, norm) or config.norm.position != "pre":
         raise UserError(f"it has {norm.kind} norms in position pre, not {config.norm.kind} {config.norm.position}")
     if isinstance(config.norm, Rms) and config.norm.offset:

@@ -26,8 +26,9 @@ class TextInput:
         return f"the text {self.source}"
 
     def content(self) -> str:
-        """SHA-256 (hex) of all documents. Raises UserError where there are none."""
-        return open_source(self.source, self.column).sha256
+        """SHA-256 (hex) of a file, or of all documents of another source. Raises UserError where there are none."""
+        path = Path(self.source).expanduser()
+        return FileInput(path).content() if path.is_file() else open_source(self.source, self.column).sha256
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,11 @@ def pretraining_inputs(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> l
     data = recipe.get("data")
     data = dict(data) if isinstance(data, Mapping) else {}
     data |= {"source": flags["data"]} if "data" in flags else {}
-    data |= {key: flags[f"data.{key}"] for key in ("source", "column") if f"data.{key}" in flags}
+    data |= {key: flags[f"data.{key}"] for key in ("source", "column", "validation") if f"data.{key}" in flags}
     model = recipe.get("model")
-    architecture = flags.get("model.architecture", model.get("architecture") if isinstance(model, Mapping) else None)
-    source, files = str(data.get("source", "python")), [architecture] if isinstance(architecture, str) else []
+    model = model if isinstance(model, Mapping) else {}
+    named = [flags.get(f"model.{key}", model.get(key)) for key in ("architecture", "from")] + [data.get("validation")]
+    source, files = str(data.get("source", "python")), [one for one in named if isinstance(one, str)]
     if "class_path" in data:  # a module of somebody's own
         return [*_files(files)]
     if source.endswith((".yaml", ".yml")):  # options of the data in a file of their own

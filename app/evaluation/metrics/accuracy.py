@@ -20,6 +20,12 @@ class Accuracy(Metric):
     def units(self, log: Tensor, targets: Tensor) -> Tensor:
         return log.argmax(1) == targets
 
+    def of(self, mean: float, bytes_per_token: float | None = None) -> float:
+        return min(1.0, max(0.0, mean))  # a bound of an interval may lie beyond
+
+    def moved(self, mean: float, difference: float, bytes_per_token: float | None = None) -> float:
+        return difference
+
     def show(self, value: float | None) -> str:
         return formatting.percent(value)
 

@@ -182,7 +182,7 @@ def values(steps: Sequence[ChartPoint], baselines: dict[str, float], results: in
         far.margins(x=0.1)
 
     caption = (
-        f"{metric.title} of each model, and the same against an untrained and a unigram baseline. The bars are each "
+        f"{metric.title} of each model, and the same against the baselines ({', '.join(baselines)}). The bars are each "
         "model's own 95% interval, over documents; the paired interval of a change is far narrower"
     )
     return Chart(metric.kind, caption, draw, 8.4, 1.35 + 0.42 * len(steps))

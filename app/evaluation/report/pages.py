@@ -195,13 +195,14 @@ def stage_page(report: dict, drawings: Sequence[Chart]) -> dict:
 
 def baseline_rows(report: dict) -> list[dict]:
     """Reference models and baselines, each with the first metric and what it is."""
-    metric = task_of(report).metrics[0]
+    task = task_of(report)
+    metric = task.metrics[0]
     rows = [
         {"name": name, "value": tables.with_interval(block["quality"], metric), "source": "reference model"}
         for name, block in report.get("references", {}).items()
     ]
     for name, block in report.get("baselines", {}).items():
-        source = f"{block['source']}; {block['tokens']:,} tokens"
+        source = f"{block['source']}; {block['tokens']:,} {task.per}s"
         rows.append({"name": name, "value": tables.with_interval(block, metric), "source": source})
     return rows
 
@@ -214,9 +215,10 @@ def protocol(report: dict) -> list[tuple[str, str]]:
     if whole:
         share = f"{formatting.percent(how['tokens'] / whole)} of the split ({how['blocks']} blocks)"
         split = "the whole split" if how["tokens"] == whole else share
-    metric = task_of(report).metrics[0]
+    task = task_of(report)
+    metric = task.metrics[0]
     rows = [
-        (metric.title, f"{metric.definition} over {split}: {how['tokens']:,} tokens, each predicted once"),
+        (metric.title, f"{metric.definition} over {split}: {how['tokens']:,} {task.per}s, each predicted once"),
         (
             "Context",
             f"up to {how['context']} tokens, {formatting.number(how['mean_context'], 3)} on average; "
@@ -224,11 +226,11 @@ def protocol(report: dict) -> list[tuple[str, str]]:
         ),
         ("Stride", f"{how['stride']} tokens: blocks do not overlap"),
         ("Normalisation", how["normalisation"]),
-        ("Intervals", f"{how['intervals']}; the change is paired, on the same tokens in the same process"),
+        ("Intervals", f"{how['intervals']}; the change is paired, on the same {task.per}s in the same process"),
     ]
     speed = report["after"].get("speed")
     if speed:
-        timing = task_of(report).protocol
+        timing = task.protocol
         rounds = len(speed["rounds"][timing.throughputs[0].name])
         text = (
             f"{timing.say(speed)}; medians of {rounds} rounds in which the models take turns; the "

@@ -165,15 +165,16 @@ def judge_quality(figures: dict) -> list[Sentence]:
     if known(change.get("kl_divergence")):
         moved, same = formatting.number(change["kl_divergence"], 3), formatting.percent(change["agreement"])
         text = (
-            f"The {task.predicts.replace(' ', '-')} distribution moved by {moved} nats per token (KL from the model "
-            f"before); both rank the same token first in {same} of the positions."
+            f"The {task.predicts.replace(' ', '-')} distribution moved by {moved} nats per {task.per} (KL from the "
+            f"model before); both rank the same {task.predicted} first in {same} of the {task.positions}."
         )
         sentences.append(Sentence("quality", "neutral", text))
-    line = figures.get("baselines", {}).get("unigram", {}).get(metric.kind)
+    line = figures.get("baselines", {}).get(task.floor, {}).get(metric.kind)
     if known(line) and not metric.got_better(after[metric.kind] - line):
         never = known(before.get(metric.kind)) and not metric.got_better(before[metric.kind] - line)
-        text = f"The {metric.label} is no better than that of token frequencies alone ({metric.show(line)}): " + (
-            "nor was that of the model before." if never else "this is no longer a language model."
+        text = (
+            f"The {metric.label} is no better than that of {task.predicted} frequencies alone ({metric.show(line)}): "
+            + ("nor was that of the model before." if never else f"this is no longer a {task.model}.")
         )
         sentences.append(Sentence("quality", "bad", text))
     return sentences

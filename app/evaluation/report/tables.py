@@ -198,7 +198,7 @@ def heroes(figures: dict) -> list[Hero]:
         mood = tone(speed["ratio"], False, speed["beyond_noise"])
         found.append(Hero(rate.label, *rates[1].split(" "), rates[0], move, mood))
     if known(moved.get("agreement")):
-        kl = f"KL {formatting.number(moved['kl_divergence'], 3)} nats per token"
+        kl = f"KL {formatting.number(moved['kl_divergence'], 3)} nats per {task.per}"
         figure = formatting.percent(moved["agreement"])
         found.append(Hero(f"Same {task.predicts}", figure.rstrip("%"), "%", "the model before", kl, "neutral"))
     return found
