@@ -61,12 +61,13 @@ class FiniteGuard(Callback):
         self,
         trainer: Trainer,
         module: LightningModule,
-        outputs: dict[str, Tensor],
+        outputs: list[dict[str, Any]],
         batch: dict[str, Tensor],
         batch_index: int,
         loader: int = 0,
     ) -> None:
-        _check_given(outputs["nll"].sum(), "predicted")
+        numbers = [value for row in outputs for value in row.values() if isinstance(value, float)]
+        _check_given(torch.tensor(numbers).sum(), "predicted")
 
     def check(self, trainer: Trainer) -> None:
         """Look at the latest step's figures. Raises NonFiniteLoss; the norm is global, so every rank does."""

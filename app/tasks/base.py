@@ -142,6 +142,10 @@ class Task:
         """Predictions: log-probabilities (N, V) at the N targets of a batch, in their order."""
         raise NotImplementedError
 
+    def predicted_rows(self, model: Forward, batch: Batch) -> list[dict[str, Any]]:
+        """What `espalier predict` prints of a batch, as JSON values: one mapping for each row that is no padding."""
+        raise NotImplementedError
+
     def baselines(self, config: ModelConfig, blocks: Sequence[Batch], training: Any = None, **options: Any) -> dict:
         """Baselines by name, for the `baselines` block of report.json; none by default."""
         return {}

@@ -17,8 +17,9 @@ from app.data.sources import open_source
 from app.data.tokenizer import Tokenizer
 from app.evaluation.baselines import frequencies
 from app.evaluation.metrics import METRICS, Accuracy, Loss, MacroF1, MatthewsCorrelation, Metric
+from app.evaluation.rows import IGNORED
 from app.evaluation.speed import ForwardProtocol
-from app.tasks.base import TASKS, Batch
+from app.tasks.base import TASKS, Batch, Forward
 from app.tasks.tokens import TokenTask
 from models.config import ModelConfig
 from models.errors import UserError
@@ -115,6 +116,13 @@ class Classify(TokenTask):
             return rows
         draw = np.random.Generator(np.random.PCG64(seed))
         return rows.choose(np.sort(draw.permutation(len(rows))[:samples]))
+
+    def predicted_rows(self, model: Forward, batch: Batch) -> list[dict[str, Any]]:
+        """Number of each row in its source, its likeliest class, and the probability of that."""
+        real = batch["targets"] != IGNORED  # (B, T), one in each row that is no padding
+        shares, best = self.predictions(model, batch).exp().max(-1)  # (N,)
+        rows = zip(batch["ids"][real.any(1), 0].tolist(), best.tolist(), shares.tolist(), strict=True)
+        return [{"row": row, "label": self.labels[number], "probability": share} for row, number, share in rows]
 
     def baselines(self, config: ModelConfig, blocks: Sequence[Batch], training: Any = None, **options: Any) -> dict:
         """Majority class: every row by the frequencies of the classes, so that the most frequent is always chosen."""

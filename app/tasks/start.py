@@ -35,9 +35,9 @@ def starting_architecture(
     Raises:
         UserError: there is neither.
     """
-    if architecture is None and start is None:
-        raise UserError("give model.architecture, or model.from DIR, a model to start from")
     values = {} if architecture is None else read_architecture(architecture)
+    if start is None and "width" not in values:
+        raise UserError("model.architecture has no width; give a whole one, or model.from DIR, a model to start from")
     if start is not None:
         values = {**start.model.config.to_dict(), **values}
         del values["compression"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from app.data.corpus import Corpus
@@ -88,6 +89,16 @@ class TokenTask(Task):
     def predictions(self, model: Forward, batch: Batch) -> Tensor:
         logits = model(batch["tokens"], documents=batch.get("documents")).logits  # (B, T, V)
         return logits[batch["targets"] != IGNORED].float().log_softmax(-1)
+
+    def predicted_rows(self, model: Forward, batch: Batch) -> list[dict[str, Any]]:
+        """First and last document of each row, its summed NLL in nats, and its predicted tokens."""
+        targets = batch["targets"]  # (B, T)
+        logits = model(batch["tokens"], documents=batch.get("documents")).logits  # (B, T, V)
+        flat = logits.float().flatten(0, 1), targets.flatten()
+        nll = F.cross_entropy(*flat, ignore_index=IGNORED, reduction="none").view_as(targets).sum(1)  # (B,)
+        counts = (targets != IGNORED).sum(1)  # (B,)
+        rows = zip(batch["ids"].tolist(), nll.tolist(), counts.tolist(), strict=True)
+        return [{"documents": ids, "nll": loss, "tokens": count} for ids, loss, count in rows if count]
 
     def baselines(self, config: ModelConfig, blocks: Sequence[Batch], training: Any = None, **options: Any) -> dict:
         return baselines(config, blocks, training, metrics=self.metrics, **options)

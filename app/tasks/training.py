@@ -26,7 +26,6 @@ from app.tasks.precision import ComputeDtype, call_in
 from app.tasks.start import copy_weights, load_start, starting_architecture
 from models.config import ModelConfig
 from models.errors import UserError
-from models.projection import IGNORED
 from models.transformer import Output, Transformer, outline
 
 
@@ -221,14 +220,9 @@ class Training(LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         self._evaluate(batch)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
-        """Score a batch: the numbers of each row's documents (B, 2), its summed NLL in nats (B,), its targets (B,)."""
-        targets = batch["targets"]  # (B, T)
-        logits = self._without_compiling(batch["tokens"], documents=batch.get("documents")).logits  # (B, T, V)
-        nll = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(targets)  # (B, T)
-        return {"documents": batch["ids"], "nll": nll.sum(1), "tokens": (targets != IGNORED).sum(1)}
+    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> list[dict[str, Any]]:
+        """What the task says of each row of a batch (`Task.predicted_rows`)."""
+        return self.task.predicted_rows(self._without_compiling, batch)
 
     def _without_compiling(self, tokens: Tensor, **options: Any) -> Output:
         if self.compiling is None:

@@ -177,6 +177,33 @@ def test_a_student_learns_the_classes(trained, place, espalier, tmp_path):
     assert status == 0, output.err
 
 
+def test_predict_prints_the_class_of_each_row(trained, place, espalier):
+    how = fit(place, trained, "-c", place / "short.yaml", *short(), "--ckpt_path", "best")
+    status, output = espalier("predict", *how[1:])
+    assert status == 0, output.err
+    found = [json.loads(line) for line in output.out.splitlines()]
+    labels = [line.split("\t")[1] for line in (place / "dev.tsv").read_text().splitlines()[1:]]
+    assert [row["row"] for row in found] == list(range(len(labels)))
+    assert sum(row["label"] == label for row, label in zip(found, labels, strict=True)) > 0.9 * len(labels)
+    assert all(0.5 <= row["probability"] <= 1 for row in found)
+
+
+def test_a_language_model_goes_on_from_its_weights(teacher, espalier, tmp_path):
+    recipe = {
+        "model": {"task": "causal_lm", "from": str(teacher)},
+        "data": {"source": "synthetic", "sequence_length": 64, "batch_size": 8},
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    status, output = espalier("fit", "-c", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
+    assert status == 0, output.err
+    measured = ("--data", "synthetic", "--sequence_length", 64, "--evaluation_blocks", 8, *QUICK)
+    assert espalier("evaluate", teacher, tmp_path / "out", *measured, "--out", tmp_path / "e.json")[0] == 0
+    found = json.loads((tmp_path / "e.json").read_text())["models"].values()
+    before, after = (block["quality"]["loss"] for block in found)
+    assert after == pytest.approx(before, abs=0.3)
+
+
 def test_a_file_without_header_has_numbers(place, espalier, tmp_path):
     how = ("-c", place / "short.yaml", "--data.text", 1, "--data.label", 2, "--trainer.max_steps", 6)
     argv = fit(place, tmp_path / "out", *how, *short("--trainer.val_check_interval", 3), data="{}-plain.tsv")
