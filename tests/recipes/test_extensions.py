@@ -186,7 +186,7 @@ FEW = [*QUICK, "--evaluation_blocks", "8"]
 
 
 def test_an_attention_a_task_and_a_metric(parrot, espalier, tmp_path):
-    assert read_task(parrot)["metrics"] == [{"kind": "surprise", "below": 0.05}, {"kind": "loss"}]
+    assert read_task(parrot)["metrics"] == [{"kind": "surprise", "below": 0.05}, {"kind": "loss", "per": "token"}]
     assert models.load(parrot).config.layers[1].attention == Pairs(0.5)
     assert "parameter parrot" in (parrot / "README.md").read_text()
     status, output = espalier("evaluate", parrot, *FEW, "--out", tmp_path / "figures.json")

@@ -9,7 +9,10 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.checkpoint import load
+from app.tasks import Classify
+from models.checkpoint import load, save_model, writing
+from models.config import ModelConfig
+from models.transformer import Transformer
 from recipes import cli
 from tests.recipes.conftest import ARCHITECTURE, QUICK
 
@@ -82,7 +85,6 @@ def test_what_is_to_be_copied_registers_as_the_page_says():
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
 def test_architectures_in_the_readme_are_accepted(block):
-    from models.config import ModelConfig
     from models.presets import PRESETS
 
     values = yaml.safe_load(block if block.startswith("model:") else "model:\n  architecture:\n" + block)
@@ -113,7 +115,19 @@ def workplace(teacher, tokenizer, tmp_path, monkeypatch):
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained("path/to/hf-folder")
     tokenizer.save(tmp_path / "path/to/hf-folder")
+    save_classifier(tmp_path, tokenizer)
     return tmp_path
+
+
+def save_classifier(place, tokenizer):
+    """A model of pairs that has learned nothing, and rows to measure it on."""
+    rows = "".join(f"word{i}\tword{i % 7}\t{i % 2}\n" for i in range(40))
+    (place / "dev.tsv").write_text(f"sentence1\tsentence2\tlabel\n{rows}")
+    task = Classify(text=("sentence1", "sentence2"), label="label", labels=("0", "1"), sequence_length=32)
+    config = ModelConfig.from_dict(task.shaped(ARCHITECTURE | {"vocab_size": tokenizer.vocab_size}))
+    with writing(place / "runs" / "classifier") as folder:
+        save_model(Transformer(config), folder, task=task.dump())
+        tokenizer.save(folder)
 
 
 def test_compression_commands_run(workplace, espalier):
