@@ -47,6 +47,7 @@ EXAMPLES = {
     "segment": 3,
     "count": 4,
     "expert": {"kind": "swiglu", "width": 8},
+    "classes": VOCAB,
 }
 
 
@@ -122,7 +123,7 @@ AXES = {
             layout="separate",
         ),
     ],
-    "head": list(HEADS),
+    "head": [kind for kind in HEADS if kind != "classifier"],
     "embedding_scale": [1.0, SQRT_WIDTH],
     "residual": RESIDUALS,
     "depths": [None, *([None, example(DEPTHS, kind)] for kind in DEPTHS)],
@@ -205,7 +206,8 @@ HYBRIDS = [
     hybrid(a=example(ATTENTIONS, "convolution"), b=example(ATTENTIONS, "window"), c=example(ATTENTIONS, "retention")),
 ]
 CASES = DRAWN + HYBRIDS
-ENCODERS = covering({"direction": ["bidirectional"], **AXES}, together=1)
+POOLED = [example(HEADS, "classifier", pool=pool) for pool in ("mean", "first", "last")]
+ENCODERS = covering({"direction": ["bidirectional"], **AXES, "head": [*AXES["head"], *POOLED]}, together=1)
 
 
 def values(case):
@@ -318,6 +320,8 @@ def test_every_registered_mechanism_is_in_a_case():
         ("feedforward", FEEDFORWARDS),
     ):
         assert {case[axis]["kind"] for case in DRAWN + ENCODERS} == set(registry)
+    heads = {case["head"] if isinstance(case["head"], str) else case["head"]["kind"] for case in DRAWN + ENCODERS}
+    assert heads == set(HEADS)
     for axis, values in AXES.items():
         assert all(any(case[axis] == value for case in DRAWN + ENCODERS) for value in values)
         assert all(
