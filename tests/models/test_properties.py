@@ -508,6 +508,8 @@ def test_every_parameter_matters(case):
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     # the softmax cancels the one without RoPE, and the other is of training alone
     known = [name for name in idle if name.endswith(("attention.k.bias", "router.noise.weight"))]
+    if not isinstance(case["head"], str):  # the one token that is read may be none of those with global attention
+        known += [name for name in idle if "_global." in name]
     assert idle == [name for name in idle if name in known or name.startswith(unchosen(model))]
 
 
