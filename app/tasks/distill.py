@@ -23,7 +23,7 @@ from app.tasks.training import Training
 from compress.distillation.initialization import INITIALIZATIONS
 from compress.distillation.losses.loss import Combine, parse_losses
 from compress.distillation.objective import Objective, require_same_vocabulary
-from compress.pruning.masks import HeldMasks, masks_of
+from compress.pruning.masks import masks_of
 from compress.quantization.qat import ORIGINAL, check_trainable, unpack
 from models.errors import UserError
 from models.projection import IGNORED
@@ -81,7 +81,9 @@ class Distillation(Training):
         compile: Compile | None = None,
         task: str | dict | Task = "causal_lm",
     ) -> None:
-        super().__init__(student, optimizer, schedule, compute_dtype=compute_dtype, compile=compile, task=task)
+        super().__init__(
+            student, optimizer, schedule, compute_dtype=compute_dtype, compile=compile, task=task, zeros=zeros
+        )
         self.teacher_path = teacher
         self.losses = parse_losses(["logit"] if losses is None else losses)
         self.combine = combine or Combine()
@@ -89,15 +91,12 @@ class Distillation(Training):
         if initialization is not None and is_model(student):
             raise UserError(f"initialization is for a student that is an architecture; {student} has weights already")
         self.initialization = INITIALIZATIONS.parse(initialization or "random", "initialization")
-        self.zeros = zeros
         self.initialized: dict[str, Any] = {}  # what the initialisation did
         self.objective: Objective | None = None
-        self.masks: dict[str, Tensor] = {}  # of the student's parameters, by their names in it
         # Tuples keep modules out of this module, and so out of its parameters and checkpoints.
         self._teacher: tuple[Loaded, ...] = ()
         self._student: tuple[Loaded, ...] = ()
         self._pair: tuple[_Pair, ...] = ()
-        self._held: HeldMasks | None = None
 
     @property
     def teacher(self) -> Transformer:
@@ -190,13 +189,6 @@ class Distillation(Training):
         self._pair = (_Pair(self.model, self.objective),)
         if isinstance(strategy := self._strategy(), FSDP2):
             strategy.shard_objective(self.objective, self.compute_dtype)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        configured = super().configure_optimizers()
-        if self.masks:
-            self._held = HeldMasks(self.model, self.masks)
-            self._held.attach(configured["optimizer"])
-        return configured
 
     def terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The terms of the objective on a batch, see `Objective.forward`."""

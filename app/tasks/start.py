@@ -15,6 +15,7 @@ from models.transformer import Transformer
 from models.weight_formats import described
 
 HEAD = "head."
+SUBLAYERS = {"attention", "feedforward"}
 
 
 def load_start(path: str) -> Loaded:
@@ -32,16 +33,50 @@ def starting_architecture(
 ) -> dict[str, Any]:
     """The architecture of a recipe; with a start that of its model, in which the recipe's keys replace those they name.
 
+    Of a mechanism a mapping without `kind` changes the options that it names and no other; of the attention and the
+    feed-forward it does so in every layer that has them all, as `attention: {window: 512}` in those with a window.
+
     Raises:
-        UserError: there is neither.
+        UserError: there is neither, or no layer has the options.
     """
     values = {} if architecture is None else read_architecture(architecture)
     if start is None and "width" not in values:
         raise UserError("model.architecture has no width; give a whole one, or model.from DIR, a model to start from")
     if start is not None:
-        values = {**start.model.config.to_dict(), **values}
-        del values["compression"]
+        whole = start.model.config.to_dict()
+        del whole["compression"]
+        for name in SUBLAYERS & values.keys():
+            given = values[name]
+            named = isinstance(given, Mapping) and any(
+                isinstance(one, Mapping) and "kind" in one for one in given.values()
+            )
+            if isinstance(given, Mapping) and "kind" not in given and not named:
+                whole["layers"] = _changed_layers(whole["layers"], name, values.pop(name))
+        values = _changed(whole, values)
     return task.shaped(values)
+
+
+def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `changes`, mappings without a `kind` into one another."""
+    both = {**values, **changes}
+    for key, change in changes.items():
+        if isinstance(values.get(key), Mapping) and isinstance(change, Mapping) and "kind" not in change:
+            both[key] = _changed(values[key], change)
+    return both
+
+
+def _changed_layers(layers: list[dict[str, Any]], name: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The layers, with `options` of the mechanism `name` in each that has all of them."""
+    found = [layer[name] is not None and options.keys() <= layer[name].keys() for layer in layers]
+    if not any(found):
+        raise UserError(
+            f"model.architecture.{name}: no layer of model.from has {', '.join(options)}; name options that its layers "
+            "have, or give a kind and all layers anew"
+        )
+    return [
+        {**layer, name: _changed(layer[name], options)} if has else layer
+        for layer, has in zip(layers, found, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -3,9 +3,10 @@
 B sequences in a batch, T tokens in a sequence.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,6 +25,7 @@ from app.tasks.compile import Compile
 from app.tasks.gradients import scale_and_clip
 from app.tasks.precision import ComputeDtype, call_in
 from app.tasks.start import copy_weights, load_start, starting_architecture
+from compress.pruning.masks import HeldMasks, masks_of
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Output, Transformer, outline
@@ -70,6 +72,7 @@ class Training(LightningModule):
             options.
         from_: `from` in a recipe: the model whose weights training starts from (a model folder, a checkpoint or a
             Hugging Face folder); a head that is another than the task's is drawn anew.
+        zeros: whether weights of the start that are exactly 0, as after pruning, are `held` at 0 or `free` to grow.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Training(LightningModule):
         activation_checkpointing: ActivationCheckpointing | None = None,
         task: str | dict | Task = "causal_lm",
         from_: str | None = None,
+        zeros: Literal["held", "free"] = "held",
     ) -> None:
         super().__init__()
         self.task: Task = TASKS.parse(task, "model.task")
@@ -96,6 +100,8 @@ class Training(LightningModule):
         self.config: ModelConfig | None = None
         self.model: Transformer | None = None
         self.from_ = from_
+        self.zeros = zeros
+        self.masks: dict[str, Tensor] = {}  # of the parameters that hold zeros, by their names in the model
         self._start: tuple[Loaded, ...] = ()  # a tuple keeps it out of this module's parameters
         self.origin: Source | None = None  # of the weights that training started from
         self._expected: tuple[Mapping[str, Any], Path] | None = None
@@ -161,6 +167,10 @@ class Training(LightningModule):
         model = Transformer(self.config)
         for start in self._start:
             copy_weights(model, start.model, self.from_)
+            if self.zeros == "held":
+                self.masks = masks_of(model)
+        if self.masks and self.global_rank == 0:
+            print(f"the zeros of {len(self.masks)} matrices of {self.from_} stay zero", file=sys.stderr)
         self._start = ()
         return model
 
@@ -210,6 +220,8 @@ class Training(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer.build(self)
+        if self.masks:
+            HeldMasks(self.model, self.masks).attach(optimizer)
         total = self.trainer.estimated_stepping_batches
         schedule = self.schedule.build(optimizer, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -10,6 +10,8 @@ stages:
     student_layers: 3
   - stage: quantize                      # MODEL is the folder of the stage before
     bits: 4
+
+A stage `pretrain` behind others, or with a model before it, goes on from its weights.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ from recipes.commands.resume import fingerprint_of
 from recipes.fit_arguments import ALIASES
 
 PRETRAIN = "pretrain"
+START = "model.from"  # of `espalier fit`: the model whose weights it starts from
 OPTIONS = {"quantize": options.Quantize, "prune": options.Prune, "distill": options.Distill}
 
 
@@ -117,10 +120,11 @@ class _Reader:
             raise UserError(f"{where}: config must be the name of a recipe, not {config!r}")
         recipe = {} if config is None else read_recipe(find_recipe(config, self.path, where))
         if verb == PRETRAIN:
-            flags = self._shared_flags() | values
+            before = {} if self.latest is None else {START: str(self.latest)}
+            flags = {key: self._folder(value, where) for key, value in (before | self._shared_flags() | values).items()}
             chosen: Any = self._pretrain(config, flags, out, where)
             told: Any = {"recipe": recipe, "values": {key: flags[key] for key in flags.keys() - {"device"}}}
-            inputs = pretraining_inputs(recipe, flags)
+            inputs = pretraining_inputs(recipe, flags, self.out)
         else:
             chosen = self._options(verb, recipe, values, out, where)
             told = {key: value for key, value in dataclasses.asdict(chosen).items() if key != "out"}
@@ -138,8 +142,6 @@ class _Reader:
     def _pretrain(self, config: str | None, flags: Mapping[str, Any], out: Path, where: str) -> list[str]:
         if config is None:
             raise UserError(f"{where}: pretrain needs `config`, a recipe of recipes/pretrain")
-        if self.steps:
-            raise UserError(f"{where}: pretrain starts from nothing and can only come first")
         argv = ["-c", str(find_recipe(config, self.path, where))]
         argv += [f"--{key}={value}" for key, value in flags.items()]
         return [*argv, *(["--trust"] if self.trust else []), f"--out={out}", "--ckpt_path=last"]

@@ -72,12 +72,13 @@ def stage_inputs(chosen: Any, out: Path) -> list[Input]:
     return [*(TextInput(text, chosen.column) for text in texts), *_files(outside)]
 
 
-def pretraining_inputs(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> list[Input]:
+def pretraining_inputs(recipe: Mapping[str, Any], flags: Mapping[str, Any], out: Path) -> list[Input]:
     """Return what pretraining reads.
 
     Args:
         recipe: the recipe of `espalier fit`.
         flags: what stands beside it, by the names of flags, dotted or not.
+        out: the pipeline's folder, as in `stage_inputs`.
     """
     data = recipe.get("data")
     data = dict(data) if isinstance(data, Mapping) else {}
@@ -86,7 +87,8 @@ def pretraining_inputs(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> l
     model = recipe.get("model")
     model = model if isinstance(model, Mapping) else {}
     named = [flags.get(f"model.{key}", model.get(key)) for key in ("architecture", "from")] + [data.get("validation")]
-    source, files = str(data.get("source", "python")), [one for one in named if isinstance(one, str)]
+    source = str(data.get("source", "python"))
+    files = [one for one in named if isinstance(one, str) and not Path(one).is_relative_to(out)]
     if "class_path" in data:  # a module of somebody's own
         return [*_files(files)]
     if source.endswith((".yaml", ".yml")):  # options of the data in a file of their own

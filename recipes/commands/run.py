@@ -45,7 +45,7 @@ def main(chosen: options.Run) -> int:
     if finished == len(steps) and (out / "report.json").exists():
         say(f"{out} is complete")
         return 0
-    first = steps[0].out if steps[0].verb == PRETRAIN else model
+    first = steps[0].out if steps[0].verb == PRETRAIN and model is None else model
     measured = [step for step in steps if step.verb != PRETRAIN]
     if measured:
         overall(first, measured[-1], out / "overall")
