@@ -1,6 +1,7 @@
 """The model folder: what passes between stages and what a person keeps.
 
-    config.json          {"format": "espalier", "format_version": 1, "architecture": {...}, "task": {"kind": ...}}
+    config.json          {"format": "espalier", "format_version": 1, "architecture": {...}, "task": {"kind": ...}},
+                         and under "sparse" the names of weights that are stored without their zeros
     model.safetensors    the weights as stored: packed where quantized; in shards with an index when large
 
 The config says all that is needed to rebuild the model, and names no Python class.
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.errors import UserError, did_you_mean
-from models.finite import converted
+from models.finite import check_finite, converted
 from models.io import (
     SHARD_BYTES,
     TensorFiles,
@@ -31,6 +32,7 @@ from models.io import (
 )
 from models.memory import check_memory
 from models.mixture_of_depths import EXACT
+from models.sparse_storage import DenseTensors, is_sparse, pack
 from models.transformer import Transformer, outline
 from models.weight_formats import described, install
 
@@ -40,7 +42,7 @@ FORMAT = "espalier"
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what a weight that is not packed may be
-_KEYS = ("format", "format_version", "architecture", "task")
+_KEYS = ("format", "format_version", "architecture", "task", "sparse")
 
 
 def save_model(
@@ -61,19 +63,32 @@ def save_model(
     packed = described(model)
     config = replace(model.config, compression=packed)
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, "architecture": config.to_dict()}
-    write_json(directory / CONFIG, content | ({} if task is None else {"task": dict(task)}))
-    write_tensors(directory, _converted(model, packed, dtype), shard_bytes)
+    content |= {} if task is None else {"task": dict(task)}
+    sparse: list[str] = []
+    write_tensors(directory, _converted(model, packed, dtype, sparse), shard_bytes)
+    write_json(directory / CONFIG, content | ({"sparse": sparse} if sparse else {}))
 
 
-def _converted(model: nn.Module, packed: dict, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """The state dict as (name, tensor), dense floating-point tensors in `dtype`; a tensor that is shared comes once."""
+def _converted(
+    model: nn.Module, packed: dict, dtype: torch.dtype | None, sparse: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The state dict as (name, tensor), dense floating-point tensors in `dtype`; a tensor that is shared comes once.
+
+    Weights with many zeros come without them, and their names are added to `sparse`.
+    """
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         if tensor.numel() and tensor.data_ptr() in seen:
             raise ValueError(f"{name} shares its memory with an earlier tensor, so a reload would separate them")
         seen.add(tensor.data_ptr())
         dense = tensor.is_floating_point() and not _is_exact(name) and name.rpartition(".")[0] not in packed
-        yield name, converted(name, tensor, dtype if dense else None)
+        stored = converted(name, tensor, dtype if dense else None)
+        if dense and is_sparse(stored):
+            check_finite([(name, stored)], "to be written")
+            sparse.append(name)
+            yield from pack(name, stored)
+        else:
+            yield name, stored
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -101,6 +116,14 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise UserError(f"{folder / CONFIG}: {error}") from None
 
 
+def read_sparse(folder: Path) -> list[str]:
+    """The names of the tensors that a model folder holds without their zeros. Raises UserError for anything else."""
+    names = read_json(inside(folder, CONFIG)).get("sparse", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / CONFIG}: sparse must be a list of names of tensors, got {names!r:.100}")
+    return names
+
+
 def read_task(folder: str | Path) -> Any:
     """The entry `task` of `config.json`, unchecked; None where there is none."""
     return read_json(inside(Path(folder).expanduser(), CONFIG)).get("task")
@@ -118,13 +141,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     """
     folder = Path(folder).expanduser()
     config = read_config(folder)
-    files = TensorFiles(folder)
+    files, sparse = TensorFiles(folder), read_sparse(folder)
     try:
         model = skeleton(config, dtype or stored_dtype(files, config))
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        check_memory(tensor for name, tensor in model.state_dict().items() if name in sparse)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    files.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    return fill(model, ((name, files[name]) for name in files), device, dtype)
+    return fill(model, DenseTensors(files, sparse, shapes).items(), device, dtype)
 
 
 def stored_dtype(files: Mapping[str, Tensor], config: ModelConfig) -> torch.dtype:
