@@ -1,4 +1,4 @@
-"""UserError: wrong input, said in one sentence."""
+"""Errors that are said in one sentence: wrong input, and runs that fail."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """A wrong input: the message says what is wrong, where, and what would be right. The command line exits with 2."""
+
+
+class RunFailed(Exception):
+    """A fault of a run, not of its input, said in one sentence. The command line exits with 1."""
 
 
 _SPACES = "\n\t\u00a0\u2009\u202f"

@@ -70,6 +70,9 @@ def writing(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
+    for parent in target.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{parent} is a file, and {target} cannot be made in it; name another output")
     if not target.exists():
         return
     if not target.is_dir():

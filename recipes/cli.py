@@ -12,7 +12,7 @@ import sys
 import traceback
 from dataclasses import dataclass, fields
 
-from models.errors import UserError, did_you_mean, printable
+from models.errors import RunFailed, UserError, did_you_mean, printable
 from recipes.commands import options
 from recipes.commands.parser import parse_arguments, print_help
 from recipes.termination import Terminated, terminable
@@ -29,7 +29,7 @@ class Verb:
 
 
 LONGEST = 900  # characters of a sentence: it may quote what a person gave, of any length
-REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 LIGHTNING = "recipes.fit:main"
 LAST = "the same command with --ckpt_path last goes on from the newest checkpoint"
 ON = "the same command goes on from what is finished"
@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
             return status
     except UserError as error:
         return _complain(str(error), 2)
+    except RunFailed as error:
+        return _complain(str(error), 1)
     except BaseException as error:
         if (how := _ended(error)) is not None:
             return _complain(how[0] if verb is None else f"{how[0]}; {verb.again}", how[1])

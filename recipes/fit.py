@@ -5,7 +5,6 @@ The command line wins over the recipes, and both win over what a checkpoint hold
 
 import json
 import logging
-import re
 import shutil
 import sys
 import warnings
@@ -48,7 +47,7 @@ from app.tasks.gradients import check_max_norm
 from app.tasks.start import load_start, starting_architecture
 from app.tasks.training import Training
 from models.errors import UserError, did_you_mean
-from recipes.fit_arguments import chosen_task, prepare, trusting, types_of
+from recipes.fit_arguments import SHOWN, chosen_task, prepare, trusting, types_of
 from recipes.fit_errors import explained
 from recipes.fit_state import (
     FitPlan,
@@ -145,9 +144,9 @@ class FitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         verb, *argv = args
         self.parser = parser
-        if any(re.match(r"(-h|--([\w.]+\.)?help)\b", argument) for argument in argv):
+        shown = [argument for argument in argv if SHOWN.match(argument)]
+        if any("help" in argument or argument == "-h" for argument in shown):
             parser.parse_args(args)
-        shown = [argument for argument in argv if argument.startswith("--print_config")]
         argv = [argument for argument in argv if argument not in shown]
         values = prepare(verb, argv, types_of(self._subcommand_parsers[verb]))
         if shown:
@@ -270,9 +269,13 @@ class FitCLI(LightningCLI):
             with self._restoring():
                 super()._run_subcommand(subcommand)
         except (UserError, MisconfigurationException):
-            if subcommand == "fit" and self.trainer.global_step == 0:
+            if subcommand == "fit" and (self.trainer.global_step == 0 or not self._begun()):
                 remove_since(self.root, before)
             raise
+
+    def _begun(self) -> bool:
+        """Whether a loop has begun."""
+        return any(isinstance(callback, Begun) and callback.begun for callback in self.trainer.callbacks)
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
@@ -280,8 +283,7 @@ class FitCLI(LightningCLI):
         try:
             yield
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-            begun = any(isinstance(callback, Begun) and callback.begun for callback in self.trainer.callbacks)
-            if self.resume is None or begun:
+            if self.resume is None or self._begun():
                 raise
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{self.resume} holds another state than a run of this recipe has: {reason}") from error

@@ -1,5 +1,6 @@
 """The arguments of fit, validate, test and predict as one mapping, which jsonargparse then reads."""
 
+import re
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -29,6 +30,7 @@ ALIASES = {  # a flag that every verb understands alike -> the keys of a recipe 
 }
 TASK = "model.task"
 OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
+SHOWN = re.compile(r"-h$|--([\w.]+\.)?help\b|--print_config")  # what is asked for in place of a run
 
 
 def trusting(argv: list[str]) -> bool:
@@ -41,7 +43,7 @@ def chosen_task(verb: str, argv: list[str]) -> str | None:
 
     Nothing else is looked at yet.
     """
-    line = split(verb, argv)
+    line = split(verb, [argument for argument in argv if not SHOWN.match(argument)])
     values: dict[str, Any] = {}
     for path in line.recipes:
         values = merged(values, read_recipe(path))

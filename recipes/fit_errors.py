@@ -36,6 +36,10 @@ def explained(verb: str) -> Iterator[None]:
         raise UserError(f"espalier {verb}: {sentence(str(error))}") from None
     except MisconfigurationException as error:
         raise UserError(f"espalier {verb}: {' '.join(str(error).split())}") from None
+    except RecursionError as error:
+        if not _raised_in(error, "jsonargparse"):
+            raise
+        raise UserError(f"espalier {verb}: a value holds lists or mappings nested too deep to be read") from None
     except (ValueError, TypeError) as error:  # the parser wraps what an option object says about its own arguments
         if (own := _user_error(error)) is not None:
             raise UserError(f"espalier {verb}: {own}") from None
@@ -143,7 +147,7 @@ _EXPLANATIONS = (
     (r"Expected a dot import path string: (\S+)", _class),
     (r"Not a valid subclass of \w+", _specification),
     (r"^Parser key \"[\w.]+\": Unable to load config '(.*?)'", _mapping),
-    (r"^Parser key \"[\w.]+\": Does not validate .*? Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", _value),
+    (r"^Parser key \"[\w.]+\": Does not validate .*? Subtypes: \[(.*?)\] Errors: .* Given value: ?(.*)$", _value),
     (r"^Parser key \"[\w.]+\": Expected an? (.+?)\. Got value: ?(.*)$", _value),
     (r"the following arguments are required: (.*)$", _required),
 )

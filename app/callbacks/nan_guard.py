@@ -9,13 +9,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from app.callbacks.checkpoints import Checkpoints
-from models.errors import UserError
+from models.errors import RunFailed, UserError
 
 SHOWN = 32  # rows of the batch that are listed
 
 
-class NonFiniteLoss(Exception):
-    """The loss or the gradient became infinite or not a number: a fault of the run, not of the input."""
+class NonFiniteLoss(RunFailed):
+    """The loss or the gradient became infinite or not a number."""
 
 
 class FiniteGuard(Callback):

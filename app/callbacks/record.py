@@ -19,8 +19,8 @@ RECIPE = "recipe.json"
 class RunRecord(Callback):
     """Writes `recipe.json` and the tokenizer into the run's folder and the recipe into checkpoints and TensorBoard.
 
-    Nothing is removed or written before the data, the model and the optimizer are made: an input that one of them
-    refuses leaves an earlier run as it was.
+    Nothing is removed or written before the data, the model and the optimizer are made, and a checkpoint is read: an
+    input that one of them refuses leaves an earlier run as it was.
 
     Args:
         recipe: the resolved recipe, plain values.
@@ -30,7 +30,7 @@ class RunRecord(Callback):
     def __init__(self, recipe: dict[str, Any], stale: Sequence[Path] = ()) -> None:
         self.recipe, self.stale = recipe, stale
 
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             # without the recipe nothing is resumed; by its checkpoints the folder is known as a run's until the end

@@ -40,6 +40,8 @@ def starting_architecture(
         UserError: there is neither, or no layer has the options.
     """
     values = {} if architecture is None else read_architecture(architecture)
+    if start is None and architecture is None:
+        raise UserError("model.architecture must be given, or model.from DIR, a model to start from")
     if start is None and "width" not in values:
         raise UserError("model.architecture has no width; give a whole one, or model.from DIR, a model to start from")
     if start is not None:

@@ -167,6 +167,8 @@ def _parsed(verb: str, options: type, values: Mapping[str, Any], places: Mapping
             message = f"{key[1]} must be {_describe(types[key[1]])}, not {given[1] if given else 'that'}"
             where = places.get(key[1], where)
         raise UserError(f"{where}: {' '.join(message.split())}") from None
+    except RecursionError:
+        raise UserError(f"espalier {verb}: a value holds lists or mappings nested too deep to be read") from None
     return {key: value for key, value in found.items() if key != "config"}
 
 

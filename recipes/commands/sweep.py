@@ -6,10 +6,12 @@ The same command again goes on after the runs that are finished. OUT/sweep.md, .
 
 import concurrent.futures
 import contextlib
+import io
 import multiprocessing
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -204,10 +206,9 @@ def prepare(plan: Sweep, out: Path, overwrite: bool) -> list[Training]:
     """Write the recipe of every run, and remove what is there of runs that have another recipe now.
 
     Raises:
-        UserError: a run of another recipe is there and `overwrite` is false.
+        UserError: a run of another recipe is there and `overwrite` is false, or `espalier fit` refuses a recipe.
     """
     runs = out / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
     trainings = []
     for (axis, name), change in {("", plan.baseline): {}, **plan.variants}.items():
         for seed in plan.seeds:
@@ -222,6 +223,10 @@ def prepare(plan: Sweep, out: Path, overwrite: bool) -> list[Training]:
             f"{changed[0].folder} was trained with another recipe; name another --out, or pass --overwrite to train "
             f"{len(changed)} of {len(trainings)} runs anew"
         )
+    for one in trainings:
+        if one.seed == plan.seeds[0] and not one.figures.exists():
+            check_recipe(one)
+    runs.mkdir(parents=True, exist_ok=True)
     for one in changed:
         for leftover in (one.folder, one.folder.with_name(f"{one.folder.name}.run")):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -229,6 +234,19 @@ def prepare(plan: Sweep, out: Path, overwrite: bool) -> list[Training]:
     for one in trainings:
         one.folder.with_name(f"{one.folder.name}.yaml").write_text(yaml.safe_dump(one.recipe, sort_keys=False))
     return trainings
+
+
+def check_recipe(one: Training) -> None:
+    """Raise UserError for a recipe that `espalier fit` cannot read."""
+    with tempfile.TemporaryDirectory() as place, io.StringIO() as said:
+        (recipe := Path(place) / "recipe.yaml").write_text(yaml.safe_dump(one.recipe, sort_keys=False))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            status = cli.main(["fit", "-c", str(recipe), "--print_config"])
+        if status:
+            *_, sentence = ["", *filter(str.strip, said.getvalue().splitlines())]
+            raise UserError(
+                f"{one.folder.name}: {sentence.removeprefix('espalier: error: ').replace(str(recipe), 'its recipe')}"
+            )
 
 
 def _kept(one: Training) -> dict[str, Any] | None:

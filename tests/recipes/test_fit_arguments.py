@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from models.errors import UserError
+from recipes.cli import main
 from recipes.command_line import check_keys, merged
 from recipes.fit_arguments import prepare, trusting
 
@@ -178,3 +179,18 @@ def test_only_the_flag_allows_other_classes(monkeypatch):
     monkeypatch.setenv("ESPALIER_TRUST", "1")
     assert not trusting(["-c", "recipe.yaml"])
     assert trusting(["-c", "recipe.yaml", "--trust"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--help"], "--data.source"),
+        (["--model.optimizer.help", "AdamW"], "--model.optimizer.lr"),
+        (["-c", "recipes/classify/scratch.yaml", "--print_config"], "validation: null"),
+        (["-c", "recipes/classify/finetune.yaml", "--help"], "--data.label"),
+    ],
+    ids=["help", "help of a class", "the whole recipe", "help of a task's data"],
+)
+def test_what_is_asked_for_in_place_of_a_run_is_shown(argv, words, capsys):
+    assert main(["fit", *argv]) == 0
+    assert words in capsys.readouterr().out
