@@ -1,5 +1,6 @@
 """The written report: complete, self-contained, and the same in JSON, Markdown, HTML and TensorBoard."""
 
+import copy
 import json
 import re
 
@@ -11,6 +12,7 @@ from app.evaluation import formatting
 from app.evaluation.report.charts import ChartPoint, on_front
 from app.evaluation.report.overview import beats, collect, write_overview
 from app.evaluation.report.pages import About, build_report, write_report
+from app.evaluation.report.tables import quality_rows
 from compress.calibration.records import LayerRecord
 from models.errors import UserError
 
@@ -44,6 +46,16 @@ def written(figures, tmp_path_factory):
     )
     write_report(directory, figures, RECORDS, about)
     return directory
+
+
+def test_a_figure_that_was_zero_or_below_may_get_better(figures):
+    for before, after, tone in ((0.0, 0.3, "good"), (-0.2, 0.1, "good"), (0.1, -0.2, "bad")):
+        changed = copy.deepcopy(figures) | {"task": "classify"}
+        for side, value in (("before", before), ("after", after)):
+            changed[side]["quality"] = {"matthews_correlation": value}
+        changed["change"]["quality"] = {"matthews_correlation": after - before, "beyond_noise": True}
+        (row,) = quality_rows(changed)
+        assert row.tone == tone
 
 
 def test_report_json_holds_every_block(written):

@@ -66,7 +66,8 @@ def quality_rows(figures: dict) -> list[Row]:
         if not known(after.get(name)) and not known(before.get(name)):
             continue
         difference = change.get(name)
-        ratio = after[name] / before[name] if known(before.get(name)) and known(after.get(name)) else None
+        both = known(before.get(name)) and known(after.get(name))
+        ratio = 1 + after[name] - before[name] if both else None  # a figure may be 0 or below
         moved = metric.show_change(difference) if known(difference) else MISSING
         if metric.relative and known(change.get(f"{name}_ratio")):
             moved += f" ({formatting.change_percent(change[f'{name}_ratio'])})"
