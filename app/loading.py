@@ -10,11 +10,13 @@ import torch
 
 from app.data.tokenizer import Tokenizer, load_tokenizer
 from app.history import read_history
-from app.tasks import TASKS, CausalLM, Task
+from app.tasks import TASKS, CausalLM, Classify, MaskedLM, Task
 from models import checkpoint, families
 from models.config import ModelConfig
 from models.errors import UserError
+from models.families.labels import class_names
 from models.finite import check_finite
+from models.heads.classifier import Classifier
 from models.io import sha256_of
 from models.shapes import EACH, VALUES, Leaf, check_shape
 from models.transformer import Transformer
@@ -136,9 +138,17 @@ def _load(path: Path, device: str | torch.device, dtype: torch.dtype | None) -> 
     foreign = families.is_family_folder(path)
     model = families.import_folder(path, device, dtype) if foreign else checkpoint.load(path, device, dtype)
     kind: Kind = "hugging face" if foreign else "folder"
-    task = _task(None if foreign else checkpoint.read_task(path), path / checkpoint.CONFIG, model.config)
+    where = path / checkpoint.CONFIG
+    task = foreign_task(path, model.config) if foreign else _task(checkpoint.read_task(path), where, model.config)
     source = Source(path, kind, checkpoint.hash_weights(path), read_history(path))
     return Loaded(model, _tokenizer_of(source), source, task)
+
+
+def foreign_task(folder: Path, config: ModelConfig) -> Task:
+    """The task of a model in a Hugging Face folder, by its head and its direction."""
+    if isinstance(config.head, Classifier):
+        return Classify(labels=class_names(folder, config.outputs))
+    return CausalLM() if config.direction == "causal" else MaskedLM()
 
 
 def _task(value: Any, where: Path, config: ModelConfig) -> Task:

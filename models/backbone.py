@@ -52,6 +52,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = config.input.build(config.width, config.vocab_size)
+        self.segments = config.input.build_segments(config.width)
+        self.embedding_norm = config.input.build_norm(config.width)
         self.embedding_scale = config.width**0.5 if config.embedding_scale == SQRT_WIDTH else config.embedding_scale
         self.positions = nn.ModuleList()
         self.shared = nn.ModuleList()
@@ -198,6 +200,10 @@ class Backbone(nn.Module):
         context = self.context(x, positions, seen, past, cached=cache is not None)
         if context.positional and context.positional[0].added is not None:
             x = x + context.positional[0].added.to(x.dtype)
+        if self.segments is not None:
+            x = x + self.segments(tokens, documents)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         x = self.dropout(x)
         return (split(x) if self.reversible else x), context
 

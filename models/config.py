@@ -126,6 +126,7 @@ class ModelConfig:
         object.__setattr__(self, "head", HEADS.parse(self.head, "head"))
         if self.direction not in DIRECTIONS:
             raise UserError(f"unknown direction {self.direction!r}{did_you_mean(self.direction, DIRECTIONS)}")
+        self.input.check(self.direction, self.vocab_size)
         if self.residual not in RESIDUALS:
             raise UserError(f"unknown residual {self.residual!r}{did_you_mean(self.residual, RESIDUALS)}")
         scale = self.embedding_scale

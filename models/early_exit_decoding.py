@@ -67,14 +67,14 @@ class EarlyExit:
             x = model.run(x, context, cache=cache, blocks=slice(begin, end)).x  # (B, P, D)
             if end == len(model.blocks):
                 break
-            logits = model.project(model.exits(number, x[:, -1]))  # (B, V)
+            logits = model.project(model.transform(model.exits(number, x[:, -1])))  # (B, V)
             if self._sure(logits, going):
                 self.waiting[number + 1].append(x)
                 self.layers_used.append(end)
                 return logits
             begin = end
         self.layers_used.append(end)
-        return model.project(model.finish(x[:, -1]))
+        return model.project(model.read(x[:, -1]))
 
     def _sure(self, logits: Tensor, going: Tensor | None) -> bool:
         sure = logits.float().softmax(-1).amax(-1) >= self.confidence  # (B,)

@@ -239,7 +239,7 @@ def _next_logits(model: Transformer, tokens: Tensor, cache: ModelCache) -> Tenso
     """Feed tokens (B, T) to the model and its cache, and return the logits (B, V) after the last of them."""
     x, context = model.embed(tokens, cache=cache)
     x = model.run(x, context, cache=cache).x  # (B, T, D)
-    return model.project(model.finish(x[:, -1]))  # only the last position pays for the vocabulary
+    return model.project(model.read(x[:, -1]))  # only the last position pays for the vocabulary
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:

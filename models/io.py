@@ -301,14 +301,15 @@ class TensorFiles(Mapping[str, torch.Tensor]):
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                 if name in self._files:
                     raise UserError(f"{folder} holds the tensor {name} in two files")
-                self._files[name] = handle
+                self._files[name] = handle, name
         if (folder / INDEX).exists():
             listed = read_json(folder / INDEX)["weight_map"].keys()
             if wrong := sorted(listed ^ self._files.keys()):
                 raise UserError(f"{folder / INDEX} and the files that it names disagree about {_some(wrong)}")
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        handle, stored = self._files[name]
+        return handle.get_tensor(stored)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -320,9 +321,14 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         """Leave the tensor `name` out from now on."""
         del self._files[name]
 
+    def rename(self, name: str, new: str) -> None:
+        """Call the tensor `name` otherwise from now on."""
+        self._files[new] = self._files.pop(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor `name`, without reading it."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        handle, stored = self._files[name]
+        return tuple(handle.get_slice(stored).get_shape())
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UserError unless the files hold exactly the `expected` names with exactly these shapes."""

@@ -23,6 +23,7 @@ SIDECARS = (
     TOKENIZER_CONFIG,
     SPECIAL_MAP,
     "added_tokens.json",
+    "vocab.txt",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
@@ -92,7 +93,7 @@ def special_tokens(source: str | Path) -> dict[str, Any]:
     if (source / TOKENIZER).is_file():
         added = read_json(inside(source, TOKENIZER)).get("added_tokens") or []
         ids = {token["content"]: token["id"] for token in added}
-        named = named_tokens(source)
+        named = {"sep_token": "[SEP]"} | named_tokens(source)  # as WordPiece tokenizers call it
         found = {f"{role}_id": ids[text] for role, text in named.items() if text in ids}
     return found | _told(source)
 
@@ -103,7 +104,7 @@ def named_tokens(source: Path) -> dict[str, str]:
     for name in (SPECIAL_MAP, TOKENIZER_CONFIG):
         if (source / name).is_file():
             content = read_json(inside(source, name))
-            for role in (*SPECIAL, "mask_token"):
+            for role in (*SPECIAL, "mask_token", "sep_token", "cls_token"):
                 token = content.get(role)
                 text = token.get("content") if isinstance(token, dict) else token
                 if text is not None and not isinstance(text, str):

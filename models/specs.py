@@ -201,9 +201,20 @@ class InputSpec:
 
     kind: ClassVar[str]
 
+    def check(self, direction: str, vocab_size: int) -> None:
+        """Raise UserError where it cannot be in a model of that direction and vocabulary."""
+
     def build(self, width: int, vocab_size: int) -> nn.Module:
         """The module `embedding` of the model, from a batch of inputs (B, T, ...) to (B, T, D)."""
         raise NotImplementedError
+
+    def build_segments(self, width: int) -> nn.Module | None:
+        """The module `segments`, from inputs and documents (B, T) to what is added to the embeddings; default: none."""
+        return None
+
+    def build_norm(self, width: int) -> nn.Module | None:
+        """The module `embedding_norm`, of the embeddings after all that is added to them; default: none."""
+        return None
 
 
 class HeadSpec:
@@ -211,14 +222,20 @@ class HeadSpec:
 
     Attributes:
         tied: whether the model's embedding is its head, and it has no other.
+        transform: what the hidden states pass before the output projection (models/heads/transform.py), or None.
     """
 
     kind: ClassVar[str]
     tied: ClassVar[bool] = False
+    transform: Any = None
 
     def build(self, width: int, vocab_size: int) -> nn.Module | None:
         """The module `head` of the model, from what is read (..., D) to the outputs; None where it is tied."""
         raise NotImplementedError
+
+    def build_bias(self, vocab_size: int) -> nn.Module | None:
+        """The module `head_bias`, which adds to the logits of a tied head; default: none."""
+        return None
 
     def read(self, hidden: Tensor, documents: Tensor | None) -> Tensor:
         """What a prediction at each token is made from, of the last hidden states: (B, T, D) -> (B, T, D).
@@ -235,7 +252,7 @@ class HeadSpec:
 
     def flops_per_token(self, width: int, vocab_size: int) -> int:
         """Forward FLOPs of one token."""
-        return 2 * width * self.outputs(vocab_size)
+        return 2 * width * (self.outputs(vocab_size) + (0 if self.transform is None else width))
 
 
 class DepthSpec:

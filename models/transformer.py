@@ -47,7 +47,9 @@ class Transformer(Backbone):
         super().__init__(config)
         self.exits = None if config.exits is None else ExitNorms(config.exits, config.norm, config.width)
         self.compiled_softmax_error: SoftmaxError | None = None
+        self.head_transform = None if config.head.transform is None else config.head.transform.build(config.width)
         self.head = config.head.build(config.width, config.vocab_size)
+        self.head_bias = config.head.build_bias(config.vocab_size)
 
     def forward(
         self,
@@ -90,11 +92,15 @@ class Transformer(Backbone):
 
     def _exit_loss(self, stream: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
         """Mean NLL of targets (B, T) given what an exit makes of a block's output (B, T, D)."""
-        return self.loss(self.config.head.read(stream, documents), targets)[0]
+        return self.loss(self.transform(self.config.head.read(stream, documents)), targets)[0]
 
     def read(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         """What the head projects (B, T, D), of the last block's output (B, T, D)."""
-        return self.config.head.read(self.finish(x), documents)
+        return self.transform(self.config.head.read(self.finish(x), documents))
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """The transform of the head, where it has one: (..., D) -> (..., D)."""
+        return hidden if self.head_transform is None else self.head_transform(hidden)
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, taps: Collection[str] = ()) -> Hidden:
         """`embed`, `run` and `read`: `x` (B, T, D) is what the head projects."""
@@ -105,13 +111,13 @@ class Transformer(Backbone):
     def output_matrix(self) -> Tensor | None:
         """The output projection (V, D); None: it is no plain matrix, but packed or with a bias."""
         output = self.embedding if self.head is None else self.head
-        if isinstance(output, nn.Embedding) or (isinstance(output, nn.Linear) and output.bias is None):
-            return output.weight
-        return None
+        biased = self.head_bias is not None or (isinstance(output, nn.Linear) and output.bias is not None)
+        return output.weight if isinstance(output, nn.Embedding | nn.Linear) and not biased else None
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of what the head reads (..., D)."""
-        return self.embedding.project(hidden) if self.head is None else self.head(hidden)
+        logits = self.embedding.project(hidden) if self.head is None else self.head(hidden)
+        return logits if self.head_bias is None else self.head_bias(logits)
 
     def loss(self, hidden: Tensor, targets: Tensor, *, z_loss: bool = False) -> tuple[Tensor, Tensor | None]:
         """Mean NLL in nats of targets (B, T) given hidden (B, T, D), and the mean z-term when asked for."""

@@ -106,6 +106,11 @@ class Classify(TokenTask):
                 f"a classifier reads the columns that it was trained on ({', '.join((*self.text, self.label))}); leave "
                 "--column out"
             )
+        if not self.text:
+            raise UserError(
+                "the classifier does not know the columns of its data; import its folder with --task '{kind: classify, "
+                "text: sentence, label: label}'"
+            )
         return open_source(source, RowColumns(self.text, self.label))
 
     def blocks(

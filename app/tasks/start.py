@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from app.loading import Loaded, load_model
 from app.tasks.architecture import read_architecture
@@ -14,7 +13,7 @@ from models.errors import UserError
 from models.transformer import Transformer
 from models.weight_formats import described
 
-HEAD = "head."
+HEAD = ("head.", "head_bias.", "head_transform.")
 SUBLAYERS = {"attention", "feedforward"}
 
 
@@ -39,7 +38,7 @@ def starting_architecture(
     Raises:
         UserError: there is neither, or no layer has the options.
     """
-    values = {} if architecture is None else read_architecture(architecture)
+    values = {} if architecture is None else dict(read_architecture(architecture))
     if start is None and architecture is None:
         raise UserError("model.architecture must be given, or model.from DIR, a model to start from")
     if start is None and "width" not in values:
@@ -47,6 +46,8 @@ def starting_architecture(
     if start is not None:
         whole = start.model.config.to_dict()
         del whole["compression"]
+        if values.get("head") == whole["head"]["kind"]:  # by name alone: with the options that it has
+            del values["head"]
         for name in SUBLAYERS & values.keys():
             given = values[name]
             named = isinstance(given, Mapping) and any(
@@ -82,9 +83,11 @@ def _changed_layers(layers: list[dict[str, Any]], name: str, options: Mapping[st
 
 
 @torch.no_grad()
-def copy_weights(model: Transformer, start: nn.Module, path: str | Path) -> None:
+def copy_weights(model: Transformer, start: Transformer, path: str | Path) -> None:
     """Fill every parameter but those of another head. Raises UserError where the two differ anywhere else."""
     ours, theirs = model.state_dict(), start.state_dict()
+    if model.config.head.transform != start.config.head.transform:
+        ours, theirs = ({name: state[name] for name in state if not name.startswith(HEAD)} for state in (ours, theirs))
     for name in sorted(ours.keys() | theirs.keys()):
         shapes = [tuple(state[name].shape) if name in state else None for state in (ours, theirs)]
         if shapes[0] == shapes[1]:

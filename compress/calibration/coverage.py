@@ -36,4 +36,6 @@ def _role(owner: nn.Module) -> str:
         return "a table that is looked up, and no product reads"
     if isinstance(owner, DepthRouter):
         return "the router that chooses the tokens of its layer"
+    if isinstance(owner, nn.Linear):
+        return "a linear layer outside of the blocks, before the head"
     return "read by products of its own module, which is no linear layer"

@@ -4,7 +4,9 @@ A family maps the *file* format, which is what people have, not the module tree 
 file and list it in `FAMILIES`.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from models.config import ModelConfig
 from models.errors import UserError, did_you_mean
 from models.experts import StackedExperts
 from models.experts.layout import stack
+from models.families.bert import Bert
 from models.families.gemma import Gemma
 from models.families.gpt2 import Gpt2
 from models.families.gpt_neox import GptNeoX
+from models.families.labels import class_labels, class_names
 from models.families.llama import Llama
 from models.families.mixtral import Mixtral
 from models.families.phi3 import Phi3
@@ -40,6 +44,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Gemma("gemma"),
     "gpt2": Gpt2(),
     "gpt_neox": GptNeoX(),
+    "bert": Bert(),
 }
 
 
@@ -74,12 +79,14 @@ def import_folder(
     for key, what in (("quantization_config", "quantized weights"), ("auto_map", "its own code, which is never run")):
         if values.get(key):
             raise UserError(f"{folder / CONFIG}: {key} says that the model has {what}; import the plain one")
+    family = FAMILIES[model_type]
+    if family.segmented:
+        values["sep_token_id"] = special_tokens(folder).get("sep_token_id")
     try:
-        config = FAMILIES[model_type].read_config(values)
+        config = family.read_config(values)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    model = skeleton(config)
-    family, files = FAMILIES[model_type], TensorFiles(folder)
+    model, files = skeleton(config), TensorFiles(folder)
     tensors = _grouped(_names_in(files, config, family))
     own = model.state_dict()  # without memory yet
     how = {name: family.transform(name, config) for name in tensors}
@@ -108,6 +115,10 @@ def _names_in(files: TensorFiles, config: ModelConfig, family: Family) -> dict[s
     What they hold beside the weights is forgotten: rotary tables, masks, and the head of a tied model.
     """
     names, head = family.names(config), family.head
+    for name in list(files):
+        for old, new in family.old_leaves:
+            if name.endswith(old):
+                files.rename(name, name.removesuffix(old) + new)
     prefix = names["embedding.weight"].partition(".")[0] + "."
     if not any(name.startswith(prefix) for name in files):  # a model that was saved without its head
         names = {ours: theirs.removeprefix(prefix) for ours, theirs in names.items()}
@@ -116,6 +127,12 @@ def _names_in(files: TensorFiles, config: ModelConfig, family: Family) -> dict[s
         names = {ours: head if theirs == family.head else theirs for ours, theirs in names.items()}
     for name in [name for name in files if name.endswith(family.buffers)]:
         files.drop(name)
+    unused = [name for name in files if name.startswith(family.unused) and name not in names.values()]
+    for name in unused:
+        files.drop(name)
+    if told := [name for name in unused if name not in chain(*family.copies)]:
+        listed = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in told))
+        warnings.warn(f"{files.folder}: this model does not use {listed}, which is left out", stacklevel=3)
     embedding = names["embedding.weight"]
     if config.head.tied and head in files:
         if embedding not in files:
@@ -127,7 +144,7 @@ def _names_in(files: TensorFiles, config: ModelConfig, family: Family) -> dict[s
             )
         else:
             files.drop(head)
-    if not config.head.tied and head not in files:
+    if not config.head.tied and head in names.values() and head not in files:
         raise UserError(
             f"{files.folder} has no {head}, and its {CONFIG} says no tie_word_embeddings: true, which would take "
             f"{embedding} for it"
@@ -152,7 +169,8 @@ def export_folder(
     """
     family, values = family_of(model.config)
     with writing(out, overwrite) as directory:
-        write_folder(directory, values, file_tensors(model, family), model.norm.weight.dtype, source)
+        dtype = next(model.parameters()).dtype  # packed weights are buffers
+        write_folder(directory, values, file_tensors(model, family), dtype, source)
 
 
 def family_of(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
@@ -186,12 +204,14 @@ def file_tensors(model: Transformer, family: Family, weight: Packing = dense) ->
     Raises:
         UserError: of the weights that are one tensor of the file some are packed and others not.
     """
-    packed, dtype = described(model), model.norm.weight.dtype
+    packed, dtype, copies = described(model), next(model.parameters()).dtype, dict(family.copies)
     for theirs, ours in _grouped(family.names(model.config)).items():
         transform = family.transform(theirs, model.config)
         tensors = [_tensor(model, name, packed, dtype) for name in ours]
         if all(tensor is not None for tensor in tensors):
-            yield theirs, transform.join(tensors)
+            yield theirs, (whole := transform.join(tensors))
+            if theirs in copies:
+                yield copies[theirs], whole.clone()
         elif any(tensor is not None for tensor in tensors):
             listed = ", ".join(ours)
             raise UserError(f"{theirs} of the file holds {listed}, of which some are packed and some not: pack all")
@@ -240,6 +260,8 @@ def write_folder(
     if source is not None:
         write_sidecars(read_sidecars(source), directory)
         tokens |= special_tokens(source)
+        if "id2label" in values:
+            values |= class_labels(class_names(source, len(values["id2label"])))
     write_json(directory / CONFIG, values | tokens | {"dtype": str(dtype).removeprefix("torch.")})
     generation = directory / GENERATION
     if not generation.exists():

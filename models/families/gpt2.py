@@ -96,8 +96,9 @@ def require_square(config: ModelConfig, attention: Mapping[str, Any]) -> None:
 
 def paired(maps: Mapping[str, str], ours: str, theirs: str, without_bias: tuple[str, ...] = ()) -> dict[str, str]:
     """Names of the weights and biases of a layer's `maps`, our module -> theirs."""
+    ours, theirs = (f"{path}." if path else "" for path in (ours, theirs))
     return {
-        f"{ours}.{part}.{leaf}": f"{theirs}.{name}.{leaf}"
+        f"{ours}{part}.{leaf}": f"{theirs}{name}.{leaf}"
         for part, name in maps.items()
         for leaf in (("weight",) if part in without_bias else ("weight", "bias"))
     }

@@ -17,11 +17,19 @@ class Family:
         head: name of the output projection in the file.
         old_head: the name that older files have for it.
         buffers: ends of names of constants that some files hold beside the weights.
+        old_leaves: ends of names in older files, and what they are today.
+        unused: beginnings of names of tensors that have no counterpart here, and are left out.
+        copies: pairs of names under which a file holds one tensor of ours twice; the second is only written.
+        segmented: whether `read_config` wants `sep_token_id`, that of the tokenizer beside the weights.
     """
 
     model_type: str
     head = old_head = "lm_head.weight"
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    old_leaves: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
+    segmented = False
 
     def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
         """The architecture that a `config.json` describes. Raises UserError for what has no counterpart here."""

@@ -6,6 +6,8 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.errors import UserError
+from models.heads.language_model import Tied, Untied
+from models.inputs.tokens import Tokens
 from models.norms import Layer, Rms
 from models.positions import Rope
 
@@ -63,20 +65,31 @@ def _typed(values: Mapping[str, Any], key: str, default: Any, types: tuple[type,
     return value
 
 
-def frame(config: ModelConfig, norm: type[Rms] | type[Layer]) -> None:
-    """Refuse what no family has around its layers: all of them are decoders with one norm before each sub-layer."""
-    if config.direction != "causal":
-        raise UserError(f"it is a decoder, and this model is {config.direction}")
-    if config.outputs != config.vocab_size:
-        raise UserError(f"its head predicts tokens, and this model's is a {config.head.kind}")
-    if not isinstance(config.norm, norm) or config.norm.position != "pre":
-        raise UserError(f"it has {norm.kind} norms in position pre, not {config.norm.kind} {config.norm.position}")
+def frame(config: ModelConfig, norm: type[Rms] | type[Layer], position: str = "pre", direction: str = "causal") -> None:
+    """Refuse what the family does not have around its layers; a decoder has nothing but matrices at its ends."""
+    if config.direction != direction:
+        kind = "a decoder" if direction == "causal" else "an encoder"
+        raise UserError(f"it is {kind}, and this model is {config.direction}")
+    if direction == "causal":
+        _plain_ends(config)
+    if not isinstance(config.norm, norm) or config.norm.position != position:
+        has = f"{config.norm.kind} {config.norm.position}"
+        raise UserError(f"it has {norm.kind} norms in position {position}, not {has}")
     if isinstance(config.norm, Rms) and config.norm.offset:
         raise UserError(f"its norms have no offset, and this model's is {config.norm.offset}")
     if config.residual != "standard":
         raise UserError(f"its residual stream is standard, not {config.residual}")
     if config.exits is not None:
         raise UserError("it has one norm before the head, and this model has early exits with norms of their own")
+
+
+def _plain_ends(config: ModelConfig) -> None:
+    if config.outputs != config.vocab_size:
+        raise UserError(f"its head predicts tokens, and this model's is a {config.head.kind}")
+    if config.head not in (Tied(), Untied()):
+        raise UserError("its head is a matrix, and this model's has a bias or a transform")
+    if config.input != Tokens():
+        raise UserError("its layers read the embeddings as they are, and this model normalises them")
 
 
 def one_position(config: ModelConfig, attention: Mapping[str, Any], kind: type = Rope) -> None:

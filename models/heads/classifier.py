@@ -3,14 +3,16 @@
 B batch, T tokens, D model width, C classes.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from models.attention.segments import document_ends, document_starts
 from models.errors import UserError
+from models.heads.transform import HeadTransform
 from models.linear import Linear
+from models.registry import Single
 from models.specs import HEADS, HeadSpec
 
 
@@ -23,10 +25,13 @@ class Classifier(HeadSpec):
         classes: C, at least 2.
         pool: the `mean` of the document's tokens (Sentence-BERT, arXiv 1908.10084), its `first` (BERT, arXiv
             1810.04805), or its `last` (GPT, Radford et al. 2018), the only one of a decoder that has seen all of it.
+        transform: a layer between pooling and classes (models/heads/transform.py), or nothing. BERT's pooler is
+            `{activation: tanh}` behind pool `first`.
     """
 
     classes: int
     pool: Literal["mean", "first", "last"] = "mean"
+    transform: Any = field(default=None, metadata={"registry": Single(HeadTransform)})
 
     def __post_init__(self) -> None:
         if self.classes < 2:

@@ -280,6 +280,9 @@ class Import(Written):
     """Turn a Hugging Face folder of a supported family into a model folder."""
 
     folder: str = positional("a folder that `save_pretrained` wrote", "HF_FOLDER")
+    task: Spec | None = option(
+        "its task, such as {kind: classify, text: sentence, label: label}; by default that of its head", None
+    )
     dtype: Dtype = option("number format to store: auto keeps the one of the files", "auto")
 
 

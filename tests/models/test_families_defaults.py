@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -91,10 +93,23 @@ FAMILIES = {
         use_parallel_residual=False,
         rope_parameters={"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0, "partial_rotary_factor": 1.0},
     ),
+    "bert": BertConfig(
+        **{name: COMMON[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        hidden_act="relu",
+        layer_norm_eps=0.1,
+        type_vocab_size=3,
+        hidden_dropout_prob=0.5,
+        attention_probs_dropout_prob=0.4,
+        tie_word_embeddings=False,
+    ),
 }
+AUTO = {"bert": AutoModelForMaskedLM}
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 SIZES |= {"n_embd", "n_layer", "n_head"}
 EMBEDDINGS = {"gpt2": "transformer.wte.weight", "gpt_neox": "gpt_neox.embed_in.weight"}
+EMBEDDINGS |= {"bert": "bert.embeddings.word_embeddings.weight"}
 GENERAL = PreTrainedConfig().to_dict().keys() | {"model_type", "bos_token_id", "eos_token_id", "pad_token_id"}
 CASES = [
     (family, key, null)
@@ -109,7 +124,8 @@ def reference(folder, values):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(values))
     try:
-        model = randomise(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
+        auto = AUTO.get(values["model_type"], AutoModelForCausalLM)
+        model = randomise(auto.from_config(AutoConfig.from_pretrained(folder)))
     except Exception:  # a validation error, or whatever a null leads to
         return None
     model.save_pretrained(folder)
@@ -139,7 +155,7 @@ def test_a_key_that_is_left_out_or_null_has_their_meaning(family, key, null, tmp
         assert same(tmp_path / "hf", values) is not None or null
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt2", "phi3"}))  # which have none, or no scaling
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt2", "phi3", "bert"}))  # which have none, or no scaling
 def test_the_base_of_rope_that_is_left_out_within_its_parameters(family, tmp_path):
     values = FAMILIES[family].to_dict()
     for number, rope in enumerate(
@@ -188,7 +204,8 @@ def test_a_tied_model_may_be_stored_under_the_name_of_its_head(family, tmp_path)
     theirs = same(tmp_path / "hf", values)
     tensors = load_file(tmp_path / "hf" / WEIGHTS)
     embedding = EMBEDDINGS.get(family, "model.embed_tokens.weight")
-    tensors["lm_head.weight"] = tensors.pop(embedding)
+    head = families.FAMILIES[family].head
+    tensors[head] = tensors.pop(embedding)
     save_file(tensors, tmp_path / "hf" / WEIGHTS)
     model = import_folder(tmp_path / "hf")
     assert model.head is None
@@ -197,9 +214,9 @@ def test_a_tied_model_may_be_stored_under_the_name_of_its_head(family, tmp_path)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(untied))
     with pytest.raises(UserError, match=f"lack {re.escape(embedding)}"):
         import_folder(tmp_path / "hf")
-    tensors[embedding] = tensors.pop("lm_head.weight")
+    tensors[embedding] = tensors.pop(head)
     save_file(tensors, tmp_path / "hf" / WEIGHTS)
-    with pytest.raises(UserError, match=r"has no lm_head\.weight.* says no tie_word_embeddings: true"):
+    with pytest.raises(UserError, match=rf"has no {re.escape(head)}.* says no tie_word_embeddings: true"):
         import_folder(tmp_path / "hf")
 
 

@@ -290,7 +290,7 @@ def test_what_the_format_cannot_hold_is_refused_with_the_reason(tmp_path, change
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "bert"}, r"model_type 'bert' is not supported \(one of: gemma, gpt2, gpt_neox, llama, "),
+        ({"model_type": "rwkv"}, r"model_type 'rwkv' is not supported \(one of: bert, gemma, gpt2, gpt_neox, llama, "),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),

@@ -38,7 +38,7 @@ def build(**options):
     return Transformer(ModelConfig.from_dict({**base, **sublayers, **options})).eval()
 
 
-CLASSIFIER = {"kind": "classifier", "classes": 3, "pool": "mean"}
+CLASSIFIER = {"kind": "classifier", "classes": 3, "pool": "mean", "transform": None}
 
 
 @pytest.mark.parametrize("pool", ["mean", "first", "last"])
@@ -68,6 +68,46 @@ def test_the_loss_of_a_classifier_is_that_of_its_logits():
     ours, theirs = (torch.autograd.grad(x, list(model.parameters())) for x in (loss, expected))
     torch.testing.assert_close(ours, theirs)
     assert model.flops_per_token(9) < build(head="untied").flops_per_token(9)
+
+
+HEAD = {"kind": "tied", "bias": True, "transform": {"activation": "gelu", "norm": "layer"}}
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_a_transform_stands_between_the_last_norm_and_the_matrix(kind):
+    model, tokens = build(head=HEAD | {"kind": kind}), torch.randint(40, (2, 9))
+    bias = (model.head or model.head_bias).bias
+    nn.init.normal_(bias)
+    matrix = (model.head or model.embedding).weight
+    x = model.finish(model.run(*model.embed(tokens)).x)
+    dense, norm = model.head_transform.dense, model.head_transform.norm
+    expected = norm(nn.functional.gelu(x @ dense.weight.T + dense.bias)) @ matrix.T + bias
+    torch.testing.assert_close(model(tokens).logits, expected)
+    loss = nn.functional.cross_entropy(expected.flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(model(tokens, targets=tokens).loss, loss)
+    assert model.output_matrix is None
+    plain = build(head=kind)
+    assert model.flops_per_token(9) == plain.flops_per_token(9) + 2 * 16 * 16
+    assert model.count_parameters()["total"] == plain.count_parameters()["total"] + 16 * 16 + 3 * 16 + 40
+
+
+def test_dropout_of_a_transform_is_of_training_alone():
+    model, tokens = build(head=HEAD | {"transform": {"dropout": 0.5}}), torch.randint(40, (2, 9))
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    assert not torch.equal(model.train()(tokens).logits, model(tokens).logits)
+
+
+def test_the_norm_of_the_embeddings_reads_all_that_was_added_to_them():
+    tokens = torch.tensor([[7, 3, 5, 3, 6, 3, 8]])  # 3 ends a text
+    model = build(
+        position="learned", input={"norm": "layer", "segments": {"count": 3, "separator": 3}, "kind": "tokens"}
+    )
+    documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1]])
+    assert model.segments.numbers(tokens, None).tolist() == [[0, 0, 1, 1, 2, 2, 2]]
+    assert model.segments.numbers(tokens, documents).tolist() == [[0, 0, 1, 1, 2, 0, 1]]
+    x, _ = model.embed(tokens)
+    added = model.positions[0].table.weight[:7] + model.segments.weight[[0, 0, 1, 1, 2, 2, 2]]
+    torch.testing.assert_close(x, model.embedding_norm(model.embedding(tokens) + added))
 
 
 def test_an_input_of_numbers_goes_through_the_same_blocks():
@@ -106,6 +146,14 @@ def test_an_unknown_head_is_refused():
         build(head="shared")
     with pytest.raises(UserError, match="'classes' is missing"):
         build(head="classifier")
+    with pytest.raises(UserError, match=r"head\.transform: unknown activation 'tan' \(did you mean 'tanh'"):
+        build(head=HEAD | {"transform": {"activation": "tan"}})
+    with pytest.raises(UserError, match="dropout must be at least 0 and below 1"):
+        build(head=HEAD | {"transform": {"dropout": 1.0}})
+    with pytest.raises(UserError, match="segments are those of an encoder, and this model is causal"):
+        build(direction="causal", input={"kind": "tokens", "segments": {}})
+    with pytest.raises(UserError, match=r"a separator below vocab_size \(40\), got 2 and 40"):
+        build(input={"kind": "tokens", "segments": {"separator": 40}})
     with pytest.raises(UserError, match="at least 2"):
         build(head=CLASSIFIER | {"classes": 1})
 

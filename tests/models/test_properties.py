@@ -23,7 +23,7 @@ from models.experts import ROUTERS
 from models.feedforward import ACTIVATIONS
 from models.generation import generate
 from models.positions.rope import ROPE_SCALINGS
-from models.specs import ATTENTIONS, DEPTHS, FEEDFORWARDS, HEADS, NORM_POSITIONS, NORMS, POSITIONS
+from models.specs import ATTENTIONS, DEPTHS, FEEDFORWARDS, HEADS, INPUTS, NORM_POSITIONS, NORMS, POSITIONS
 from models.transformer import Transformer
 
 VOCAB, WIDTH, CONTEXT = 40, 16, 24
@@ -123,7 +123,12 @@ AXES = {
             layout="separate",
         ),
     ],
-    "head": [kind for kind in HEADS if kind != "classifier"],
+    "head": [
+        *(kind for kind in HEADS if kind != "classifier"),
+        example(HEADS, "tied", bias=True, transform={"activation": "gelu", "norm": "rms"}),
+        example(HEADS, "untied", bias=True, transform={"activation": "tanh"}),
+    ],
+    "input": ["tokens", example(INPUTS, "tokens", norm="layer")],
     "embedding_scale": [1.0, SQRT_WIDTH],
     "residual": RESIDUALS,
     "depths": [None, *([None, example(DEPTHS, kind)] for kind in DEPTHS)],
@@ -207,7 +212,17 @@ HYBRIDS = [
 ]
 CASES = DRAWN + HYBRIDS
 POOLED = [example(HEADS, "classifier", pool=pool) for pool in ("mean", "first", "last")]
-ENCODERS = covering({"direction": ["bidirectional"], **AXES, "head": [*AXES["head"], *POOLED]}, together=1)
+POOLED += [example(HEADS, "classifier", pool="first", transform={"activation": "silu"})]
+SEGMENTED = [example(INPUTS, "tokens", segments={"count": 2, "separator": 9})]
+ENCODERS = covering(
+    {
+        "direction": ["bidirectional"],
+        **AXES,
+        "head": [*AXES["head"], *POOLED],
+        "input": [*AXES["input"], *SEGMENTED],
+    },
+    together=1,
+)
 
 
 def values(case):
@@ -508,7 +523,7 @@ def test_every_parameter_matters(case):
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     # the softmax cancels the one without RoPE, and the other is of training alone
     known = [name for name in idle if name.endswith(("attention.k.bias", "router.noise.weight"))]
-    if not isinstance(case["head"], str):  # the one token that is read may be none of those with global attention
+    if case["head"] in POOLED:  # the one token that is read may be none of those with global attention
         known += [name for name in idle if "_global." in name]
     assert idle == [name for name in idle if name in known or name.startswith(unchosen(model))]
 

@@ -58,7 +58,9 @@ def export_compressed_tensors(
     dense_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     ignore = list(dict.fromkeys(names[f"{name}.weight"].removesuffix(".weight") for name in dense_layers))
     if model.head is None:
-        ignore.append("lm_head")  # transformers has a linear layer there, tied to the embedding
+        ignore.append(
+            family.head.removesuffix(".weight")
+        )  # transformers has a linear layer there, tied to the embedding
     values["quantization_config"] = scheme(format, ignore)
     with writing(out, overwrite) as directory:
         write_folder(directory, values, file_tensors(model, family, pack_quantized), dtype, source)

@@ -56,12 +56,9 @@ def export_gptq(
     for name, module in packed.items():
         _check(name, module)
     names = family.names(model.config)
-    dense_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "head"]
-    left = list(
-        dict.fromkeys(
-            names[f"{name}.weight"].removesuffix(".weight") for name in dense_layers if f"{name}.weight" in names
-        )
-    )
+    dense_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    weights = dict.fromkeys(names[f"{name}.weight"] for name in dense_layers if f"{name}.weight" in names)
+    left = [name.removesuffix(".weight") for name in weights if name != family.head]
     scheme = gptq_scheme(format, left, head="head" in packed)
     dtype = next(model.parameters()).dtype  # packed weights are buffers
     with writing(out, overwrite) as directory:
