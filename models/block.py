@@ -42,7 +42,9 @@ class Block(nn.Module):
                 setattr(self, name, None)
                 continue
             spec = layer.sublayers[name]
-            self.add_module(f"{name}_norm", model.norm.build(model.width))
+            first = place.layer == 0 and name == self.sublayers[0]
+            bare = first and not model.first_norm
+            self.add_module(f"{name}_norm", nn.Identity() if bare else model.norm.build(model.width))
             self.add_module(name, self._drawn(spec, kinds.count((name, spec.kind))))
             if self.norm_position == "sandwich":
                 self.add_module(f"{name}_out_norm", model.norm.build(model.width))

@@ -91,6 +91,7 @@ class ModelConfig:
         layers: the layers from the input to the output.
         context: tokens of the longest training sequence; a hard limit for learned positions.
         norm: kind and position of the normalisation.
+        first_norm: whether the first sub-layer normalises what it reads; false where the input does (ModernBERT).
         position: position encoding of every attention that names none of its own.
         input: what becomes the stream (models/inputs): `tokens`.
         head: what is read from it (models/heads): `tied` (the embedding is also the output projection) or `untied`.
@@ -108,6 +109,7 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     context: int = 1024
     norm: Any = field(default_factory=lambda: NORMS["rms"](), metadata={"registry": NORMS})
+    first_norm: bool = True
     position: Any = field(default_factory=lambda: POSITIONS["rope"](), metadata={"registry": POSITIONS})
     input: Any = field(default="tokens", metadata={"registry": INPUTS})
     head: Any = field(default="tied", metadata={"registry": HEADS})
@@ -140,6 +142,11 @@ class ModelConfig:
             raise UserError(
                 f"norm position {self.norm.position} normalises after each sub-layer, "
                 "and a parallel layer has no such place"
+            )
+        if not self.first_norm and (self.norm.position in AFTER or self.residual == "reversible"):
+            raise UserError(
+                f"first_norm: false leaves out a norm before a sub-layer, and norm position {self.norm.position} with "
+                f"residual {self.residual} cannot do without; leave it out"
             )
         if self.residual == "reversible":
             self._check_reversible()
@@ -262,6 +269,7 @@ class _Plain:
     width: int
     context: int = 1024
     norm: Any = field(default_factory=lambda: NORMS["rms"](), metadata={"registry": NORMS})
+    first_norm: bool = True
     position: Any = field(default_factory=lambda: POSITIONS["rope"](), metadata={"registry": POSITIONS})
     input: Any = field(default="tokens", metadata={"registry": INPUTS})
     head: Any = field(default="tied", metadata={"registry": HEADS})

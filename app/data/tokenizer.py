@@ -103,10 +103,11 @@ class Tokenizer:
         Two (V,) bool: a token belongs to the word of the one before where both are true.
         """
         edges = np.zeros((2, self.vocab_size), dtype=bool)
+        model = self.tokenizer.model
+        goes_on = model.continuing_subword_prefix if isinstance(model, models.WordPiece) else ""
         for token, number in self.tokenizer.get_vocab(with_added_tokens=False).items():
-            text = token.removeprefix("##").translate(_SPACES)
-            if text:
-                edges[:, number] = text[0].isalnum(), text[-1].isalnum()
+            if text := token.removeprefix(goes_on).translate(_SPACES):
+                edges[:, number] = token.startswith(goes_on) and text[0].isalnum(), text[-1].isalnum()
         return edges[0], edges[1]
 
     def encode(self, text: str) -> list[int]:
@@ -226,10 +227,11 @@ def _config(end_of_text: str, begin_of_text: str, mask: str | None = None) -> by
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a folder with tokenizer.json (a model folder, a Hugging Face folder) or from that file.
 
-    The token between documents is the `eos_token` of tokenizer_config.json (or special_tokens_map.json); without one, a
-    token of a known name. A document begins with the token that the post-processor puts before a text, or else with the
-    `bos_token` where tokenizer_config.json says `add_bos_token`, or else with the token between documents. Every token
-    that generation_config.json names as an end ends a text.
+    The token between documents is the `eos_token` of tokenizer_config.json (or special_tokens_map.json); without one,
+    BERT's `sep_token`, or a token of a known name. A document begins with the token that the post-processor puts before
+    a text, or else with the `bos_token` where tokenizer_config.json says `add_bos_token`, or else with BERT's
+    `cls_token`, or else with the token between documents. Every token that generation_config.json names as an end ends
+    a text.
 
     Raises:
         UserError: nothing there, not a tokenizer, or no token that could stand between documents.
@@ -249,14 +251,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         _check_parts(json.loads(files[TOKENIZER]), file)
         first = _first_token(tokenizer)
     named = named_tokens(folder)
-    end = named.get("eos_token") or next(
-        (name for name in _KNOWN_ENDS if tokenizer.token_to_id(name) is not None), None
-    )
+    known = (name for name in _KNOWN_ENDS if tokenizer.token_to_id(name) is not None)
+    end = named.get("eos_token") or named.get("sep_token") or next(known, None)
     if end is None:
         known = ", ".join(_KNOWN_ENDS)
         raise UserError(f"tokenizer '{path}' names no eos_token and has none of {known} to put between documents")
     adds_begin = TOKENIZER_CONFIG in files and read_json(inside(folder, TOKENIZER_CONFIG)).get("add_bos_token")
-    begin = first or (named.get("bos_token") if adds_begin else None) or end
+    begin = first or (named.get("bos_token") if adds_begin else None) or named.get("cls_token") or end
     files.setdefault(TOKENIZER_CONFIG, _config(end, begin))
     masks = (named.get("mask_token"), *_KNOWN_MASKS)
     mask = next((name for name in masks if name is not None and tokenizer.token_to_id(name) is not None), None)

@@ -109,8 +109,9 @@ class _Finder:
         """The maps of a branch that read its norm."""
         norm = getattr(self.block, f"{branch}_norm")
         maps = self._maps(branch)
-        if self.block.norm_position in AFTER:
-            reason = "it reads the residual stream itself: the norm stands behind the branch"
+        if self.block.norm_position in AFTER or isinstance(norm, nn.Identity):
+            where = "the norm stands behind the branch" if self.block.norm_position in AFTER else "it has no norm"
+            reason = f"it reads the residual stream itself: {where}"
             names = [name for name in maps if name in self.mine and name.rpartition(".")[2] not in ("o", "down")]
             self.folds.refused |= dict.fromkeys(names, reason)
             return

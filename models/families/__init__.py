@@ -25,6 +25,7 @@ from models.families.gpt_neox import GptNeoX
 from models.families.labels import class_labels, class_names
 from models.families.llama import Llama
 from models.families.mixtral import Mixtral
+from models.families.modernbert import ModernBert
 from models.families.phi3 import Phi3
 from models.families.protocol import Family, Transform
 from models.families.qwen3_moe import Qwen3Moe
@@ -45,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Gpt2(),
     "gpt_neox": GptNeoX(),
     "bert": Bert(),
+    "modernbert": ModernBert(),
 }
 
 

@@ -88,6 +88,8 @@ def _plain_ends(config: ModelConfig) -> None:
         raise UserError(f"its head predicts tokens, and this model's is a {config.head.kind}")
     if config.head not in (Tied(), Untied()):
         raise UserError("its head is a matrix, and this model's has a bias or a transform")
+    if not config.first_norm:
+        raise UserError("its first layer has a norm before each sub-layer, and this model first_norm: false")
     if config.input != Tokens():
         raise UserError("its layers read the embeddings as they are, and this model normalises them")
 

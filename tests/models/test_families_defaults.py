@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    ModernBertConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen3MoeConfig,
@@ -104,12 +105,38 @@ FAMILIES = {
         attention_probs_dropout_prob=0.4,
         tie_word_embeddings=False,
     ),
+    "modernbert": ModernBertConfig(
+        **{name: COMMON[name] for name in ("vocab_size", "hidden_size", "intermediate_size")},
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        hidden_activation="relu",
+        norm_eps=0.1,
+        norm_bias=True,
+        attention_bias=True,
+        mlp_bias=True,
+        decoder_bias=False,
+        classifier_bias=True,
+        classifier_activation="silu",
+        classifier_pooling="mean",
+        attention_dropout=0.5,
+        classifier_dropout=0.5,
+        local_attention=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+        },
+        tie_word_embeddings=False,
+        **{f"{role}_token_id": 0 for role in ("pad", "bos", "eos", "cls", "sep")},
+    ),
 }
-AUTO = {"bert": AutoModelForMaskedLM}
+AUTO = dict.fromkeys(("bert", "modernbert"), AutoModelForMaskedLM)
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 SIZES |= {"n_embd", "n_layer", "n_head"}
 EMBEDDINGS = {"gpt2": "transformer.wte.weight", "gpt_neox": "gpt_neox.embed_in.weight"}
 EMBEDDINGS |= {"bert": "bert.embeddings.word_embeddings.weight"}
+EMBEDDINGS |= {"modernbert": "model.embeddings.tok_embeddings.weight"}
 GENERAL = PreTrainedConfig().to_dict().keys() | {"model_type", "bos_token_id", "eos_token_id", "pad_token_id"}
 CASES = [
     (family, key, null)
@@ -155,7 +182,9 @@ def test_a_key_that_is_left_out_or_null_has_their_meaning(family, key, null, tmp
         assert same(tmp_path / "hf", values) is not None or null
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt2", "phi3", "bert"}))  # which have none, or no scaling
+@pytest.mark.parametrize(
+    "family", sorted(FAMILIES.keys() - {"gpt2", "phi3", "bert", "modernbert"})
+)  # which have none, or no scaling
 def test_the_base_of_rope_that_is_left_out_within_its_parameters(family, tmp_path):
     values = FAMILIES[family].to_dict()
     for number, rope in enumerate(

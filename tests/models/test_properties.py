@@ -129,6 +129,7 @@ AXES = {
         example(HEADS, "untied", bias=True, transform={"activation": "tanh"}),
     ],
     "input": ["tokens", example(INPUTS, "tokens", norm="layer")],
+    "first_norm": [True, False],
     "embedding_scale": [1.0, SQRT_WIDTH],
     "residual": RESIDUALS,
     "depths": [None, *([None, example(DEPTHS, kind)] for kind in DEPTHS)],

@@ -9,18 +9,20 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertTokenizer,
+    ModernBertForMaskedLM,
 )
 
+from app.data.tokenizer import load_tokenizer
 from app.evaluation.report.overview import read_report
 from app.loading import load_model
 from app.tasks import Classify
 from app.tasks.start import copy_weights, load_start, starting_architecture
 from models.checkpoint import read_task
 from models.config import ModelConfig
+from models.families import export_folder
 from models.transformer import Transformer
 from recipes import cli
 
@@ -35,7 +37,7 @@ def bert(folder, kind=BertForMaskedLM, **options):
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(dict.fromkeys(words))})
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **options)
+    config = kind.config_class(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **options)
     kind(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -161,6 +163,47 @@ def test_evaluate_measures_hidden_tokens_of_the_folder_itself(place, espalier, t
         assert (theirs(tokens).logits - load_model(tmp_path / "q").model(tokens).logits).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "method", [("quantize", "--method", "awq", "--bits", 4), ("prune", "--method", "wanda", "--sparsity", 0.5)]
+)
+def test_a_modernbert_is_compressed_and_exported(method, place, espalier, tmp_path):
+    roles = {
+        f"{role}_token_id": number for role, number in (("pad", 0), ("bos", 2), ("eos", 3), ("cls", 2), ("sep", 3))
+    }
+    bert(tmp_path / "hf", ModernBertForMaskedLM, local_attention=8, **roles)
+    measured = ("--data", place / "text.txt", "--sequence_length", 32, "--evaluation_blocks", 8, *QUICK)
+    verb, *how = method
+    status, output = espalier(verb, tmp_path / "hf", "--out", tmp_path / "out", *how, "--samples", 8, *measured)
+    assert status == 0, output.err
+    status, output = espalier("export", tmp_path / "out", "--out", tmp_path / "again")
+    assert status == 0, output.err
+    theirs, tokens = AutoModelForMaskedLM.from_pretrained(tmp_path / "again").eval(), torch.randint(5, 40, (2, 19))
+    assert type(theirs) is ModernBertForMaskedLM
+    assert (theirs.config.sep_token_id, theirs.config.cls_token_id) == (3, 2)
+    with torch.no_grad():
+        assert (theirs(tokens).logits - load_model(tmp_path / "out").model(tokens).logits).abs().max() < 1e-5
+
+
+def test_a_modernbert_is_fine_tuned_with_the_transform_that_it_has(tmp_path):
+    start = load_start(bert(tmp_path / "hf", ModernBertForMaskedLM, local_attention=8, pad_token_id=0))
+    head = {
+        "kind": "classifier",
+        "pool": "first",
+        "transform": {"bias": False, "norm": {"kind": "layer", "bias": False}},
+    }
+    values = starting_architecture({"head": head}, start, Classify(labels=("no", "yes")))
+    model = Transformer(ModelConfig.from_dict(values))
+    copy_weights(model, start.model, "hf")
+    assert torch.equal(model.head_transform.dense.weight, start.model.head_transform.dense.weight)
+    export_folder(model.eval(), tmp_path / "out", tmp_path / "hf")
+    theirs, tokens = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval(),
+        torch.tensor([[2, 9, 3]]),
+    )
+    with torch.no_grad():
+        assert (theirs(tokens).logits - model(tokens).logits[:, 0]).abs().max() < 1e-5
+
+
 def test_a_classifier_of_theirs_is_imported_with_its_columns(place, espalier, refused, tmp_path):
     names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     bert(tmp_path / "hf", BertForSequenceClassification, **names)
@@ -186,3 +229,25 @@ def test_a_classifier_named_by_a_word_is_that_of_the_start(tmp_path):
         assert (model.head.weight.shape == start.model.head.weight.shape) == kept
     other = starting_architecture({"head": {"kind": "classifier", "pool": "mean"}}, start, Classify(labels=labels))
     assert "transform" not in other["head"]
+
+
+def test_the_tokenizer_without_its_template_is_read_by_its_names(tmp_path):
+    folder = bert(tmp_path / "hf")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(values | {"post_processor": None}))
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.begin, tokenizer.eot, tokenizer.mask) == (2, 3, 4)
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"sep_token": "[PAD]", "cls_token": "[UNK]"}))
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.begin, tokenizer.eot) == (1, 0)
+    assert load_model(folder).model.config.input.segments.separator == 0
+
+
+def test_words_of_wordpiece_go_on_where_a_token_says_so(place):
+    tokenizer = load_tokenizer(place / "hf")
+    opens, closes = tokenizer.word_edges
+    ids = tokenizer.encode("the film badly")
+    assert [tokenizer.tokenizer.id_to_token(id) for id in ids] == ["the", "film", "bad", "##ly"]
+    assert opens[ids].tolist() == [False, False, False, True]
+    assert closes[ids].all()
