@@ -12,6 +12,10 @@ class RunFailed(Exception):
     """A fault of a run, not of its input, said in one sentence. The command line exits with 1."""
 
 
+class Notice(UserWarning):
+    """A warning that is a sentence for the person; the command line prints it as one line, without a place in code."""
+
+
 _SPACES = "\n\t\u00a0\u2009\u202f"
 
 

@@ -10,9 +10,11 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass, fields
+from typing import Any
 
-from models.errors import RunFailed, UserError, did_you_mean, printable
+from models.errors import Notice, RunFailed, UserError, did_you_mean, printable
 from recipes.commands import options
 from recipes.commands.parser import parse_arguments, print_help
 from recipes.termination import Terminated, terminable
@@ -70,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = _take(argv, "--debug") or os.environ.get("ESPALIER_DEBUG", "") not in ("", "0")
     verb = VERBS.get(argv[0]) if argv else None
+    warnings.formatwarning = _format_warning
     try:
         with terminable():
             status = _run(argv)
@@ -142,6 +145,15 @@ def _take(argv: list[str], flag: str) -> bool:
 def _complain(message: str, status: int) -> int:
     print("espalier: error:", plain(message), file=sys.stderr)
     return status
+
+
+_FORMAT_WARNING = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+    if issubclass(category, Notice):
+        return f"espalier: {plain(str(message))}\n"
+    return _FORMAT_WARNING(message, category, *place, **line)
 
 
 def plain(message: str) -> str:

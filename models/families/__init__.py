@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import CONFIG, fill, skeleton
 from models.config import ModelConfig
-from models.errors import UserError, did_you_mean
+from models.errors import Notice, UserError, did_you_mean
 from models.experts import StackedExperts
 from models.experts.layout import stack
 from models.families.bert import Bert
@@ -134,7 +134,7 @@ def _names_in(files: TensorFiles, config: ModelConfig, family: Family) -> dict[s
         files.drop(name)
     if told := [name for name in unused if name not in chain(*family.copies)]:
         listed = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in told))
-        warnings.warn(f"{files.folder}: this model does not use {listed}, which is left out", stacklevel=3)
+        warnings.warn(f"{files.folder}: this model does not use {listed}, which is left out", Notice, stacklevel=3)
     embedding = names["embedding.weight"]
     if config.head.tied and head in files:
         if embedding not in files:

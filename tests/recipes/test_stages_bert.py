@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForMaskedLM,
+    BertForPreTraining,
     BertForSequenceClassification,
     BertTokenizer,
     ModernBertForMaskedLM,
@@ -251,3 +254,14 @@ def test_words_of_wordpiece_go_on_where_a_token_says_so(place):
     assert [tokenizer.tokenizer.id_to_token(id) for id in ids] == ["the", "film", "bad", "##ly"]
     assert opens[ids].tolist() == [False, False, False, True]
     assert closes[ids].all()
+
+
+def test_what_an_import_leaves_out_is_said_in_one_line(tmp_path):
+    folder = bert(tmp_path / "hf", BertForPreTraining)
+    argv = [sys.executable, "-m", "recipes.cli", "import", str(folder), "--out", str(tmp_path / "out")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    first, *rest = done.stderr.splitlines()
+    assert first == (
+        f"espalier: {folder}: this model does not use bert.pooler.dense, cls.seq_relationship, which is left out"
+    )
+    assert len(rest) == 1
