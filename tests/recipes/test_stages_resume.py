@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import models.checkpoint
+from app.tasks.causal_lm import CausalLM
 from compress.quantization import METHODS
 from models.errors import UserError
 from recipes.commands import options, resume
@@ -237,10 +238,9 @@ def test_only_finished_work_is_kept_for_the_next_run(name, stays, tmp_path):
 
 
 def words_of(config):
-    """What a text asks of a loaded model: its config, a tokenizer, and a task that takes blocks as they are."""
-    task = SimpleNamespace(examples=lambda blocks, tokenizer, **told: blocks)
+    """What a text asks of a loaded model: its config, a tokenizer, and a task."""
     tokenizer = SimpleNamespace(vocab_size=9)
-    return SimpleNamespace(model=SimpleNamespace(config=config), text_tokenizer=lambda: tokenizer, task=task)
+    return SimpleNamespace(model=SimpleNamespace(config=config), text_tokenizer=lambda: tokenizer, task=CausalLM())
 
 
 def test_what_is_known_of_the_text_says_both_sources(monkeypatch):
@@ -260,8 +260,8 @@ def test_what_is_known_of_the_text_says_both_sources(monkeypatch):
         found.fingerprint = f"{corpus}-{split}"
         return found
 
-    monkeypatch.setattr("recipes.commands.stage_data.open_source", lambda source, column: Source(source))
-    monkeypatch.setattr("recipes.commands.stage_data.token_blocks", blocks)
+    monkeypatch.setattr("app.tasks.tokens.open_source", lambda source, column: Source(source))
+    monkeypatch.setattr("app.tasks.tokens.token_blocks", blocks)
     monkeypatch.setattr("recipes.commands.stage_data.fingerprint_of", lambda corpus, tokenizer: f"{corpus}-whole")
     config = SimpleNamespace(context=64, width=8, vocab_size=9, position=SimpleNamespace(acts="rotation"))
     loaded = words_of(config)
@@ -282,10 +282,8 @@ def test_blocks_that_do_not_fit_into_memory_are_refused(batch_size, monkeypatch)
         def __len__(self):
             return 10**9
 
-    monkeypatch.setattr(
-        "recipes.commands.stage_data.open_source", lambda source, column: SimpleNamespace(left_out=(), name="x")
-    )
-    monkeypatch.setattr("recipes.commands.stage_data.token_blocks", lambda *arguments, **options: Many())
+    monkeypatch.setattr("app.tasks.tokens.open_source", lambda source, column: SimpleNamespace(left_out=(), name="x"))
+    monkeypatch.setattr("app.tasks.tokens.token_blocks", lambda *arguments, **options: Many())
     config = SimpleNamespace(context=64, width=2**20, vocab_size=9, position=SimpleNamespace(acts="rotation"))
     loaded = words_of(config)
     text = Text(options.Measure(batch_size=batch_size), loaded)
