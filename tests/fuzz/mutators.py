@@ -17,7 +17,7 @@ class Raw(str):
     """Text that goes into the file as it is."""
 
 
-WORK = {"max_new_tokens", "max_steps", "max_epochs", "min_steps", "min_epochs", "speed_rounds"}
+WORK = {"max_new_tokens", "max_steps", "max_epochs", "min_steps", "min_epochs", "speed_rounds", "common"}
 DEEP = 20_000  # levels of nesting that no recursive reader survives
 VALUES: list[Any] = [
     None, True, False, [], {}, "", " ", 0, -1, 1, 2, 3, 7, 0.5, -0.5, 1.5, 1e-320, 1e308, -0.0,
