@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import subprocess_script
@@ -26,9 +27,12 @@ class KeepTermination(Callback):
         self._handler = signal.getsignal(signal.SIGTERM)
         subprocess_script._launch_process_observer = watch
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def _keep(self, *_: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._handler)
+
+    # the Trainer puts its own in place after `setup` and `on_fit_start`
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _keep
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """End the processes that this one has started: they may wait for it in a collective."""

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from test_fit import write
 from test_fit_processes import DDP, command, environment, has_checkpoint
 from test_stages_sweep import recipe as sweep_file
 
 from app.callbacks import Metrics
+from app.callbacks.termination import KeepTermination
 from compress.calibration.store import FolderStore
 from models.checkpoint import hash_weights
 from recipes import cli
@@ -218,3 +221,30 @@ def test_a_second_signal_ends_at_once():
 def test_a_loop_that_is_left_without_a_status_is_no_success(monkeypatch):
     monkeypatch.setattr(cli, "_run", lambda argv: (_ for _ in ()).throw(SystemExit()))
     assert cli.main(["fit"]) == 1
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_the_handler_in_a_loop_is_the_one_from_before(verb):
+    """The Trainer's goes through a collective, which never ends where the other processes are in another."""
+    found = []
+
+    class Look(Callback):
+        def look(self, *_):
+            found.append(signal.getsignal(signal.SIGTERM))
+
+        on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = look
+
+    def mine(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        trainer = Trainer(
+            accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=1, callbacks=[KeepTermination(), Look()],
+        )  # fmt: skip
+        getattr(trainer, verb)(BoringModel())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found
+    assert set(found) == {mine}
